@@ -1,0 +1,150 @@
+"""The frozen model, cut off above the deepest probed layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprobe.errors import InputError
+
+
+def _loader(kind: str, model: str, **where: Any) -> Any:
+    """`transformers.<kind>.from_pretrained`, with what the user can mend told in one line."""
+    import transformers
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return getattr(transformers, kind).from_pretrained(model, **where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        causes = [error, error.__cause__, error.__context__]
+        if any(isinstance(c, GatedRepoError) for c in causes) or "gated repo" in str(error):
+            raise InputError(
+                f"model {model}, which is gated, without a token that may read it",
+                "access to the model",
+                "ask for access on its hub page, then `hf auth login` or set HF_TOKEN",
+            ) from error
+        expected = "a folder with a model or the id of one on the hub that this transformers can load"
+        fix = (
+            "check --model, --revision and --gguf_file; for a private model set HF_TOKEN; without network give a folder"
+        )
+        if any(isinstance(c, RepositoryNotFoundError) for c in causes):
+            raise InputError(f"model {model}, which is not on the hub", expected, fix) from error
+        raise InputError(f"model {model}: {str(error).strip().splitlines()[0]}", expected, fix) from error
+
+
+def read_config(model: str, **where: Any) -> Any:
+    """The model's config (a few kB; no weights).  `where`: revision, gguf_file, trust_remote_code."""
+    return _loader("AutoConfig", model, **where)
+
+
+def load_tokenizer(model: str, **where: Any) -> Any:
+    """The model's tokenizer; raises InputError if it cannot tell which characters a token covers."""
+    tokenizer = _loader("AutoTokenizer", model, **where)
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",
+            "a fast tokenizer (it says which characters each token covers)",
+            "use a model with a tokenizer.json",
+        )
+    return tokenizer
+
+
+def check_layers(config: Any, layers: Sequence[int]) -> None:
+    """Raises InputError for a layer that the model does not have."""
+    n = config.get_text_config().num_hidden_layers
+    wrong = [layer for layer in layers if not 0 <= layer < n]
+    if wrong:
+        raise InputError(
+            f"layers {' '.join(map(str, wrong))}",
+            f"numbers from 0 to {n - 1} (the model has {n} decoder blocks)",
+            "choose others with --layers",
+        )
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32; other names are torch's."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def truncate(config: Any, n_layers: int) -> Any:
+    """Makes `config` (changed in place) describe the model's first `n_layers` decoder blocks.
+
+    Lists with an entry per block (layer_types and its like) are cut with it.
+    """
+    text = config.get_text_config()
+    full = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == full:
+            setattr(text, name, value[:n_layers])
+    text.num_hidden_layers = n_layers
+    return config
+
+
+def load_backbone(
+    model: str,
+    layers: Sequence[int],
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    quantization: str = "none",
+    device_map: str = "auto",
+    **where: Any,
+) -> nn.Module:
+    """The model's blocks 0 .. max(layers), frozen, in eval mode, without an LM head.
+
+    quantization: `none`, `8bit` or `4bit` (bitsandbytes: LLM.int8, or NF4 that computes in `dtype`).  The blocks'
+    outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
+    fit.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import logging
+
+    config = read_config(model, **where)
+    check_layers(config, layers)
+    truncate(config, max(layers) + 1)
+    compute = pick_dtype(dtype)
+    options: dict[str, Any] = {"config": config, "dtype": compute, "device_map": device_map, **where}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the weights that were cut off; missing ones are looked at below
+    try:
+        backbone, info = _loader("AutoModel", model, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise InputError(
+            f"model {model} without the weights {', '.join(sorted(info['missing_keys'])[:3])}",
+            "a checkpoint with every weight of the probed blocks",
+            "check --model and --gguf_file",
+        )
+    if "disk" in (getattr(backbone, "hf_device_map", None) or {}).values():
+        raise InputError(
+            f"model {model}, which does not fit into memory",
+            "room for its blocks in device memory and RAM",
+            "use --quantization 4bit, lower layers, or a larger device",
+        )
+    return backbone.eval().requires_grad_(False)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder blocks in order: its one list of `num_hidden_layers` modules (`layers`, `h`, ...)."""
+    n = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    lists = [
+        m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n and "vision" not in name
+    ]
+    assert lists, f"{type(model).__name__} has no list of {n} blocks"
+    return list(lists[0])

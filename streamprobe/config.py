@@ -1,0 +1,265 @@
+"""One YAML file is one run: flat keys, each of them a command-line option too."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from streamprobe.errors import InputError
+
+
+def key(default: Any, help: str) -> Any:
+    """A config field with its help text."""
+    text = help.replace("%", "%%")
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(holds: bool, got: str, expected: str, fix: str) -> None:
+    """Raises InputError unless `holds`."""
+    if not holds:
+        raise InputError(got, expected, fix)
+
+
+@dataclass
+class ModelConfig:
+    """The frozen language model."""
+
+    _argument_group_name = "model"
+
+    model: str = key("", "Folder of a Hugging Face decoder model, or its id on the hub.")
+    gguf_file: str | None = key(None, "Name of a GGUF file in that folder; needs the extra `gguf`.")
+    revision: str | None = key(None, "Branch, tag or commit of the model on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "Number format of the model; auto is bfloat16 where the hardware multiplies it natively, else float32."
+    )
+    attn_implementation: str | None = key(
+        None, "Attention of transformers: sdpa, eager, flash_attention_2, ...; none is the library's choice."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = key(
+        "none", "Weights in 8 or 4 bits (bitsandbytes), for small cards."
+    )
+    device_map: str = key("auto", "Where the blocks lie (accelerate): auto, cpu, cuda, cuda:1, balanced, ...")
+    trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
+    max_batch_tokens: int = key(8192, "Most tokens in one forward pass, padding included; a longer chain goes alone.")
+
+    def __post_init__(self) -> None:
+        require(self.max_batch_tokens > 0, f"max_batch_tokens {self.max_batch_tokens}", "at least 1", "try 8192")
+
+
+@dataclass
+class DataConfig:
+    """The annotated chains."""
+
+    _argument_group_name = "data"
+
+    data: str = key("", "JSON, JSON-lines or parquet file, a URL of one, or the id of a data set on the hub.")
+    data_sha256: str | None = key(None, "SHA-256 that the data file must have.")
+    data_split: str = key("train", "Split of a data set on the hub.")
+    problem_column: str = key("problem", "Column with the problem.")
+    response_column: str = key("reasoning_chain", "Column with the text that the model wrote.")
+    annotation_column: str = key("annotated_chain", 'Column with that text in ["label"]...["end-section"] sections.')
+    id_column: str = key("task_id", "Column with the chain's name.")
+    prompt: str = key(
+        r"{problem}\n\n",
+        r"Text before the response: a string that holds {problem} (\n is a line end), or chat for the chat template.",
+    )
+    support: Literal["response", "all"] = key(
+        "response", "Tokens that count: the response's, or all, with the problem as negatives."
+    )
+    unlabelled: Literal["ignore", "negative"] = key("ignore", "Response text in no section: left out, or negative.")
+    max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")
+    test_share: float = key(0.2, "Share of all chains held out for results.csv.")
+    validation_share: float = key(0.1, "Share of the other chains that stops training and picks thresholds.")
+    split_seed: int = key(42, "Seed of the split.")
+
+    def __post_init__(self) -> None:
+        for name in ("test_share", "validation_share"):
+            share = getattr(self, name)
+            require(0 < share < 1, f"{name} {share}", "a share between 0 and 1", "try 0.2")
+        require(
+            self.prompt == "chat" or "{problem}" in self.prompt,
+            f"prompt {self.prompt!r}",
+            "chat or a string that holds {problem}",
+            "write {problem} where the problem goes",
+        )
+        self.prompt = self.prompt.replace(r"\n", "\n")
+        require(
+            self.max_chains is None or self.max_chains > 0, f"max_chains {self.max_chains}", "at least 1", "drop it"
+        )
+
+
+@dataclass
+class ProbeConfig:
+    """The grid of probes: layers x (labels x targets x lags)."""
+
+    _argument_group_name = "probes"
+
+    labels: list[str] = key(["backtracking"], "Labels to probe, all at once.")
+    targets: list[str] = key(
+        ["token"],
+        "What is predicted at token t: token (is t + lag inside a section?), onset (is it the first of one?), "
+        "within (does one begin in t + 1 .. t + lag?).",
+    )  # fmt: skip
+    layers: list[int] = key([], "Decoder blocks whose output is probed, counted from 0.")
+    lags: list[int] = key(
+        [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48],
+        "Tokens between activation and label; positive looks ahead.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "targets", "layers", "lags"):
+            values = getattr(self, name)
+            require(len(values) > 0, f"no {name}", "at least one", f"give --{name}")
+            require(
+                len(set(values)) == len(values), f"{name} {values} with a repetition", "each once", f"mend --{name}"
+            )
+        for target in self.targets:
+            require(
+                target in ("token", "onset", "within"), f"targets {target}", "token, onset or within", "mend --targets"
+            )
+        require(
+            self.targets != ["within"] or max(self.lags) > 0,
+            f"targets within with lags {self.lags}",
+            "a positive lag, since `within` looks ahead",
+            "add one to --lags",
+        )
+        self.layers, self.lags = sorted(self.layers), sorted(self.lags)
+
+
+@dataclass
+class TrainingConfig:
+    """How the probes are fitted; the defaults are the original experiment's, with features standardised."""
+
+    _argument_group_name = "training"
+
+    learning_rate: float = key(1e-3, "Adam's learning rate.")
+    l2: float = key(0.01, "Penalty on the sum of squared weights.")
+    batch_size: int = key(64, "Tokens per Adam step.")
+    standardize: bool = key(True, "Train on (x - mean) / std; saved probes act on raw activations all the same.")
+    max_passes: int = key(50, "Most trips over the training tokens.")
+    patience: int = key(3, "Passes without a better validation F1 after which a probe is stopped.")
+    memory_gb: str = key("auto", "Most GB (10^9 bytes) of activations to hold; auto is what is free, less a reserve.")
+    bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
+    seed: int = key(0, "Seed of weights and order.")
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size", "max_passes", "patience"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"mend --{name}")
+        for name in ("l2", "bootstrap"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"mend --{name}")
+        try:
+            holds = self.memory_gb == "auto" or 0 < float(self.memory_gb) < float("inf")
+        except ValueError:
+            holds = False
+        require(holds, f"memory_gb {self.memory_gb}", "auto or a number of GB above 0", "mend --memory_gb")
+
+    @property
+    def memory_cap(self) -> float | None:
+        """memory_gb as a number, None for auto."""
+        return None if self.memory_gb == "auto" else float(self.memory_gb)
+
+
+@dataclass
+class OutputConfig:
+    """Where the run writes."""
+
+    _argument_group_name = "output"
+
+    output_dir: str | None = key(
+        None, "Folder of this run; none is runs/<config name>, with -2, -3, ... where that one is taken."
+    )
+    resume: bool = key(False, "Go on with the run in output_dir (by default the newest of this config).")
+
+
+GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    probes: ProbeConfig
+    training: TrainingConfig
+    output: OutputConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Every key and its value."""
+        groups = (self.model, self.data, self.probes, self.training, self.output)
+        return {name: value for group in groups for name, value in asdict(group).items()}
+
+
+def load_config(argv: Sequence[str]) -> RunConfig:
+    """`[CONFIG.yaml] [--key value ...]`, where the command line wins.
+
+    Raises InputError for a key, a type or a value that is wrong; `--help` prints every key and exits.
+    """
+    from transformers import HfArgumentParser
+
+    argv = list(argv)
+    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    parser = HfArgumentParser(
+        list[Any](GROUPS), prog="run.py", usage="run.py CONFIG.yaml [--key value ...]", allow_abbrev=False,
+        description="Train linear probes for every layer and lag while the language model runs.",
+    )  # fmt: skip
+    keys = [a.dest for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")]
+
+    def refuse(message: str) -> None:
+        raise InputError(message, "a value of the key's type", "see --help")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    given = _as_arguments(path, keys) if path else []
+    *groups, rest = parser.parse_args_into_dataclasses(
+        [*given, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    for word in rest:
+        raise _unknown(word, keys, "the command line")
+    config = RunConfig(path.stem if path else "run", *groups)
+    for name, value in (("model", config.model.model), ("data", config.data.data)):
+        require(bool(value), f"no {name}", f"the key {name!r}", f"give --{name}, or it in the config file")
+    return config
+
+
+def _as_arguments(path: Path, keys: list[str]) -> list[str]:
+    """The file's keys as command-line arguments, so that one parser gives all values their types."""
+    require(path.is_file(), f"config {path}, which does not exist", "a YAML file", "see the files in configs/")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: {error}", "YAML of the form `key: value`", "mend that line") from None
+    require(isinstance(content, dict), f"config {path}", "lines of the form `key: value`", "see the files in configs/")
+    arguments = []
+    for name, value in content.items():
+        if name not in keys:
+            raise _unknown(str(name), keys, f"config {path}")
+        if value is None:
+            continue
+        require(
+            not isinstance(value, dict),
+            f"config {path}: {name} with keys inside",
+            "one value or a list",
+            f"mend {name}",
+        )
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def _unknown(word: str, keys: list[str], where: str) -> InputError:
+    name = word.split("=")[0].lstrip("-")
+    near = get_close_matches(name, keys, n=1, cutoff=0.5)
+    expected = f"--{near[0]}, the nearest key" if near else "one of the keys that --help lists"
+    return InputError(
+        f"unknown key {name!r} on {where}" if "command" in where else f"unknown key {name!r} in {where}",
+        expected,
+        "mend or drop it",
+    )

@@ -1,0 +1,240 @@
+"""A RunConfig, put together from the parts into a finished run."""
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from streamprobe import backbone, chains, preflight, report
+from streamprobe.checkpoint import BestProbes, load_run, save_run
+from streamprobe.config import RunConfig
+from streamprobe.errors import InputError
+from streamprobe.lags import make_columns
+from streamprobe.metrics import measure
+from streamprobe.provenance import (
+    choose_folder,
+    device_name,
+    git_commit,
+    model_fingerprint,
+    peak_memory,
+    versions,
+    write_config,
+)
+from streamprobe.solvers import AdamSolver
+from streamprobe.stream import ActivationMemory, Plan, TokenBatch, count_tokens, plan_memory, stream
+from streamprobe.tracking import Tracker
+from streamprobe.trainer import evaluate, train
+
+FREE_ON_RESUME = ("output_dir", "resume", "max_passes", "memory_gb", "bootstrap")  # keys that do not change the past
+Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
+Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+
+
+def run(config: RunConfig) -> Path:
+    """Trains, tests and writes one run; returns its folder.  Raises InputError for what the user can mend."""
+    began = time.perf_counter()
+    folder = choose_folder(config.output.output_dir, config.name, config.output.resume)
+    checkpoint = load_run(folder) if config.output.resume else None
+    if checkpoint:
+        check_resume(config.flat(), checkpoint[1]["config"])
+    lab = Lab(config)
+    print(lab.preflight, flush=True)
+    lab.load_model()
+    memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
+    facts = lab.facts()
+    write_config(folder, facts)
+    best, threshold, passes = fit(lab, folder, memories, checkpoint, facts)
+    rows = test(lab, folder, best, threshold, facts)
+    cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), **lab.cost()}
+    report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict()})
+    lines = "\n".join(f"{name:<22}{value}" for name, value in cost.items())
+    report.write_report(folder, rows, lab.preflight, lines)
+    print(f"\n{report.table(rows)}{lines}\nwrote                 {folder}/", flush=True)
+    return folder
+
+
+class Lab:
+    """The chains, the grid and the frozen model of one run, and a count of what the model was asked to do."""
+
+    def __init__(self, config: RunConfig):
+        """Reads and checks everything that needs no weights."""
+        self.config = config
+        data, probes, model = config.data, config.probes, config.model
+        self.source = {
+            "revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code
+        }  # fmt: skip
+        model_config = backbone.read_config(model.model, **self.source)
+        backbone.check_layers(model_config, probes.layers)
+        fields = (data.id_column, data.problem_column, data.response_column, data.annotation_column)
+        rows = chains.read_rows(data.data, data.data_split, fields, data.data_sha256)
+        if data.max_chains and data.max_chains < len(rows):
+            rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
+        tokenizer = backbone.load_tokenizer(model.model, **self.source)
+        self.splits, self.counts = chains.load_chains(
+            rows, fields, tokenizer, probes.labels, model_config.get_text_config().max_position_embeddings, data.prompt,
+            data.support, data.unlabelled, (data.test_share, data.validation_share), data.split_seed,
+        )  # fmt: skip
+        self.columns = make_columns(probes.labels, probes.targets, probes.lags)
+        self.valid, self.positive = preflight.check_columns(self.splits, self.columns, probes.labels, self.counts)
+        self.preflight = preflight.describe(self.counts, self.splits, probes.labels, tokenizer)
+        self.forwards = self.tokens = self.padded = 0
+        self.seconds = 0.0
+
+    def load_model(self) -> None:
+        """Puts the truncated model into memory."""
+        c = self.config.model
+        self.model = backbone.load_backbone(
+            c.model,
+            self.config.probes.layers,
+            c.dtype,
+            c.attn_implementation,
+            c.quantization,
+            c.device_map,
+            **self.source,
+        )
+        self.device: torch.device = self.model.device  # type: ignore[assignment]
+        self.hidden_size: int = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
+
+    def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
+        """One trip over a split through the model, with a progress bar in a terminal."""
+        total = sum(len(c.ids) for c in self.splits[split])
+        with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
+
+            def count(tokens: int, padded: int) -> None:
+                self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
+                bar.update(tokens)
+
+            probes = self.config.probes
+            batches = stream(
+                self.splits[split], self.model, probes.layers, self.columns, probes.labels,
+                self.config.model.max_batch_tokens, seed, count,
+            )  # fmt: skip
+            start = time.perf_counter()
+            for batch in batches:
+                self.seconds += time.perf_counter() - start
+                yield batch
+                start = time.perf_counter()
+
+    def memories(self, before: list[int] | None) -> Memories:
+        """Room for the train and the validation tokens; `before` is the plan of the run that is resumed."""
+        probes = self.config.probes
+        n_train, n_validation = (
+            count_tokens(self.splits[s], self.columns, probes.labels)[0] for s in ("train", "validation")
+        )
+        dtype = backbone.pick_dtype(self.config.model.dtype)
+        shape = (len(probes.layers), self.hidden_size, len(self.columns))
+        token_bytes = shape[0] * shape[1] * dtype.itemsize + 2 * shape[2] + 8
+        cap = self.config.training.memory_cap
+        plan = plan_memory(cap, token_bytes, n_train, n_validation, self.device)
+        if before:
+            plan = Plan(before[0], bool(before[1]), bool(before[2]), plan.home)
+        kept = n_validation * plan.keep_validation
+        print(
+            f"memory    {(plan.rows + kept) * token_bytes / 1e9:.2f} GB on {plan.home} for "
+            + (f"all {plan.rows + kept:,} training and validation tokens: the model reads them once" if plan.keep_train
+               else f"a pool of {plan.rows:,} of {n_train:,} training tokens: the model reads them in every pass"),
+            flush=True,
+        )  # fmt: skip
+        train = ActivationMemory(plan.rows, plan.keep_train, shape, dtype, self.device, plan.home)
+        return plan, train, ActivationMemory(kept, plan.keep_validation, shape, dtype, self.device, plan.home)
+
+    def facts(self) -> dict[str, Any]:
+        """What defines the numbers of this run."""
+        return {
+            "config": self.config.flat(), "versions": versions(), "git_commit": git_commit(),
+            "data_fingerprint": chains.fingerprint(self.splits), "model_fingerprint": model_fingerprint(self.model),
+            "device": device_name(self.device), "dtype": str(backbone.pick_dtype(self.config.model.dtype)),
+        }  # fmt: skip
+
+    def cost(self) -> dict[str, Any]:
+        """What the model was asked to do and what that took, since this process began."""
+        return {
+            "model_forwards": self.forwards, "model_tokens": self.tokens,
+            "padding": f"{1 - self.tokens / max(1, self.padded):.1%}", "model_seconds": round(self.seconds, 1),
+            "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9)),
+            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 2),
+        }  # fmt: skip
+
+
+def start(lab: Lab, checkpoint: Checkpoint | None) -> tuple[AdamSolver, BestProbes, tuple[int, int]]:
+    """The solver, the best probes so far, and the passes and tokens behind them: new, or from the checkpoint."""
+    training, layers = lab.config.training, lab.config.probes.layers
+    solver = AdamSolver(
+        layers, lab.columns, lab.hidden_size, (lab.valid - lab.positive) / lab.positive, training.learning_rate,
+        training.l2, training.batch_size, training.standardize, training.seed, lab.device,
+    )  # fmt: skip
+    best = BestProbes(solver.bank(), training.patience)
+    if not checkpoint:
+        return solver, best, (0, 0)
+    parts, about = checkpoint
+    solver.load(parts["solver"])
+    best.load(parts["best"])
+    print(f"resumed   after pass {about['pass']}", flush=True)
+    return solver, best, (about["pass"], about["tokens"])
+
+
+def fit(
+    lab: Lab, folder: Path, memories: Memories, checkpoint: Checkpoint | None, facts: dict[str, Any]
+) -> tuple[BestProbes, Tensor, int]:
+    """Trains the bank; returns the best probes, their thresholds [L, K] and the passes made."""
+    training = lab.config.training
+    plan, memory, held_out = memories
+    solver, best, done = start(lab, checkpoint)
+    tracker = Tracker(folder, lab.config.probes.layers, lab.columns, purge_step=done[1] + 1 if checkpoint else None)
+    tracker.text("preflight", lab.preflight)
+    tracker.text("run", json.dumps(facts, indent=1))
+    lap = time.perf_counter()
+
+    def save(number: int, tokens: int) -> None:
+        nonlocal lap
+        about = {"config": facts["config"], "pass": number, "tokens": tokens, "plan": plan[:3]}
+        save_run(folder, {"solver": solver.state(), "best": best.state()}, about)
+        seconds, lap = time.perf_counter() - lap, time.perf_counter()
+        tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
+        tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)
+        f1, stopped = best.score, f"{int(best.stopped.sum())} of {best.stopped.numel()} probes stopped"
+        print(
+            f"pass {number:<4}{seconds:>8.1f} s   validation F1 {f1.min():.3f} .. {f1.max():.3f}   {stopped}",
+            flush=True,
+        )
+
+    validation = partial(held_out.in_order, lambda: lab.read("validation"))
+    passes = train(
+        solver, best, memory, lambda n: lab.read("train", training.seed + n, f"pass {n}"), validation, tracker, save,
+        training.max_passes, training.batch_size, training.seed, done,
+    )  # fmt: skip
+    tracker.close()
+    return best, measure(*evaluate(best.bank, validation())[:3])["threshold"], passes
+
+
+def test(lab: Lab, folder: Path, best: BestProbes, threshold: Tensor, facts: dict[str, Any]) -> list[report.Row]:
+    """Scores the held-out chains once with the best probes; writes probes.safetensors and results.csv."""
+    training = lab.config.training
+    scored = evaluate(best.bank, (batch.to(lab.device) for batch in lab.read("test")))
+    metrics = measure(*scored[:3], threshold) | report.intervals(
+        *scored, len(lab.splits["test"]), training.bootstrap, training.seed
+    )
+    rows = report.make_rows("adam", best.bank, metrics, best.best_pass, *scored[1:])
+    about = {name: facts[name] for name in ("data_fingerprint", "model_fingerprint")}
+    about["config"] = {name: value for name, value in facts["config"].items() if name not in FREE_ON_RESUME}
+    report.write_probes(folder, {"adam": best.bank}, {"adam": threshold}, about)
+    report.write_results(folder, rows)
+    return rows
+
+
+def check_resume(now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Raises InputError for a key whose change would make the resumed run another one."""
+    for name, value in now.items():
+        if name not in FREE_ON_RESUME and value != then.get(name):
+            raise InputError(
+                f"--resume with {name} {value}",
+                f"{then.get(name)}, as the run began",
+                "give the same, or start a new run without --resume",
+            )

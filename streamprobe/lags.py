@@ -1,0 +1,121 @@
+"""Where the lag sign lives: which label each activation is asked to predict.
+
+    lag k: the activation at token t predicts the label at token t + k.  Positive looks ahead.
+
+Shapes: N tokens, C labels, K columns.  A label array holds one code per token and label:
+
+    UNKNOWN  no label (problem text, special token, text the annotator left unlabelled)
+    OUTSIDE  labelled text that is not in a section of this label
+    INSIDE   in a section of this label
+    ONSET    the first token of such a section (also inside it)
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+UNKNOWN, OUTSIDE, INSIDE, ONSET = -1, 0, 1, 2
+Target = Literal["token", "onset", "within"]
+
+
+class Column(NamedTuple):
+    """What one probe predicts at token t.
+
+    target `token`: token t + lag is inside a section of `label`.
+    target `onset`: token t + lag is the first token of one; for lag > 0 asked only at tokens t outside the label.
+    target `within`: a section begins in t + 1 .. t + lag (lag > 0).
+    """
+
+    label: str
+    target: str
+    lag: int
+
+    def __str__(self) -> str:
+        return f"{self.label}/{self.target}/lag{self.lag:+03d}"
+
+
+class Pairs(NamedTuple):
+    """Activations beside what they must predict, in the order of the chain."""
+
+    acts: Tensor  # [N, ...]
+    targets: Tensor  # [N, K] bool
+    valid: Tensor  # [N, K] bool: False where t + lag falls off the chain or has no label
+
+
+class LagBuffer:
+    """Pairs the activations of one chain with the labels `lag` tokens away.
+
+    Push the chain in chunks of any size; each push returns the tokens whose furthest label has arrived, and the chunk
+    pushed with `last=True` returns all that is left.  The pairs are the same for every way of cutting the chain.
+    Only activations that still wait for a label, and labels that a later token may look back on, are held.
+    """
+
+    def __init__(self, columns: Sequence[Column], labels: Sequence[str]):
+        """`labels` names the C label arrays; every column's label is among them."""
+        self.label_of = torch.tensor([labels.index(c.label) for c in columns])  # [K]
+        self.lags = torch.tensor([c.lag for c in columns])  # [K]
+        self.onset = torch.tensor([c.target == "onset" for c in columns])  # [K]
+        self.within = torch.tensor([c.target == "within" for c in columns])  # [K]
+        assert not (self.within & (self.lags <= 0)).any(), "`within` looks ahead: its lag is positive"
+        self.ahead = max(0, int(self.lags.max()))
+        self.behind = max(0, -int(self.lags.min()))
+        self._reset()
+
+    def _reset(self) -> None:
+        self.waiting: Tensor | None = None  # [W, ...] activations whose furthest label has not arrived
+        self.codes: Tensor | None = None  # [P + W, C] their label codes, and those of the P tokens before them
+        self.support: Tensor | None = None  # [W]
+
+    def push(self, acts: Tensor, codes: Tensor, support: Tensor, last: bool = False) -> Pairs:
+        """Takes the next n tokens; returns the pairs that they complete.
+
+        acts [n, ...] on any device; codes [n, C] int8 and support [n] bool (may this token be a sample?) on the CPU.
+        """
+        assert len(acts) == len(codes) == len(support)
+        if self.waiting is not None and self.codes is not None and self.support is not None:
+            acts = torch.cat([self.waiting, acts])
+            codes = torch.cat([self.codes, codes])
+            support = torch.cat([self.support, support])
+        past = len(codes) - len(acts)
+        done = len(acts) if last else max(0, len(acts) - self.ahead)
+        targets, valid = self._look_up(codes, torch.arange(past, past + done))
+        pairs = Pairs(acts[:done], targets, valid & support[:done, None])
+        if last:
+            self._reset()
+        else:
+            self.waiting, self.support = acts[done:], support[done:]
+            self.codes = codes[max(0, past + done - self.behind) :]
+        return pairs
+
+    def _look_up(self, codes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets and validity [M, K] of the tokens at rows t [M] of `codes` [P, C]."""
+        there = t[:, None] + self.lags  # [M, K] row of the label that is predicted
+        valid = (there >= 0) & (there < len(codes))
+        there = there.clamp(0, len(codes) - 1)
+        code = codes[there, self.label_of]
+        here = codes[t][:, self.label_of]
+        if not self.within.any():
+            targets = torch.where(self.onset, code == ONSET, code >= INSIDE)
+            valid &= (code != UNKNOWN) & ~(self.onset & (self.lags > 0) & (here != OUTSIDE))
+            return targets & valid, valid
+        begun = (codes == ONSET).int().cumsum(0)
+        blank = (codes == UNKNOWN).int().cumsum(0)
+        begins = begun[there, self.label_of] > begun[t][:, self.label_of]
+        blanks = blank[there, self.label_of] > blank[t][:, self.label_of]
+        targets = torch.where(self.within, begins, torch.where(self.onset, code == ONSET, code >= INSIDE))
+        valid &= ~torch.where(self.within, blanks, code == UNKNOWN)
+        valid &= ~(self.onset & (self.lags > 0) & (here != OUTSIDE))
+        return targets & valid, valid
+
+
+def make_columns(labels: Sequence[str], targets: Sequence[str], lags: Sequence[int]) -> list[Column]:
+    """Every (label, target, lag); `within` only looks ahead and so has a column for each positive lag only."""
+    return [
+        Column(label, target, lag)
+        for label in labels
+        for target in targets
+        for lag in sorted(lags)
+        if target != "within" or lag > 0
+    ]

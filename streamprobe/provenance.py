@@ -1,0 +1,94 @@
+"""Where a run's numbers come from: its folder, the versions, the machine and the model behind them."""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from streamprobe.checkpoint import write_atomic
+from streamprobe.errors import InputError
+
+PACKAGES = ("streamprobe", "torch", "transformers", "tokenizers", "accelerate", "numpy", "datasets", "safetensors")
+
+
+def choose_folder(output_dir: str | None, name: str, resume: bool) -> Path:
+    """The folder of this run.  Without `output_dir`, the first of runs/<name>, runs/<name>-2, ... that holds no run, or
+    to resume the last one that does.  Raises InputError rather than write over another run."""
+    if output_dir:
+        folder = Path(output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"output_dir {folder}, which is a file", "a folder", "choose another")
+        if (folder / "config.yaml").exists() and not resume:
+            raise InputError(
+                f"output_dir {folder}, which holds a run",
+                "an empty or new folder",
+                "choose another, or go on with that run by --resume",
+            )
+        return folder
+    folder = Path("runs") / name
+    number = 2
+    while (folder / "config.yaml").exists():
+        later = folder.with_name(f"{name}-{number}")
+        if resume and not (later / "config.yaml").exists():
+            return folder
+        folder, number = later, number + 1
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+
+
+def git_commit() -> str:
+    """The commit that this package runs from, with `+changes` if files differ; `unknown` outside of a checkout."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, shape, dtype and the first 1,024 values of every tensor of the truncated model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten()[:1024].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """What the model runs on, as a person would say it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_config(folder: Path, facts: dict[str, Any]) -> None:
+    """config.yaml: every key, so that `run.py FOLDER/config.yaml` runs it again; what else defined it, as comments."""
+    keys = yaml.safe_dump({**facts["config"], "output_dir": None, "resume": None}, sort_keys=False, allow_unicode=True)
+    rest = {name: value for name, value in facts.items() if name != "config"}
+    notes = "".join(f"# {name}: {json.dumps(value)}\n" for name, value in rest.items())
+    write_atomic(folder / "config.yaml", (keys + notes).encode())

@@ -1,0 +1,181 @@
+"""Ways to fit a bank of probes from a stream of labelled activations.
+
+Shapes: N tokens, L layers, K columns, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from streamprobe.lags import Column
+from streamprobe.probes import ProbeBank, fold
+
+
+class Solver(Protocol):
+    """Fits L x K probes, one chunk of shuffled tokens after another."""
+
+    name: str
+
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool."""
+
+    def bank(self) -> ProbeBank:
+        """The probes as they stand, in raw activation space, sharing no memory with the solver."""
+        ...
+
+    def loss(self) -> Tensor:
+        """Mean loss [L, K] of the tokens since the last call, each taken before the solver trained on it."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a later `load` needs to go on bit for bit."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up where the solver that gave `state` stood."""
+
+
+class Moments:
+    """Mean and standard deviation of features, summed over a stream and merged over shards.
+
+    Chan, Golub & LeVeque (1983): the merge of two shards equals one pass over both, without cancellation.
+    """
+
+    def __init__(self, *shape: int):
+        self.n = 0
+        self.mean = torch.zeros(shape, dtype=torch.float64)
+        self.squares_ = torch.zeros(shape, dtype=torch.float64)  # sum of squared deviations from the mean
+
+    def add(self, x: Tensor) -> "Moments":
+        """Adds x [N, *shape] of any float dtype."""
+        shard = Moments(*x.shape[1:])
+        x = x.double()
+        mean = x.mean(0)
+        shard.n, shard.mean, shard.squares_ = len(x), mean.cpu(), (x - mean).square().sum(0).cpu()
+        return self.merge(shard)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Adds what `other` has summed."""
+        n = self.n + other.n
+        delta = other.mean - self.mean
+        self.squares_ = self.squares_ + other.squares_ + delta.square() * (self.n * other.n / n)
+        self.mean, self.n = self.mean + delta * (other.n / n), n
+        return self
+
+    @property
+    def std(self) -> Tensor:
+        """Population standard deviation [*shape]."""
+        return (self.squares_ / self.n).sqrt()
+
+
+class AdamSolver:
+    """Class-weighted logistic regression by Adam on mini-batches: the recipe of the original experiment.
+
+    For every probe, with z the logit, y the target and the mean over those tokens of the mini-batch that are valid for
+    the probe's column:
+
+        loss = mean(p y softplus(-z) + (1 - y) softplus(z)) + l2 |w|^2
+
+    p = negatives / positives in the training data (`positive_weight`).  The losses are summed over probes, so each is
+    trained as if it were alone.  Gradients are in closed form; one batched product serves all layers and columns.
+    With `standardize`, features are (x - mean) / std, by the moments of the first chunk of tokens, which are then kept:
+    any fixed affine map gives the same family of probes, and `bank` folds this one back into raw space.
+    """
+
+    name = "adam"
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        columns: Sequence[Column],
+        hidden_size: int,
+        positive_weight: Tensor,
+        learning_rate: float = 1e-3,
+        l2: float = 0.01,
+        batch_size: int = 64,
+        standardize: bool = True,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        """`positive_weight` is [K].  Weights start as `nn.Linear`'s do: uniform in +- 1 / sqrt(hidden_size)."""
+        self.layers, self.columns = list(layers), list(columns)
+        self.positive_weight = positive_weight.to(device, torch.float32)
+        self.l2, self.batch_size, self.standardize = l2, batch_size, standardize
+        random = torch.Generator().manual_seed(seed)
+        bound = hidden_size**-0.5
+        shape = (len(layers), len(columns), hidden_size)
+        self.weight = torch.empty(shape).uniform_(-bound, bound, generator=random).to(device)  # [L, K, D]
+        self.bias = torch.empty(shape[:2]).uniform_(-bound, bound, generator=random).to(device)  # [L, K]
+        self.mean = torch.zeros(shape[0], hidden_size, device=device)
+        self.scale = torch.zeros_like(self.mean)  # 0 until it is known
+        self.adam = torch.optim.Adam([self.weight, self.bias], lr=learning_rate, fused=True)
+        self._create_adam_state()
+        self.loss_, self.n_loss = torch.zeros(shape[:2], device=device), torch.zeros(shape[1], device=device)
+
+    def _create_adam_state(self) -> None:
+        """Adam makes its moments at its first step; a step along a zero gradient leaves all but its count at zero."""
+        self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.adam.step()
+        for state in self.adam.state.values():
+            state["step"].zero_()
+
+    @torch.no_grad()
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K]."""
+        if not self.scale.any():
+            self._freeze_moments(acts)
+        x = ((acts.float() - self.mean) / self.scale).transpose(0, 1).contiguous()  # [L, N, D]
+        y = targets.float()
+        weight = valid * torch.where(targets, self.positive_weight, 1.0)  # [N, K]
+        z = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
+        self.loss_ += (weight * (softplus(z) - y * z)).sum(1)
+        self.n_loss += valid.sum(0)
+        for start in range(0, len(y), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            self._update(x[:, rows], y[rows], weight[rows] / valid[rows].sum(0).clamp_min(1))
+
+    def _update(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """x [L, n, D], y [n, K], weight [n, K]: what each token counts in the mean."""
+        z = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))  # [L, n, K]
+        slope = weight * (z.sigmoid() - y)
+        self.weight.grad = torch.baddbmm(self.weight, slope.transpose(1, 2), x, beta=2 * self.l2)
+        self.bias.grad = slope.sum(1)
+        self.adam.step()
+
+    def _freeze_moments(self, acts: Tensor) -> None:
+        self.scale.fill_(1.0)
+        if self.standardize:
+            moments = Moments(*self.mean.shape).add(acts)
+            self.mean.copy_(moments.mean)
+            self.scale.copy_(torch.where(moments.std > 0, moments.std, 1.0))
+
+    def bank(self) -> ProbeBank:
+        """The probes as they stand, in raw activation space."""
+        return ProbeBank(self.layers, self.columns, *fold(self.weight, self.bias, self.mean, self.scale)).clone()
+
+    def loss(self) -> Tensor:
+        """Mean class-weighted loss [L, K] since the last call, without the penalty; NaN where no token was valid."""
+        mean = self.loss_ / self.n_loss
+        self.loss_, self.n_loss = torch.zeros_like(self.loss_), torch.zeros_like(self.n_loss)
+        return mean
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, Adam's moments and the standardisation."""
+        return {key: value.clone() for key, value in self._live().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up where the solver that gave `state` stood."""
+        live = self._live()
+        assert live.keys() == state.keys()
+        for key, value in live.items():
+            value.copy_(state[key])
+
+    def _live(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        tensors = {"weight": self.weight, "bias": self.bias, "mean": self.mean, "scale": self.scale}
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            tensors |= {f"{name}.{key}": value for key, value in self.adam.state[parameter].items()}
+        return tensors

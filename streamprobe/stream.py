@@ -1,0 +1,264 @@
+"""Chains through the backbone to shuffled, labelled token activations, in bounded memory and never in a file.
+
+Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from streamprobe.backbone import decoder_layers
+from streamprobe.chains import Chain
+from streamprobe.errors import InputError
+from streamprobe.hooks import tap
+from streamprobe.lags import Column, LagBuffer
+
+MIXING_TOKENS = 65_536  # tokens that pass 1, or a pass that streams, mixes before it trains on any of them
+CHUNK_TOKENS = 4_096  # tokens handed on at once
+LEAST_TOKENS = 1_024  # fewer in the pool would not be mixed
+
+
+class TokenBatch(NamedTuple):
+    """The only thing that crosses from the model to the probes."""
+
+    acts: Tensor  # [N, L, D] in the backbone's dtype
+    targets: Tensor  # [N, K] bool
+    valid: Tensor  # [N, K] bool
+    chain: Tensor  # [N] int64: which chain of the stream
+
+    def rows(self, index: Tensor | slice) -> "TokenBatch":
+        """The tokens at `index`."""
+        return TokenBatch(*(x[index] for x in self))
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch on `device`."""
+        return TokenBatch(*(x.to(device, non_blocking=True) for x in self))
+
+
+def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> list[list[int]]:
+    """Groups chains of like length: a padded batch holds at most `max_tokens` tokens, but a longer chain goes alone.
+
+    With a seed, lengths are jittered by up to 2% and the batches shuffled, so that each pass has its own batches in
+    its own order; without, the order is by length.
+    """
+    rng = np.random.default_rng(seed)
+    jitter = 1 + 0.02 * rng.random(len(lengths)) if seed is not None else np.ones(len(lengths))
+    batches: list[list[int]] = []
+    longest = 0
+    for i in np.argsort(np.asarray(lengths) * jitter, kind="stable").tolist():
+        longest = max(longest, lengths[i]) if batches else lengths[i]
+        if not batches or (len(batches[-1]) + 1) * longest > max_tokens:
+            batches.append([])
+            longest = lengths[i]
+        batches[-1].append(i)
+    return [batches[i] for i in rng.permutation(len(batches))] if seed is not None else batches
+
+
+def stream(
+    chains: Sequence[Chain],
+    backbone: nn.Module,
+    layers: Sequence[int],
+    columns: Sequence[Column],
+    labels: Sequence[str],
+    max_batch_tokens: int = 8192,
+    seed: int | None = None,
+    on_forward: Callable[[int, int], None] = lambda tokens, padded: None,
+) -> Iterator[TokenBatch]:
+    """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
+
+    `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
+    pass `on_forward` is told the tokens in it and those with padding.  Chains are padded on the right, where causal
+    attention makes padding invisible, and the mask says so as well.  Raises InputError where memory runs out.
+    """
+    if not chains:
+        raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
+    blocks = decoder_layers(backbone)
+    buffer = LagBuffer(columns, labels)
+    with tap({layer: blocks[layer] for layer in layers}) as taken:
+        for batch in make_batches([len(c.ids) for c in chains], max_batch_tokens, seed):
+            forward(backbone, [chains[i].ids for i in batch])
+            n_tokens = [len(chains[i].ids) for i in batch]
+            on_forward(sum(n_tokens), len(batch) * max(n_tokens))
+            yield _label([chains[i] for i in batch], batch, [taken[layer] for layer in layers], buffer)
+
+
+@torch.no_grad()
+def forward(backbone: nn.Module, ids: Sequence[Tensor]) -> None:
+    """Runs the backbone over chains of token ids, padded on the right; the taps hold what it computed."""
+    device: torch.device = backbone.device  # type: ignore[assignment]
+    lengths = torch.tensor([len(x) for x in ids])
+    padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    try:
+        backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False)  # type: ignore[operator]
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"a batch of {padded.numel():,} tokens, for which {device} has too little memory",
+            "room for one batch",
+            "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit",
+        ) from None
+
+
+def _label(chains: Sequence[Chain], index: Sequence[int], acts: Sequence[Tensor], buffer: LagBuffer) -> TokenBatch:
+    """Activations [B, T, D] of each layer -> the valid tokens of all chains, in order."""
+    device = acts[0].device
+    parts, targets, valid, chain = [], [], [], []
+    for b, c in enumerate(chains):
+        rows = torch.stack([a[b, : len(c.ids)].to(device) for a in acts], dim=1)  # [T, L, D]
+        pairs = buffer.push(rows, c.codes, c.support, last=True)
+        some = pairs.valid.any(1).nonzero()[:, 0]
+        parts.append(pairs.acts.index_select(0, some.to(device)))
+        targets.append(pairs.targets[some])
+        valid.append(pairs.valid[some])
+        chain.append(torch.full((len(some),), index[b]))
+    return TokenBatch(torch.cat(parts), torch.cat(targets), torch.cat(valid), torch.cat(chain))
+
+
+def count_tokens(
+    chains: Sequence[Chain], columns: Sequence[Column], labels: Sequence[str]
+) -> tuple[int, Tensor, Tensor]:
+    """What `stream` will yield, without the model: its tokens, and valid tokens and positives of each column [K]."""
+    buffer = LagBuffer(columns, labels)
+    tokens, valid, positive = (
+        0,
+        torch.zeros(len(columns), dtype=torch.int64),
+        torch.zeros(len(columns), dtype=torch.int64),
+    )
+    for c in chains:
+        pairs = buffer.push(c.ids, c.codes, c.support, last=True)
+        tokens += int(pairs.valid.any(1).sum())
+        valid += pairs.valid.sum(0)
+        positive += pairs.targets.sum(0)
+    return tokens, valid, positive
+
+
+class Plan(NamedTuple):
+    """Where the tokens of the train and validation splits lie."""
+
+    rows: int  # tokens that the train pool holds
+    keep_train: bool  # the whole train split fits: the model runs over it once
+    keep_validation: bool
+    home: torch.device  # where the kept tokens or the pool lie
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of `device` that activations may take: what is free, less 3 GiB and a tenth for model and solver."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(0, int(0.9 * free) - 3 * 2**30)
+
+
+def plan_memory(
+    memory_gb: float | None, token_bytes: int, n_train: int, n_validation: int, device: torch.device
+) -> Plan:
+    """Device memory first, then host RAM, if both splits fit there; else a mixing pool in device memory.
+
+    `memory_gb` (10^9 bytes) caps what is taken; None takes what is free, less a reserve.  Raises InputError if there is
+    not even room for a pool of LEAST_TOKENS.
+    """
+    places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
+    cap = float("inf") if memory_gb is None else memory_gb * 1e9
+    for home in places:
+        if (n_train + n_validation) * token_bytes <= min(cap, free_bytes(home)):
+            return Plan(n_train, True, True, home)
+    budget = min(cap, free_bytes(device))
+    keep_validation = n_validation * token_bytes <= budget / 2
+    rows = int(budget // token_bytes) - n_validation * keep_validation
+    if rows < LEAST_TOKENS:
+        raise InputError(
+            f"{budget / 1e9:.3f} GB for activations",
+            f"at least {LEAST_TOKENS * token_bytes / 1e9:.3f} GB to mix tokens in",
+            "raise --memory_gb, free memory, or probe fewer layers",
+        )
+    return Plan(min(rows, MIXING_TOKENS, n_train), False, keep_validation, device)
+
+
+class ActivationMemory:
+    """Bounded room for the tokens of a split: a shuffled pass over it, and no second run of the model if it all fits.
+
+    With `keep`, `rows` holds the whole split: the first trip fills it and later trips only read it.  Without, each trip
+    runs the model again and `rows` is the pool in which tokens of many chains are mixed.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        keep: bool,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        home: torch.device | None = None,
+    ):
+        """`shape` is (L, D, K); tokens lie on `home` (default `device`) in `dtype` and are handed out on `device`."""
+        self.home = home or device
+        self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0
+        n_layers, hidden_size, n_columns = shape
+        pin = self.home.type == "cpu" and device.type == "cuda"
+        self.pool = TokenBatch(
+            torch.empty(rows, n_layers, hidden_size, dtype=dtype, device=self.home, pin_memory=pin),
+            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home, pin_memory=pin),
+            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home, pin_memory=pin),
+            torch.empty(rows, dtype=torch.int64, device=self.home, pin_memory=pin),
+        )
+
+    def shuffled(self, source: Callable[[], Iterable[TokenBatch]], multiple: int, seed: int) -> Iterator[TokenBatch]:
+        """One pass in random order, in chunks of at most CHUNK_TOKENS, multiples of `multiple` bar the last.
+
+        `source()` is one trip over the split; it is not called if the split is in memory.  The first pass trains on
+        tokens while later ones are still on their way: whenever the pool holds MIXING_TOKENS (or all it can hold)
+        untrained ones, a random half of them is handed out.
+        """
+        random = torch.Generator().manual_seed(seed)
+        if self.filled:
+            yield from self._hand_out(torch.randperm(self.used, generator=random), multiple)
+            return
+        window = min(self.rows, MIXING_TOKENS)
+        free = torch.arange(self.rows)
+        waiting = torch.empty(0, dtype=torch.int64)
+        for batch in source():
+            while len(batch.chain):
+                room = min(len(batch.chain), window - len(waiting), len(free))
+                assert room or len(waiting) == window, "more tokens than were counted"
+                index, free = free[:room], free[room:]
+                self._put(index, batch.rows(slice(room)))
+                waiting, batch = torch.cat([waiting, index]), batch.rows(slice(room, None))
+                if len(waiting) == window:
+                    waiting = waiting[torch.randperm(window, generator=random)]
+                    half = max(multiple, window // 2 // multiple * multiple)
+                    yield from self._hand_out(waiting[:half], multiple)
+                    free = free if self.keep else torch.cat([free, waiting[:half]])
+                    waiting = waiting[half:]
+        yield from self._hand_out(waiting[torch.randperm(len(waiting), generator=random)], multiple)
+        self.used = self.rows - len(free)
+        self.filled = self.keep
+
+    def fill(self, source: Callable[[], Iterable[TokenBatch]]) -> None:
+        """Puts the split into memory as the first `shuffled` pass over the same source would, training on nothing."""
+        assert self.keep and not self.filled
+        self.used = 0
+        for batch in source():
+            self._put(torch.arange(self.used, self.used + len(batch.chain)), batch)
+            self.used += len(batch.chain)
+        self.filled = True
+
+    def in_order(self, source: Callable[[], Iterable[TokenBatch]]) -> Iterator[TokenBatch]:
+        """One trip in the order of the source; kept for the next one if there is room."""
+        if not self.keep:
+            yield from (batch.to(self.device) for batch in source())
+            return
+        if not self.filled:
+            self.fill(source)
+        for start in range(0, self.used, CHUNK_TOKENS):
+            yield self.pool.rows(slice(start, min(start + CHUNK_TOKENS, self.used))).to(self.device)
+
+    def _put(self, index: Tensor, batch: TokenBatch) -> None:
+        for store, new in zip(self.pool, batch, strict=True):
+            store.index_copy_(0, index.to(store.device), new.to(store))
+
+    def _hand_out(self, index: Tensor, multiple: int) -> Iterator[TokenBatch]:
+        size = max(multiple, CHUNK_TOKENS // multiple * multiple)
+        for part in index.split(size):
+            yield self.pool.rows(part.to(self.home)).to(self.device)

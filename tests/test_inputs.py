@@ -1,0 +1,181 @@
+"""What a user can get wrong: one line that says got, expected, fix; exit status 2; no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from streamprobe.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def base(tmp_path, model_dir, chains_file, monkeypatch):
+    """Keys of a run that would work, and an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return {
+        "model": str(model_dir),
+        "data": str(chains_file),
+        "dtype": "float32",
+        "layers": [0, 2],
+        "lags": [-2, 0, 4],
+        "max_passes": 1,
+        "bootstrap": 0,
+    }
+
+
+def refused(capsys, *argv):
+    """Runs the command line, checks that it refuses in one line with status 2 and writes no run; returns that line."""
+    status = main([str(a) for a in argv])
+    error = capsys.readouterr().err.strip()
+    assert status == 2, error
+    assert error.startswith("streamprobe: ") and "\n" not in error and "Traceback" not in error
+    assert "; expected " in error and "; fix: " in error
+    assert not Path("runs").exists()
+    return error
+
+
+def write(path, keys):
+    Path(path).write_text(yaml.safe_dump(keys))
+    return path
+
+
+CASES = {
+    "unknown key, near": ({}, ["--layer", "1"], "unknown key 'layer'", "--layers"),
+    "unknown key, far": ({}, ["--zzzz", "1"], "unknown key 'zzzz'", "--help"),
+    "unknown key in the file": ({"lag": [1]}, [], "unknown key 'lag'", "--lags"),
+    "word for a number": ({}, ["--layers", "two"], "--layers", "'two'"),
+    "word for a number in the file": ({"learning_rate": "fast"}, [], "--learning_rate", "'fast'"),
+    "keys inside a key": ({"layers": {"a": 1}}, [], "layers", "one value or a list"),
+    "unknown choice": ({}, ["--quantization", "2bit"], "2bit", "4bit"),
+    "no model": ({"model": None}, [], "no model", "--model"),
+    "no data": ({"data": None}, [], "no data", "--data"),
+    "layer out of range": ({}, ["--layers", "1", "9"], "layers 9", "0 to 3"),
+    "negative layer": ({}, ["--layers", "-1"], "layers -1", "0 to 3"),
+    "layer twice": ({}, ["--layers", "1", "1"], "layers [1, 1]", "each once"),
+    "no layers": ({"layers": None}, [], "no layers", "--layers"),
+    "lag longer than every chain": ({}, ["--lags", "0", "5000"], "lag 5000", "longer than every chain"),
+    "lag back before every chain": ({}, ["--lags", "0", "-5000"], "lag -5000", "longer than every chain"),
+    "label that never occurs": ({}, ["--labels", "daydreaming"], "'daydreaming'", "backtracking"),
+    "unknown target": ({}, ["--targets", "soon"], "soon", "onset"),
+    "within that looks back": ({}, ["--targets", "within", "--lags", "-4", "0"], "within", "positive lag"),
+    "prompt without the problem": ({}, ["--prompt", "hello"], "'hello'", "{problem}"),
+    "chat without a template": ({}, ["--prompt", "chat"], "chat template", "{problem}"),
+    "data that does not exist": ({}, ["--data", "gone.json"], "gone.json", "existing file"),
+    "data with another digest": ({}, ["--data_sha256", "0" * 64], "SHA-256", "0" * 64),
+    "column that does not exist": ({}, ["--problem_column", "question"], "'question'", "'problem'"),
+    "model that does not exist": ({}, ["--model", "./gone"], "./gone", "folder"),
+    "gguf file that does not exist": ({}, ["--gguf_file", "gone.gguf"], "gone.gguf", "--gguf_file"),
+    "too little memory": ({}, ["--memory_gb", "0.000001"], "0.000 GB", "--memory_gb"),
+    "memory that is no number": ({}, ["--memory_gb", "much"], "memory_gb much", "auto"),
+    "no batch": ({}, ["--batch_size", "0"], "batch_size 0", "more than 0"),
+    "no tokens in a batch": ({}, ["--max_batch_tokens", "0"], "max_batch_tokens 0", "at least 1"),
+    "share above one": ({}, ["--test_share", "1.5"], "test_share 1.5", "between 0 and 1"),
+    "too few chains": ({}, ["--max_chains", "2"], "chains", "every split"),
+    "output_dir that is a file": ({}, ["--output_dir", "config.yaml"], "which is a file", "a folder"),
+}
+
+
+@pytest.mark.parametrize("keys, argv, got, told", CASES.values(), ids=CASES.keys())
+def test_what_the_user_got_wrong_is_told_in_one_line(base, capsys, keys, argv, got, told):
+    merged = {name: value for name, value in (base | keys).items() if value is not None}
+    error = refused(capsys, write("config.yaml", merged), *argv)
+    assert got in error and told in error
+
+
+def test_without_a_config_the_configs_are_listed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    status, error = main([]), capsys.readouterr().err
+    assert status == 2 and "configs/llama-3.1-8b.yaml" in error and "python run.py CONFIG.yaml" in error
+
+
+def test_config_file_that_does_not_exist_or_is_no_mapping(base, capsys):
+    assert "gone.yaml" in refused(capsys, "gone.yaml")
+    Path("list.yaml").write_text("- layers\n- lags\n")
+    assert "key: value" in refused(capsys, "list.yaml")
+    Path("broken.yaml").write_text("layers: [1, 2\nlags: 3")
+    assert "broken.yaml" in refused(capsys, "broken.yaml")
+
+
+@pytest.mark.parametrize("content", ["[{", "", "[]", "[1, 2]", '{"problem": 1}', "\x00\x01"])
+def test_data_that_is_not_a_list_of_chains(base, capsys, content):
+    Path("bad.json").write_text(content)
+    assert "bad.json" in refused(capsys, write("config.yaml", base), "--data", "bad.json")
+
+
+def test_data_in_which_every_field_is_wrong_is_refused_and_counted(base, capsys):
+    rows = [{"task_id": i, "problem": "p", "reasoning_chain": None, "annotated_chain": "x"} for i in range(20)]
+    Path("bad.json").write_text(json.dumps(rows))
+    error = refused(capsys, write("config.yaml", base), "--data", "bad.json")
+    assert "20 chains refused" in error and "not text" in error
+
+
+def test_output_dir_that_holds_a_run_is_not_written_over(base, capsys):
+    write("config.yaml", base)
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("precious")
+    assert "holds a run" in refused(capsys, "config.yaml", "--output_dir", "out")
+    assert Path("out/config.yaml").read_text() == "precious"
+
+
+def test_memory_that_runs_out_in_the_model(base, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.LlamaModel.forward", full)
+    status = main([str(write("config.yaml", base))])
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and "--max_batch_tokens" in error
+
+
+def test_a_bug_shows_its_traceback(base, monkeypatch):
+    """The negative control: what is not the user's mistake is not dressed up as one."""
+
+    def bug(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("streamprobe.experiment.Lab.__init__", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        main([str(write("config.yaml", base))])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that knows one gated model and nothing else."""
+
+    def do_HEAD(self):
+        gated = self.path.startswith("/some/gated")
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to model some/gated is restricted.")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("model, told", [("some/gated", "HF_TOKEN"), ("some/typo", "not on the hub")])
+def test_a_gated_or_unknown_model_on_the_hub(base, model, told):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    write("config.yaml", base | {"model": model})
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(Path.cwd() / "hf")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", "config.yaml"],
+        env={k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")} | hub,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr and model in done.stderr and done.stderr.count("\n") == 1

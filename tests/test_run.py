@@ -1,0 +1,292 @@
+"""Whole runs on a tiny random model: what they write, what they find, and that a crash costs nothing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaConfig, LlamaModel
+
+from streamprobe import trainer
+from streamprobe.chains import Chain
+from streamprobe.checkpoint import BestProbes
+from streamprobe.cli import main
+from streamprobe.lags import INSIDE, OUTSIDE, Column
+from streamprobe.metrics import measure
+from streamprobe.probes import load_probes
+from streamprobe.report import FIELDS, table, write_report
+from streamprobe.solvers import AdamSolver
+from streamprobe.stream import ActivationMemory, count_tokens, stream
+from streamprobe.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(tmp_path, model_dir, chains_file, monkeypatch):
+    """A config file of a run that takes seconds, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    keys = {
+        "model": str(model_dir), "data": str(chains_file), "dtype": "float32", "layers": [0, 2], "lags": [-2, 0, 4],
+        "labels": ["backtracking", "deduction"], "targets": ["token", "onset", "within"], "max_passes": 3,
+        "max_batch_tokens": 512, "bootstrap": 20,
+    }  # fmt: skip
+    Path("tiny.yaml").write_text(yaml.safe_dump(keys))
+    return "tiny.yaml"
+
+
+def outputs(folder):
+    return {name: (Path(folder) / name).read_bytes() for name in ("results.csv", "probes.safetensors")}
+
+
+def test_a_run_writes_what_it_promises(config, capsys):
+    assert main([config]) == 0
+    printed = capsys.readouterr().out
+    folder = Path("runs/tiny")
+    events = [p.name for p in folder.glob("events.out.tfevents.*")]
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(events)
+    assert files == {
+        "config.yaml", "results.csv", "summary.json", "probes.safetensors", "report.html", "checkpoint/state.safetensors"
+    }  # fmt: skip
+    assert len(events) == 1 and [p.name for p in Path().iterdir()].count("runs") == 1
+
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    columns = 2 * (3 + 3 + 1)  # labels x (token, onset, within: positive lags only)
+    assert list(rows[0]) == FIELDS and len(rows) == 2 * columns
+    assert all(0 <= float(r["auroc_low"]) <= float(r["auroc"]) <= float(r["auroc_high"]) <= 1 for r in rows)
+    assert all(r["split"] == "test" and int(r["n_chains"]) <= 12 for r in rows)
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["run"]["passes"] == 3 and summary["run"]["counts"]["read"] == 60
+    assert set(summary["run"]["versions"]) >= {"python", "torch", "transformers"}
+    nested = summary["results"]["adam"]["deduction"]["onset"]["lag+04"]["layer02"]
+    row = next(r for r in rows if (r["layer"], r["label"], r["target"], r["lag"]) == ("2", "deduction", "onset", "4"))
+    assert nested["auroc"] == pytest.approx(float(row["auroc"]), rel=1e-5)
+
+    for told in ("chains    60 read", "1<", "memory", "pass 3", "test AUROC   backtracking, target within", "wrote"):
+        assert told in printed
+
+
+def test_saved_probes_give_the_saved_results(config, model_dir):
+    assert main([config]) == 0
+    bank = load_probes("runs/tiny")
+    from streamprobe.config import load_config
+    from streamprobe.experiment import Lab
+
+    lab = Lab(load_config([config]))
+    lab.load_model()
+    scored = trainer.evaluate(bank, lab.read("test"))
+    aurocs = measure(*scored[:3])["auroc"]
+    rows = csv.DictReader(Path("runs/tiny/results.csv").open())
+    assert [float(r["auroc"]) for r in rows] == pytest.approx(aurocs.flatten().tolist(), rel=1e-5)
+
+
+def test_the_config_that_a_run_wrote_runs_it_again(config):
+    assert main([config]) == 0
+    assert main(["runs/tiny/config.yaml", "--output_dir", "again"]) == 0
+    assert outputs("again") == outputs("runs/tiny")
+    assert main([config, "--seed", "1"]) == 0, "a second run goes to a folder of its own"
+    assert outputs("runs/tiny-2") != outputs("runs/tiny")
+
+
+def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
+    assert main([config]) == 0
+    events = EventAccumulator("runs/tiny").Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"val_auroc/backtracking/token/layer02/lag+04", "train_loss/deduction/onset/layer00/lag-02"} <= set(scalars)
+    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/stopped_probes"} <= set(scalars)
+    steps = [e.step for e in events.Scalars("val_f1/backtracking/token/layer00/lag+00")]
+    assert len(steps) == 3 and steps == sorted(steps)
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {c.title: [k.title for k in c.chart] for c in layout.category}
+    assert charts["val_auroc backtracking token"] == ["layer 00", "layer 02"]
+
+
+SPY = """
+import json, os, sys
+touched = {}
+def hook(event, args):
+    if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        touched.setdefault(os.path.abspath(args[0]), 0)
+    if event in ("os.rename", "os.mkdir", "os.link", "os.symlink"):
+        touched.setdefault(os.path.abspath(os.fspath(args[1] if event != "os.mkdir" else args[0])), 0)
+from streamprobe import experiment, cli
+sys.addaudithook(hook)
+status = cli.main(sys.argv[1:])
+open_paths = sorted(touched)
+print("TOUCHED " + json.dumps(open_paths))
+sys.exit(status)
+"""
+
+
+def spied(config, *argv):
+    """Runs the command line under an audit hook; every path that was opened for writing, made or renamed to."""
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", SPY, config, *argv], capture_output=True, text=True, timeout=240, cwd=Path.cwd(),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [Path(p) for p in json.loads(done.stdout.split("TOUCHED ")[1])]
+
+
+def holds_nothing(path):
+    """A folder, an empty lock of a library's cache, or the void."""
+    return path.is_dir() or str(path) == "/dev/null" or (path.suffix == ".lock" and not path.stat().st_size)
+
+
+@pytest.mark.parametrize("memory", ["auto", "0.0005"], ids=["replayed", "streamed"])
+def test_no_activation_reaches_a_file(config, memory):
+    """Every write is inside output_dir, and no file is larger than the probes and the curves explain."""
+    paths = spied(config, "--memory_gb", memory, "--output_dir", "out")
+    out = Path("out").resolve()
+    assert not [p for p in paths if not p.is_relative_to(out) and not holds_nothing(p)]
+    probes, hidden, curves = 2 * 14, 32, 8
+    bank = probes * (hidden + 1) * 4
+    limits = {"state.safetensors": 5 * bank, "probes.safetensors": 2 * bank}
+    activations = 60 * 60 * 2 * hidden * 4  # of the shortest conceivable data set
+    for path in (p for p in Path("out").rglob("*") if p.is_file()):
+        limit = limits.get(path.name, probes * curves * 3 * 2 * 100 if "tfevents" in path.name else 60_000) + 8_000
+        assert path.stat().st_size < limit < activations, path
+
+
+def test_the_spy_sees_a_write_outside(config):
+    """The negative control: a run that leaves one file elsewhere is caught."""
+    global SPY
+    honest = SPY
+    try:
+        SPY = honest.replace("open_paths =", "open('leak.bin', 'wb').write(bytes(9)); open_paths =")
+        assert Path("leak.bin").resolve() in spied(config, "--output_dir", "out")
+    finally:
+        SPY = honest
+
+
+def launch(config, *argv):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "run.py", config, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("memory, stops", [("auto", "26"), ("0.0005", "3")], ids=["replayed", "streamed"])
+def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops, capsys):
+    """kill -9 between passes, and before the test chains are scored: results and probes are byte-identical."""
+    argv = ("--memory_gb", memory, "--max_passes", "6", "--patience", "9")
+    assert main([config, *argv, "--output_dir", "straight"]) == 0
+    for stop in stops:
+        run = launch(config, *argv, "--output_dir", "killed", *(["--resume"] if Path("killed").exists() else []))
+        for line in run.stdout:
+            if line.startswith(f"pass {stop} "):
+                run.send_signal(signal.SIGKILL)
+                break
+        run.wait(60)
+        assert run.returncode == -signal.SIGKILL
+        assert not Path("killed/results.csv").exists()
+    assert main([config, *argv, "--output_dir", "killed", "--resume"]) == 0
+    assert f"resumed   after pass {stops[-1]}" in capsys.readouterr().out
+    assert outputs("killed") == outputs("straight")
+
+
+def test_killed_before_the_first_checkpoint_resume_starts_over(config):
+    run = launch(config, "--output_dir", "killed")
+    for line in run.stdout:
+        if line.startswith("memory"):
+            break
+    run.send_signal(signal.SIGKILL)
+    run.wait(60)
+    assert main([config, "--output_dir", "killed", "--resume"]) == 0
+    assert main([config, "--output_dir", "straight"]) == 0
+    assert outputs("killed") == outputs("straight")
+
+
+def test_resume_refuses_another_config_but_takes_more_passes(config, capsys):
+    assert main([config, "--output_dir", "out", "--patience", "9"]) == 0
+    assert main([config, "--output_dir", "out", "--patience", "9", "--layers", "1", "--resume"]) == 2
+    assert "--resume with layers [1]" in capsys.readouterr().err
+    assert main([config, "--output_dir", "out", "--patience", "9", "--max_passes", "5", "--resume"]) == 0
+    assert main([config, "--output_dir", "straight", "--patience", "9", "--max_passes", "5"]) == 0
+    assert outputs("out") == outputs("straight")
+
+
+PLANTED, LAG = 7, 8
+
+
+def planted_chains(n, seed, permuted=False):
+    """Random tokens; the token LAG after each token PLANTED is positive.  `permuted` shifts the labels of each chain."""
+    random = torch.Generator().manual_seed(seed)
+    chains = []
+    for i in range(n):
+        ids = torch.randint(0, 20, (100,), generator=random)
+        codes = torch.full((100, 1), OUTSIDE, dtype=torch.int8)
+        codes[LAG:][ids[:-LAG] == PLANTED] = INSIDE
+        if permuted:
+            codes = codes.roll(int(torch.randint(20, 80, (), generator=random)), 0)
+        chains.append(Chain(f"chain_{i}", ids, codes, torch.ones(100, dtype=torch.bool)))
+    return chains
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tmp_path, permuted):
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model = LlamaModel(shape).eval()
+    layers, columns, labels = [0, 1], [Column("event", "token", lag) for lag in (-8, 0, 8, 16)], ["event"]
+    splits = [planted_chains(n, seed, permuted) for seed, n in enumerate((150, 30, 150))]
+    read = partial(stream, backbone=model, layers=layers, columns=columns, labels=labels, max_batch_tokens=3000)
+    n, valid, positive = count_tokens(splits[0], columns, labels)
+    memory = ActivationMemory(n, True, (2, 32, 4), torch.float32, torch.device("cpu"))
+    solver = AdamSolver(layers, columns, 32, (valid - positive) / positive, learning_rate=1e-2, batch_size=256)
+    best = BestProbes(solver.bank(), patience=3)
+    trainer.train(
+        solver, best, memory, lambda number: read(splits[0], seed=number), lambda: read(splits[1]),
+        Tracker(tmp_path, layers, columns), lambda number, tokens: None, max_passes=5, batch_size=256, seed=0,
+    )  # fmt: skip
+    scored = trainer.evaluate(best.bank, read(splits[2]))
+    auroc = measure(*scored[:3])["auroc"]  # [L, K]
+    if permuted:
+        assert (auroc - 0.5).abs().max() < 0.05
+    else:
+        assert auroc[:, 2].min() > 0.99
+        assert (auroc[:, [0, 3]] - 0.5).abs().max() < 0.05
+
+
+def test_hostile_text_is_escaped_and_a_missing_class_is_told(tmp_path):
+    row = dict.fromkeys(FIELDS, 0.5) | {
+        "solver": "adam", "layer": 1, "label": "<script>alert(1)</script>", "target": "token", "lag": 0,
+        "auroc": float("nan"), "best_pass": 1,
+    }  # fmt: skip
+    write_report(tmp_path, [row], "<img src=x onerror=alert(2)>", "a & b")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
+    assert "http" not in page and "src=" not in page.replace("&lt;img src=", "")
+    assert "1 probes have nan" in table([row])
+
+
+def test_help_names_every_key_and_does_not_import_the_heavy_libraries():
+    """Time depends on the machine; what it is spent on does not."""
+    probe = (
+        "import sys; sys.argv = ['run.py', '--help']\n"
+        "from streamprobe.cli import main\n"
+        "try: main()\nexcept SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'datasets', 'tensorboard', 'bitsandbytes'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in ("--model", "--prompt", "--layers", "--lags", "--memory_gb", "--resume"):
+        assert name in done.stdout
+    print(f"--help took {time.perf_counter() - start:.1f} s")
