@@ -73,10 +73,6 @@ def fetch(data: str, sha256: str | None = None) -> str:
     else:
         path = data
     if sha256:
-        if not Path(path).is_file():
-            raise InputError(
-                f"data {data}, which is no file", "one file to check against data_sha256", "drop data_sha256"
-            )
         got = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if got != sha256:
             raise InputError(
@@ -99,6 +95,8 @@ def read_rows(data: str, split: str, columns: Sequence[str], sha256: str | None 
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told below, once
     suffix = Path(data.split("?")[0]).suffix
     local = suffix in (".json", ".jsonl", ".parquet")
+    if sha256 and not local:
+        raise InputError(f"data_sha256 with the data set {data}", "a file to check", "drop data_sha256")
     if local and "://" not in data and not Path(data).is_file():
         raise InputError(f"data {data}, which does not exist", "an existing file", "check the path")
     try:

@@ -43,16 +43,18 @@ class BestProbes:
         self.bank.take(better.to(bank.bias.device), bank)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `load` needs."""
-        return {
-            "weight": self.bank.weight, "bias": self.bank.bias,
-            "score": self.score, "best_pass": self.best_pass, "misses": self.misses,
-        }  # fmt: skip
+        """Everything that `load` needs, sharing no memory with these."""
+        return {name: tensor.clone() for name, tensor in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up where the one that gave `state` stood."""
-        for name, tensor in self.state().items():
+        for name, tensor in self._live().items():
             tensor.copy_(state[name])
+
+    def _live(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        ours = {name: getattr(self, name) for name in ("score", "best_pass", "misses")}
+        return {"weight": self.bank.weight, "bias": self.bank.bias, **ours}
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ class Column(NamedTuple):
 
     target `token`: token t + lag is inside a section of `label`.
     target `onset`: token t + lag is the first token of one; for lag > 0 asked only at tokens t outside the label.
-    target `within`: a section begins in t + 1 .. t + lag (lag > 0).
+    target `within`: a section begins in t + 1 .. t + lag (lag > 0); asked only where all of these have a label.
     """
 
     label: str
@@ -40,8 +40,8 @@ class Pairs(NamedTuple):
     """Activations beside what they must predict, in the order of the chain."""
 
     acts: Tensor  # [N, ...]
-    targets: Tensor  # [N, K] bool
-    valid: Tensor  # [N, K] bool: False where t + lag falls off the chain or has no label
+    targets: Tensor  # [N, K] bool, False where not valid
+    valid: Tensor  # [N, K] bool: False where t is no sample, and where t + lag falls off the chain or has no label
 
 
 class LagBuffer:
@@ -81,12 +81,13 @@ class LagBuffer:
         past = len(codes) - len(acts)
         done = len(acts) if last else max(0, len(acts) - self.ahead)
         targets, valid = self._look_up(codes, torch.arange(past, past + done))
-        pairs = Pairs(acts[:done], targets, valid & support[:done, None])
+        valid &= support[:done, None]
+        pairs = Pairs(acts[:done], targets & valid, valid)
         if last:
             self._reset()
         else:
-            self.waiting, self.support = acts[done:], support[done:]
-            self.codes = codes[max(0, past + done - self.behind) :]
+            self.waiting, self.support = acts[done:].clone(), support[done:].clone()  # not a view of the whole chunk
+            self.codes = codes[max(0, past + done - self.behind) :].clone()
         return pairs
 
     def _look_up(self, codes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class LagBuffer:
         if not self.within.any():
             targets = torch.where(self.onset, code == ONSET, code >= INSIDE)
             valid &= (code != UNKNOWN) & ~(self.onset & (self.lags > 0) & (here != OUTSIDE))
-            return targets & valid, valid
+            return targets, valid
         begun = (codes == ONSET).int().cumsum(0)
         blank = (codes == UNKNOWN).int().cumsum(0)
         begins = begun[there, self.label_of] > begun[t][:, self.label_of]
@@ -107,7 +108,7 @@ class LagBuffer:
         targets = torch.where(self.within, begins, torch.where(self.onset, code == ONSET, code >= INSIDE))
         valid &= ~torch.where(self.within, blanks, code == UNKNOWN)
         valid &= ~(self.onset & (self.lags > 0) & (here != OUTSIDE))
-        return targets & valid, valid
+        return targets, valid
 
 
 def make_columns(labels: Sequence[str], targets: Sequence[str], lags: Sequence[int]) -> list[Column]:

@@ -50,7 +50,7 @@ class Moments:
         self.squares_ = torch.zeros(shape, dtype=torch.float64)  # sum of squared deviations from the mean
 
     def add(self, x: Tensor) -> "Moments":
-        """Adds x [N, *shape] of any float dtype."""
+        """Adds x [N, *shape] of any float dtype, N > 0."""
         shard = Moments(*x.shape[1:])
         x = x.double()
         mean = x.mean(0)
@@ -59,6 +59,8 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         """Adds what `other` has summed."""
+        if not other.n:
+            return self
         n = self.n + other.n
         delta = other.mean - self.mean
         self.squares_ = self.squares_ + other.squares_ + delta.square() * (self.n * other.n / n)
@@ -110,7 +112,8 @@ class AdamSolver:
         self.weight = torch.empty(shape).uniform_(-bound, bound, generator=random).to(device)  # [L, K, D]
         self.bias = torch.empty(shape[:2]).uniform_(-bound, bound, generator=random).to(device)  # [L, K]
         self.mean = torch.zeros(shape[0], hidden_size, device=device)
-        self.scale = torch.zeros_like(self.mean)  # 0 until it is known
+        self.scale = torch.ones_like(self.mean)
+        self.started = torch.zeros((), dtype=torch.bool)  # mean and scale are final
         self.adam = torch.optim.Adam([self.weight, self.bias], lr=learning_rate, fused=True)
         self._create_adam_state()
         self.loss_, self.n_loss = torch.zeros(shape[:2], device=device), torch.zeros(shape[1], device=device)
@@ -125,7 +128,7 @@ class AdamSolver:
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
         """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K]."""
-        if not self.scale.any():
+        if not self.started:
             self._freeze_moments(acts)
         x = ((acts.float() - self.mean) / self.scale).transpose(0, 1).contiguous()  # [L, N, D]
         y = targets.float()
@@ -146,7 +149,7 @@ class AdamSolver:
         self.adam.step()
 
     def _freeze_moments(self, acts: Tensor) -> None:
-        self.scale.fill_(1.0)
+        self.started.fill_(True)
         if self.standardize:
             moments = Moments(*self.mean.shape).add(acts)
             self.mean.copy_(moments.mean)
@@ -175,7 +178,7 @@ class AdamSolver:
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
-        tensors = {"weight": self.weight, "bias": self.bias, "mean": self.mean, "scale": self.scale}
+        tensors = {name: getattr(self, name) for name in ("weight", "bias", "mean", "scale", "started")}
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             tensors |= {f"{name}.{key}": value for key, value in self.adam.state[parameter].items()}
         return tensors

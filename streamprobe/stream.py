@@ -260,5 +260,5 @@ class ActivationMemory:
 
     def _hand_out(self, index: Tensor, multiple: int) -> Iterator[TokenBatch]:
         size = max(multiple, CHUNK_TOKENS // multiple * multiple)
-        for part in index.split(size):
+        for part in index.split(size) if len(index) else ():
             yield self.pool.rows(part.to(self.home)).to(self.device)

@@ -1,13 +1,16 @@
 """Whole runs on a tiny random model: what they write, what they find, and that a crash costs nothing."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -290,3 +293,18 @@ def test_help_names_every_key_and_does_not_import_the_heavy_libraries():
     for name in ("--model", "--prompt", "--layers", "--lags", "--memory_gb", "--resume"):
         assert name in done.stdout
     print(f"--help took {time.perf_counter() - start:.1f} s")
+
+
+def test_data_by_url_checked_against_its_digest(config, chains_file, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", str(Path("downloads").resolve()))
+    handler = partial(SimpleHTTPRequestHandler, directory=chains_file.parent)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{chains_file.name}"
+    digest = hashlib.sha256(chains_file.read_bytes()).hexdigest()
+    assert main([config, "--data", url, "--data_sha256", digest, "--max_passes", "1"]) == 0
+    assert main([config, "--data", url, "--data_sha256", "f" * 64]) == 2
+    assert main([config, "--data", url + "x"]) == 2
+    server.shutdown()
+    errors = capsys.readouterr().err.splitlines()
+    assert digest in errors[-2] and "f" * 64 in errors[-2] and url + "x" in errors[-1]

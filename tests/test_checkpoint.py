@@ -1,0 +1,381 @@
+"""Best probes against one early-stopping loop for each probe; files that survive a crash, bit for bit."""
+
+import builtins
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamprobe import checkpoint
+from streamprobe.checkpoint import STATE, BestProbes, load_run, save_run, write_atomic
+from streamprobe.lags import Column, make_columns
+from streamprobe.probes import ProbeBank, load_probes
+from streamprobe.report import write_probes
+from streamprobe.solvers import AdamSolver
+
+NAN = float("nan")
+COLUMNS = make_columns(["backtracking"], ["token", "onset"], [-8, 0])
+SHAPE = (3, len(COLUMNS))
+
+
+def bank_of(number: float) -> ProbeBank:
+    """A bank whose every probe is `number`, so that a snapshot tells which pass it is from."""
+    number = float(number)  # a bank is float32
+    return ProbeBank([2, 5, 11], list(COLUMNS), torch.full((*SHAPE, 6), number), torch.full(SHAPE, number))
+
+
+def random_bank(seed: int) -> ProbeBank:
+    random = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(*SHAPE, 6, generator=random), torch.randn(SHAPE, generator=random)
+    return ProbeBank([2, 5, 11], list(COLUMNS), weight, bias)
+
+
+def scores_of(value: float) -> Tensor:
+    return torch.full(SHAPE, value, dtype=torch.float64)
+
+
+class Best(NamedTuple):
+    number: int  # the pass of the snapshot
+    score: float
+    stopped_after: int  # 0: never
+
+
+def early_stopping(scores: list[float], patience: int) -> Best:
+    """One probe alone, as in a plain training loop that breaks."""
+    best, number, misses = -1.0, 0, 0
+    for i, score in enumerate(scores, 1):
+        score = 0.0 if score != score else score
+        if score > best:
+            best, number, misses = score, i, 0
+        else:
+            misses += 1
+        if misses == patience:
+            return Best(number, best, i)
+    return Best(number, best, 0)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3, 10])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_probe_is_stopped_as_by_its_own_loop(patience: int, seed: int) -> None:
+    """Scores with many equals and NaN; the snapshot, its score and its pass, and the moment of the stop."""
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 8, (12, *SHAPE), generator=random).double() / 8
+    scores[torch.rand(scores.shape, generator=random) < 0.15] = NAN
+    best = BestProbes(bank_of(0), patience)
+    stopped_after = torch.zeros(SHAPE, dtype=torch.int64)
+    for i, score in enumerate(scores, 1):
+        best.update(score, i, bank_of(i))
+        stopped_after[best.stopped & (stopped_after == 0)] = i
+    for at in torch.cartesian_prod(torch.arange(SHAPE[0]), torch.arange(SHAPE[1])).tolist():
+        expected = early_stopping(scores[:, *at].tolist(), patience)
+        assert Best(int(best.best_pass[*at]), float(best.score[*at]), int(stopped_after[*at])) == expected
+        assert (best.bank.weight[*at] == expected.number).all() and best.bank.bias[*at] == expected.number
+    assert len(stopped_after.unique()) > 1  # the probes do differ
+
+
+def test_a_stopped_probe_never_changes_again() -> None:
+    best = BestProbes(bank_of(0), patience=2)
+    for number, score in enumerate([0.5, 0.4, 0.3], 1):
+        best.update(scores_of(score), number, bank_of(number))
+    assert best.stopped.all()
+    before = {name: tensor.clone() for name, tensor in best.state().items()}
+    for number, score in enumerate([0.9, 1.0, NAN], 4):
+        best.update(scores_of(score), number, bank_of(number))
+    assert all(torch.equal(before[name], tensor) for name, tensor in best.state().items())
+    assert (best.best_pass == 1).all() and (best.bank.weight == 1).all()
+
+
+def test_control_a_probe_with_patience_left_does_change() -> None:
+    best = BestProbes(bank_of(0), patience=3)
+    for number, score in enumerate([0.5, 0.4, 0.3, 0.9], 1):
+        best.update(scores_of(score), number, bank_of(number))
+    assert (best.best_pass == 4).all() and (best.bank.weight == 4).all() and not best.stopped.any()
+
+
+@pytest.mark.parametrize(
+    ("scores", "best_pass"),
+    [([NAN, 0.0, NAN], 1), ([0.0, NAN], 1), ([NAN, 0.1, NAN], 2), ([0.2, NAN, 0.1], 1), ([NAN], 1)],
+)
+def test_a_nan_score_counts_as_zero(scores: list[float], best_pass: int) -> None:
+    best = BestProbes(bank_of(0), patience=5)
+    for number, score in enumerate(scores, 1):
+        best.update(scores_of(score), number, bank_of(number))
+    assert (best.best_pass == best_pass).all() and (best.bank.weight == best_pass).all()
+    assert (best.score == max(0.0, *(s for s in scores if s == s), 0.0)).all()
+
+
+def test_an_equal_score_is_no_rise() -> None:
+    best = BestProbes(bank_of(0), patience=1)
+    best.update(scores_of(0.5), 1, bank_of(1))
+    best.update(scores_of(0.5), 2, bank_of(2))
+    assert best.stopped.all() and (best.bank.weight == 1).all()
+
+
+def test_a_snapshot_is_a_copy_of_the_live_probes() -> None:
+    first, live = bank_of(7), bank_of(1)
+    best = BestProbes(first, patience=1)
+    first.weight.zero_(), first.bias.zero_(), first.columns.clear()
+    assert (best.bank.weight == 7).all() and (best.bank.bias == 7).all() and best.bank.columns == COLUMNS
+    best.update(scores_of(0.5), 1, live)
+    live.weight.zero_(), live.bias.zero_()
+    assert (best.bank.weight == 1).all() and (best.bank.bias == 1).all()
+
+
+def test_control_a_shallow_copy_follows_the_live_probes() -> None:
+    """The check above can fail: a copy of the bank alone still holds its tensors."""
+    live = bank_of(1)
+    shallow = replace(live)
+    live.weight.zero_()
+    assert (shallow.weight == 0).all()
+
+
+def test_a_probe_that_is_not_a_number_is_replaced_whole() -> None:
+    best = BestProbes(bank_of(NAN), patience=1)
+    best.update(scores_of(0.1), 1, bank_of(1))
+    assert (best.bank.weight == 1).all() and (best.bank.bias == 1).all()
+
+
+def test_best_probes_go_on_from_a_file(tmp_path: Path) -> None:
+    scores = torch.rand(10, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    straight, resumed = BestProbes(bank_of(0), 3), BestProbes(random_bank(9), 3)
+    for number, score in enumerate(scores, 1):
+        straight.update(score, number, random_bank(number))
+        if number == 4:
+            save_run(tmp_path, {"best": straight.state()}, {})
+    parts, _ = load_run(tmp_path)
+    resumed.load(parts["best"])
+    for number, score in enumerate(scores[4:], 5):
+        resumed.update(score, number, random_bank(number))
+    ours, theirs = resumed.state(), straight.state()
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(resumed.stopped, straight.stopped)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+PARTS: dict[str, dict[str, Tensor]] = {
+    "solver": {
+        "weight": torch.tensor([[1.0, -0.0, NAN], [float("inf"), 1e-45, 3.0]]),
+        "weight.step": torch.tensor(17.0),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "half": torch.tensor([0.1, 300.0], dtype=torch.bfloat16),
+    },
+    "best": {
+        "score": torch.tensor([[1 / 3]], dtype=torch.float64),
+        "best_pass": torch.tensor([[2**40]]),
+        "stopped": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+    },
+}
+ABOUT: dict[str, Any] = {"pass": 3, "tokens": 12345678901, "config": {"l2": 0.01, "name": "é"}, "plan": [5, True, None]}
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def test_a_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    save_run(tmp_path, PARTS, ABOUT)
+    parts, about = load_run(tmp_path)
+    assert about == ABOUT and parts.keys() == PARTS.keys()
+    for part, tensors in PARTS.items():
+        assert parts[part].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            loaded = parts[part][name]
+            assert (loaded.dtype, loaded.shape, bits(loaded)) == (tensor.dtype, tensor.shape, bits(tensor)), name
+
+
+def test_the_last_save_is_the_one_that_comes_back(tmp_path: Path) -> None:
+    save_run(tmp_path, PARTS, ABOUT)
+    first, _ = load_run(tmp_path)
+    save_run(tmp_path, {"solver": {"weight": torch.ones(2)}}, {"pass": 4})
+    parts, about = load_run(tmp_path)
+    assert about == {"pass": 4} and parts.keys() == {"solver"} and torch.equal(parts["solver"]["weight"], torch.ones(2))
+    assert bits(first["solver"]["weight"]) == bits(PARTS["solver"]["weight"])  # and the first one is still whole
+    assert [file.name for file in (tmp_path / STATE).parent.iterdir()] == [Path(STATE).name]
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    """Also in another order and from other memory."""
+    save_run(tmp_path / "a", PARTS, ABOUT)
+    turned = {
+        part: {name: PARTS[part][name].clone() for name in reversed(PARTS[part])} for part in reversed(PARTS)
+    }  # fmt: skip
+    save_run(tmp_path / "b", turned, {key: ABOUT[key] for key in reversed(ABOUT)})
+    assert (tmp_path / "a" / STATE).read_bytes() == (tmp_path / "b" / STATE).read_bytes()
+
+
+@pytest.mark.parametrize(("part", "name"), [("solver", "weight"), ("best", "stopped")])
+def test_control_another_bit_gives_other_bytes(tmp_path: Path, part: str, name: str) -> None:
+    save_run(tmp_path / "a", PARTS, ABOUT)
+    other = PARTS[part][name].clone()
+    other.view(torch.uint8)[..., 0] ^= 1
+    save_run(tmp_path / "b", PARTS | {part: PARTS[part] | {name: other}}, ABOUT)
+    assert (tmp_path / "a" / STATE).read_bytes() != (tmp_path / "b" / STATE).read_bytes()
+
+
+@pytest.mark.parametrize("folder", ["", "not there", "checkpoint"])
+def test_without_a_checkpoint_there_is_none(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    assert load_run(tmp_path / folder) is None
+
+
+def test_a_solver_goes_on_from_a_file_bit_for_bit(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def make(seed: int) -> AdamSolver:
+        return AdamSolver([2, 5, 11], COLUMNS, 6, torch.full((len(COLUMNS),), 3.0), batch_size=16, seed=seed)
+
+    chunks = [
+        (torch.randn(40, 3, 6, generator=random), torch.rand(40, 4, generator=random) < 0.3, torch.ones(40, 4).bool())
+        for _ in range(4)
+    ]
+    straight, resumed = make(0), make(1)
+    for i, chunk in enumerate(chunks):
+        if i == 2:
+            save_run(tmp_path, {"solver": straight.state()}, {"pass": 2})
+        straight.step(*chunk)
+    parts, _ = load_run(tmp_path)
+    resumed.load(parts["solver"])
+    for chunk in chunks[2:]:
+        resumed.step(*chunk)
+    assert all(torch.equal(resumed.state()[name], tensor) for name, tensor in straight.state().items())
+
+
+def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    for content in (b"old", b"", b"new, and longer"):
+        write_atomic(path, content)
+        assert path.read_bytes() == content
+        assert list(path.parent.iterdir()) == [path]
+
+
+def refuse(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class HalfFile:
+    """A file whose disk is full after half of the content."""
+
+    def __init__(self, path: Path, mode: str):
+        self.file = builtins.open(path, mode, buffering=0)  # noqa: SIM115
+
+    def __enter__(self) -> "HalfFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def write(self, content: bytes) -> int:
+        self.file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    if where == "write":
+        monkeypatch.setattr(checkpoint, "open", HalfFile, raising=False)
+    else:
+        monkeypatch.setattr(os, where, refuse)
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old " * 100)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        fail_at(patch, where)
+        write_atomic(path, b"new and longer " * 100)
+    assert path.read_bytes() == b"old " * 100
+    write_atomic(path, b"new")  # what the failure left behind is in nobody's way
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_first_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        fail_at(patch, where)
+        save_run(tmp_path, PARTS, ABOUT)
+    assert load_run(tmp_path) is None
+
+
+def test_control_a_plain_write_that_fails_tears_the_file(tmp_path: Path) -> None:
+    """The check above can fail: the same full disk under a file that is written in place."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old " * 100)
+    with pytest.raises(OSError, match="No space"), HalfFile(path, "wb") as f:
+        f.write(b"new and longer " * 100)
+    assert path.read_bytes() not in (b"old " * 100, b"new and longer " * 100)
+
+
+def test_content_is_on_disk_before_the_name_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    write_atomic(tmp_path / "file", b"content")
+    assert calls.index("fsync") < calls.index("replace")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, dict[str, ProbeBank]]:
+    """A run's folder with the probes of two solvers."""
+    banks = {"newton": random_bank(1), "adam": random_bank(2)}
+    thresholds = {"newton": torch.zeros(SHAPE), "adam": torch.ones(SHAPE)}
+    write_probes(tmp_path, banks, thresholds, {"config": {"seed": 0}})
+    return tmp_path, banks
+
+
+@pytest.mark.parametrize("solver", ["newton", "adam", None])
+@pytest.mark.parametrize("name", ["", "probes.safetensors"])
+def test_probes_come_back_bit_for_bit(
+    written: tuple[Path, dict[str, ProbeBank]], solver: str | None, name: str
+) -> None:
+    """By folder or file, as text or path; without a solver the first one."""
+    folder, banks = written
+    expected = banks[solver or "newton"]
+    for path in (folder / name, str(folder / name)):
+        bank = load_probes(path, solver)
+        assert (bank.layers, bank.columns) == (expected.layers, expected.columns)
+        assert all(isinstance(column, Column) for column in bank.columns)
+        assert bits(bank.weight) == bits(expected.weight) and bits(bank.bias) == bits(expected.bias)
+        acts = torch.randn(9, 3, 6, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(bank.scores(acts), expected.scores(acts))
+
+
+def test_control_the_two_solvers_probes_differ(written: tuple[Path, dict[str, ProbeBank]]) -> None:
+    folder, banks = written
+    assert bits(load_probes(folder, "adam").weight) != bits(banks["newton"].weight)
+
+
+def test_an_unknown_solver_is_named(written: tuple[Path, dict[str, ProbeBank]]) -> None:
+    with pytest.raises(KeyError, match=r"'sgd'.*\['newton', 'adam'\]"):
+        load_probes(written[0], "sgd")
+
+
+@pytest.mark.parametrize("name", ["", "probes.safetensors", "elsewhere"])
+def test_without_probes_there_is_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_probes(tmp_path / name)
+
+
+def test_scores_are_the_dot_product_of_each_layers_own_probes() -> None:
+    bank, acts = random_bank(4), torch.randn(7, 3, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+    scores = bank.scores(acts)
+    assert scores.dtype == torch.float32 and scores.shape == (7, *SHAPE)
+    for i in range(SHAPE[0]):
+        for k in range(SHAPE[1]):
+            expected = acts[:, i].double() @ bank.weight[i, k].double() + bank.bias[i, k]
+            assert (scores[:, i, k] - expected).abs().max() < 1e-5
