@@ -141,6 +141,7 @@ def test_any_chunks_give_the_pairs_of_the_double_loop(
     codes, support, sizes = chain
     whole, cut = pair(columns, codes, support), pair(columns, codes, support, sizes)
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    assert not (whole.targets & ~whole.valid).any()
     assert as_table(whole) == naive(columns, codes.tolist(), support.tolist())
     assert torch.equal(whole.acts, torch.arange(6.0 * len(codes)).reshape(-1, 2, 3))
 

@@ -1,0 +1,435 @@
+"""The cut-off model computes what the full one does, and hooks come and go with their context manager."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from streamprobe.backbone import (
+    check_layers,
+    decoder_layers,
+    load_backbone,
+    load_tokenizer,
+    pick_dtype,
+    read_config,
+)
+from streamprobe.errors import InputError
+from streamprobe.hooks import tap
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+WINDOW = 4  # tokens; the text is longer
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"] * 2
+
+
+def build(kind: str, folder: str | Path, **changes: Any) -> None:
+    """Saves a tiny random model with an LM head."""
+    import transformers
+
+    extra = {"layer_types": KINDS, "sliding_window": WINDOW} if kind == "Gemma3" else {}
+    config_class = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, config_class)(**SIZES | extra | changes)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).float().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen3", "Gemma3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved tiny model of each architecture."""
+    path = tmp_path_factory.mktemp(request.param)
+    build(request.param, path)
+    return str(path)
+
+
+def full_model(folder: str, **options: Any) -> nn.Module:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def cut_model(folder: str | Path, layers: list[int], **options: Any) -> nn.Module:
+    """On the CPU, where the full one is, too."""
+    return load_backbone(str(folder), layers, "float32", device_map="cpu", **options)
+
+
+def token_ids(seed: int = 0) -> Tensor:
+    return torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, layers: list[int], ids: Tensor | None = None) -> dict[int, Tensor]:
+    """What `tap` reads in one forward pass."""
+    blocks = decoder_layers(model)
+    with tap({layer: blocks[layer] for layer in layers}) as taken:
+        model(input_ids=token_ids() if ids is None else ids, use_cache=False)
+        return {layer: acts.clone() for layer, acts in taken.items()}
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module) -> tuple[Tensor, ...]:
+    return model(input_ids=token_ids(), use_cache=False, output_hidden_states=True).hidden_states
+
+
+# --- the cut ---
+
+
+@pytest.mark.parametrize("layers", [[0], [2, 1], [0, 3, 4]], ids=str)
+def test_truncated_model_is_bit_equal(folder, layers):
+    full = full_model(folder)
+    cut = cut_model(folder, layers)
+    assert len(decoder_layers(full)) == 6 and len(decoder_layers(cut)) == max(layers) + 1
+    reference, got, states = outputs(full, layers), outputs(cut, layers), hidden_states(full)
+    assert set(got) == set(layers)
+    for layer in layers:
+        assert torch.equal(got[layer], reference[layer])
+        assert torch.equal(got[layer], states[layer + 1])  # none of `layers` is the full model's last, which is normed
+        assert not torch.equal(got[layer], states[layer])  # negative control: the block's input
+    normed = cut(input_ids=token_ids(), use_cache=False).last_hidden_state
+    assert not torch.allclose(normed, got[max(layers)])  # negative control: `last_hidden_state`
+
+
+def test_truncated_model_is_frozen_and_smaller(folder):
+    cut = cut_model(folder, [1])
+    assert not cut.training
+    assert not any(p.requires_grad for p in cut.parameters())
+    assert all(p.dtype == torch.float32 for p in cut.parameters())
+    names = {name for name, _ in cut.named_parameters()}
+    assert not any("lm_head" in name for name in names)
+    full = {name: p for name, p in full_model(folder).named_parameters()}
+    assert names == {name for name in full if not any(f"layers.{i}." in name for i in range(2, 6))}
+    for name, p in cut.named_parameters():
+        assert torch.equal(p, full[name])
+
+
+def test_every_block_may_be_asked_for(folder):
+    assert len(decoder_layers(load_backbone(folder, range(6), "float32"))) == 6
+
+
+def test_the_sliding_window_is_kept_by_the_cut(tmp_path):
+    """Lists with an entry per block are cut with the blocks; the window makes a difference in this text."""
+    build("Gemma3", tmp_path)
+    cut = cut_model(str(tmp_path), [2])
+    assert cut.config.layer_types == KINDS[:3]
+    config = read_config(str(tmp_path))
+    config.sliding_window = 64
+    wide, narrow = outputs(full_model(str(tmp_path), config=config), [0])[0], outputs(cut, [0])[0]
+    torch.testing.assert_close(wide[:, :WINDOW], narrow[:, :WINDOW], rtol=0, atol=1e-5)
+    assert (wide[:, WINDOW:] - narrow[:, WINDOW:]).abs().amax(-1).min() > 1e-3  # negative control: a wider window
+
+
+@pytest.mark.parametrize("layers", [[6], [0, 17], [-1]], ids=str)
+def test_layer_out_of_range_is_told_before_the_weights_load(tmp_path, layers):
+    build("Llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"^layers {layers[-1]}; expected numbers from 0 to 5 .*--layers$"):
+        cut_model(str(tmp_path), layers)
+    with pytest.raises(InputError, match="model.safetensors"):  # negative control: one that exists gets to the weights
+        cut_model(str(tmp_path), [5])
+
+
+def test_check_layers_names_all_wrong_ones():
+    from transformers import LlamaConfig
+
+    check_layers(LlamaConfig(**SIZES), [0, 5])
+    with pytest.raises(InputError, match="layers 6 -2;"):
+        check_layers(LlamaConfig(**SIZES), [6, 0, -2])
+
+
+# --- what cannot be loaded ---
+
+
+def test_missing_weights(tmp_path):
+    build("Llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"without the weights layers\.3\.mlp\.up_proj\.weight;"):
+        cut_model(str(tmp_path), [4])
+    cut_model(str(tmp_path), [2])  # negative control: above the cut nothing is missed
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not a valid JSON"),
+        ("{}", "model_type"),
+        ('{"model_type": "martian"}', "martian"),
+        (None, "expected a folder"),
+    ],
+    ids=["broken", "empty", "unknown", "missing"],
+)
+def test_no_model(tmp_path, config, message):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=message) as error:
+        cut_model(str(tmp_path), [0])
+    assert str(tmp_path) in str(error.value) and "; fix: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        cut_model(str(tmp_path / "nowhere"), [0])
+
+
+def test_slow_tokenizer(tmp_path):
+    from transformers import ByT5Tokenizer, LlamaConfig
+
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        load_tokenizer(str(tmp_path))  # no tokenizer at all
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="ByT5Tokenizer, which has no offset mapping; expected a fast tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_fast_tokenizer(model_dir, tokenizer):
+    loaded = load_tokenizer(model_dir)
+    text = "wait no. é\n\nthen"
+    names = {"return_offsets_mapping": True}
+    assert loaded(text, **names)["input_ids"] == tokenizer(text, **names)["input_ids"]
+    assert loaded(text, **names)["offset_mapping"] == tokenizer(text, **names)["offset_mapping"]
+    assert loaded.bos_token_id == 0
+    assert make_tokenizer()(text)["input_ids"] == tokenizer(text)["input_ids"]  # training it is deterministic
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_named_dtype(name):
+    assert pick_dtype(name) is getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "native", "expected"),
+    [
+        (True, True, torch.bfloat16),
+        (True, False, torch.float32),
+        (False, {"avx512_bf16": True}, torch.bfloat16),
+        (False, {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        (False, {"bf16": True}, torch.bfloat16),
+        (False, {"avx2": True, "avx512_bf16": False}, torch.float32),
+        (False, {}, torch.float32),
+    ],
+)
+def test_auto_dtype_is_what_the_hardware_multiplies(monkeypatch, cuda, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
+    assert pick_dtype("auto") is expected
+
+
+# --- the list of blocks ---
+
+
+def test_decoder_layers_of_llama_and_gpt2(tmp_path):
+    from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
+
+    build("Llama", tmp_path / "llama")
+    llama = full_model(str(tmp_path / "llama"))
+    assert decoder_layers(llama) == list(llama.layers)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=5, n_head=4)).save_pretrained(tmp_path / "gpt2")
+    gpt2 = AutoModel.from_pretrained(tmp_path / "gpt2")
+    assert decoder_layers(gpt2) == list(gpt2.h)
+    cut = cut_model(str(tmp_path / "gpt2"), [2])
+    assert len(decoder_layers(cut)) == len(cut.h) == 3
+    got = outputs(cut, [0, 2])
+    for layer in (0, 2):
+        assert torch.equal(got[layer], hidden_states(gpt2.eval())[layer + 1])
+
+
+# --- quantization ---
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Wide enough for one block of 64 weights a row, which is what 4 bits share a scale over."""
+    path = tmp_path_factory.mktemp("wide")
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "initializer_range": 0.05}
+    build("Llama", path, **wide)
+    return str(path)
+
+
+def relative(a: dict[int, Tensor], b: dict[int, Tensor]) -> float:
+    """The largest distance of a layer's activations, in units of the norm of b's."""
+    return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
+
+
+def quantized(folder: str, bits: str) -> nn.Module:
+    pytest.importorskip("bitsandbytes")
+    return cut_model(folder, [2], quantization=bits)
+
+
+LINEAR = 7  # matrices in a Llama block
+
+
+def test_4bit(wide_folder):
+    """Equal to the float model whose matrices were rounded to NF4 by hand, and that is near the float model."""
+    import bitsandbytes as bnb
+
+    model = quantized(wide_folder, "4bit")
+    matrices = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(matrices) == 3 * LINEAR
+    reference = cut_model(wide_folder, [2])
+    plain = outputs(reference, [0, 2])
+    for name in matrices:
+        weight = reference.get_submodule(name).weight
+        rounded = nf4(weight)
+        assert float((rounded - weight).norm() / weight.norm()) < 0.12  # NF4 on normal weights, blocks of 64: 0.09
+        weight.data = rounded
+    by_hand = outputs(reference, [0, 2])
+    assert relative(outputs(model, [0, 2]), by_hand) < 1e-5
+    assert 1e-3 < relative(by_hand, plain)  # negative control: rounding is seen
+
+
+def nf4(weight: Tensor) -> Tensor:
+    """Each block of 64 weights, divided by its largest, rounded to the nearest of NF4's 16 levels."""
+    levels = torch.tensor(NF4)
+    blocks = weight.reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / scale)[..., None].sub(levels).abs().argmin(-1)
+    return (levels[nearest] * scale).reshape(weight.shape)
+
+
+NF4 = [  # Dettmers et al. 2023 (QLoRA), appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def int8(x: Tensor) -> Tensor:
+    """Each row rounded to 127 steps of either sign, the largest of which is its largest number."""
+    x = x.half().float()
+    largest = x.abs().amax(-1, keepdim=True)
+    return (x * (127 / largest)).round() * largest / 127
+
+
+def test_8bit(wide_folder):
+    """Each matrix multiplies rounded activations by rounded weights; that is near the float model.
+
+    What one matrix computes equals the product by hand, but for the 1/127^2 that bitsandbytes wrote with five correct
+    digits.  In the whole model such a difference now and then moves a number to the next of its 127 steps, so there
+    the two are only nearer to each other than to the float model.
+    """
+    import bitsandbytes as bnb
+
+    model = quantized(wide_folder, "8bit")
+    matrices = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear8bitLt)}
+    assert len(matrices) == 3 * LINEAR
+    reference = cut_model(wide_folder, [2])
+    plain, got = outputs(reference, [0, 2]), outputs(model, [0, 2])
+    generator = torch.Generator().manual_seed(0)
+    for name, matrix in matrices.items():
+        linear = reference.get_submodule(name)
+        x = torch.randn(20, linear.in_features, generator=generator)
+        by_hand = int8(x) @ int8(linear.weight).T
+        assert float((matrix(x) - by_hand).norm() / by_hand.norm()) < 1e-4
+        assert float((linear(x) - by_hand).norm() / by_hand.norm()) > 1e-3  # negative control: rounding is seen
+        linear.register_forward_hook(lambda m, args, _: int8(args[0]) @ int8(m.weight).T)
+    rounded = outputs(reference, [0, 2])
+    assert relative(got, rounded) < relative(rounded, plain)
+    assert relative(got, plain) < 1.5 * relative(rounded, plain) < 0.05
+
+
+# --- hooks ---
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_hooks_are_counted(model_dir):
+    model = full_model(model_dir)
+    blocks = decoder_layers(model)
+    assert n_hooks(model) == 0
+    with tap({0: blocks[0], 2: blocks[2]}) as taken:
+        assert n_hooks(model) == 2 and not taken
+        model(token_ids())
+        assert set(taken) == {0, 2} and n_hooks(model) == 2
+        with tap({2: blocks[2]}):
+            assert n_hooks(model) == 3
+        assert n_hooks(model) == 2
+    assert n_hooks(model) == 0 and not taken
+
+
+def test_hooks_go_with_an_exception(model_dir):
+    model = full_model(model_dir)
+    blocks = decoder_layers(model)
+    with pytest.raises(ZeroDivisionError), tap({1: blocks[1]}):
+        assert n_hooks(model) == 1
+        raise ZeroDivisionError
+    assert n_hooks(model) == 0
+    with pytest.raises(IndexError), tap({1: blocks[1]}):  # from within the model
+        model(torch.tensor([[10_000]]))
+    assert n_hooks(model) == 0
+    with pytest.raises(AttributeError), tap({1: blocks[1], 2: None}):  # type: ignore[dict-item]  # while entering
+        pass
+    assert n_hooks(model) == 0
+
+
+def test_tap_reads_the_hidden_states(model_dir):
+    model = full_model(model_dir)
+    got, states = outputs(model, [0, 1, 2]), hidden_states(model)
+    for i in range(3):
+        assert torch.equal(got[i], states[i + 1])
+        assert not torch.equal(got[i], states[i])  # negative control
+
+
+def test_tap_holds_the_last_forward_pass(model_dir):
+    model = full_model(model_dir)
+    with tap({1: decoder_layers(model)[1]}) as taken:
+        model(token_ids(1))
+        first = taken[1]
+        model(token_ids(2))
+        assert not torch.equal(taken[1], first)
+        assert torch.equal(taken[1], outputs(model, [1], token_ids(2))[1])
+        assert not taken[1].requires_grad
+
+
+class Doubles(nn.Module):
+    """A block that returns a tensor or a tuple, and remembers it."""
+
+    def __init__(self, as_tuple: bool):
+        super().__init__()
+        self.as_tuple, self.returned = as_tuple, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Any:
+        self.returned = 2 * x
+        return (self.returned, x) if self.as_tuple else self.returned
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_tap_takes_a_tensor_or_the_head_of_a_tuple_without_a_copy(as_tuple):
+    block = Doubles(as_tuple)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with tap({"any key": block}) as taken:  # type: ignore[dict-item]
+        returned = block(x)
+        got = taken["any key"]  # type: ignore[index]
+        assert torch.equal(got, 2 * x)
+        assert got.data_ptr() == block.returned.data_ptr()
+        assert got.clone().data_ptr() != block.returned.data_ptr()  # negative control
+        assert not got.requires_grad and block.returned.requires_grad
+        (returned[0] if as_tuple else returned).sum().backward()  # the model's own graph is whole
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_folders_can_be_moved(model_dir, tmp_path):
+    """Nothing but the folder is read."""
+    shutil.copytree(model_dir, tmp_path / "copy")
+    a, b = (cut_model(str(path), [1]) for path in (model_dir, tmp_path / "copy"))
+    assert torch.equal(outputs(a, [1])[1], outputs(b, [1])[1])

@@ -1,0 +1,445 @@
+"""From rows to token ids and labels: the split, the token borders, the special tokens, and what is refused."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows, make_tokenizer
+
+from streamprobe.annotations import Section
+from streamprobe.chains import (
+    Counts,
+    Record,
+    fingerprint,
+    format_prompt,
+    load_chains,
+    make_record,
+    read_rows,
+    split_chains,
+    tokenize,
+)
+from streamprobe.errors import InputError
+from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
+
+FIELDS = ("task_id", "problem", "reasoning_chain", "annotated_chain")
+LABELS = ["backtracking", "deduction"]
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}|{{ m.role }}|{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}|assistant|{% endif %}"
+)
+
+
+# --- the split ---
+
+
+@pytest.mark.parametrize("n", [10, 37, 1000])
+@pytest.mark.parametrize("seed", [42, 7])
+def test_test_split_is_the_head_of_the_permutation(n, seed):
+    where = split_chains([f"problem {i}" for i in range(n)], seed=seed)
+    order = np.random.RandomState(seed).permutation(n)
+    n_test = int(0.2 * n)
+    assert {i for i, split in enumerate(where) if split == "test"} == set(order[:n_test])
+    n_validation = round((n - n_test) * 0.1)
+    assert {i for i, split in enumerate(where) if split == "validation"} == set(order[n_test : n_test + n_validation])
+    assert Counter(where)["train"] == n - n_test - n_validation
+    assert "duplicate" not in where
+    if n > 10:  # negative control
+        assert where != split_chains([f"problem {i}" for i in range(n)], seed=seed + 1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_twins_never_cross(seed):
+    rng = np.random.default_rng(seed)
+    problems = [f"problem {i}" for i in rng.integers(0, 60, 100)]
+    where = split_chains(problems, seed=seed)
+    order = np.random.RandomState(seed).permutation(100)
+    assert all(where[i] == "test" for i in order[:20])
+    assert where.count("test") == 20
+    of = {name: {p for p, w in zip(problems, where, strict=True) if w == name} for name in set(where)}
+    assert of["duplicate"] and of["duplicate"] <= of["test"]
+    for a, b in [("train", "validation"), ("train", "test"), ("validation", "test")]:
+        assert not of[a] & of[b]
+    cut = ["test" if i in set(order[:20]) else "validation" if i in set(order[20:28]) else "train" for i in range(100)]
+    train, test = ({p for p, w in zip(problems, cut, strict=True) if w == name} for name in ("train", "test"))
+    assert train & test  # negative control: cutting the permutation alone leaks
+
+
+@pytest.mark.parametrize(("shares", "counts"), [((0.0, 0.1), (0, 10, 90)), ((0.5, 0.0), (50, 0, 50))])
+def test_shares(shares, counts):
+    where = split_chains([str(i) for i in range(100)], *shares)
+    assert tuple(where.count(name) for name in ("test", "validation", "train")) == counts
+
+
+# --- one record as tokens ---
+
+
+def wide_tokenizer(width: int) -> Any:
+    """Tokens of `width` characters each, whatever they are."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{width}}}"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def record(response: str, *sections: tuple[str, int, int], problem: str = "") -> Record:
+    return Record("x_0", problem, response, [Section(*s) for s in sections])
+
+
+def wide(rec: Record, width: int = 3, prompt: str = "{problem}", support: str = "response", unlabelled: str = "ignore"):
+    """The codes of `backtracking` and `deduction` and the support of tokens of `width` characters."""
+    chain = tokenize(rec, wide_tokenizer(width), LABELS, prompt, support, unlabelled)
+    assert chain.codes.dtype == torch.int8 and chain.support.dtype == torch.bool and chain.ids.dtype == torch.int64
+    assert len(chain.ids) == len(chain.codes) == len(chain.support)
+    return chain.codes[:, 0].tolist(), chain.codes[:, 1].tolist(), chain.support.tolist()
+
+
+U, N, Y, S = UNKNOWN, OUTSIDE, INSIDE, ONSET  # unknown, no, yes, start
+B, D, X = "backtracking", "deduction", "initializing"
+BORDERS = {  # response, sections, codes of backtracking, codes of deduction; tokens are abc def ghi jkl
+    "on the border": ("abcdefghijkl", [(B, 0, 6), (D, 6, 12)], [S, Y, N, N], [N, N, S, Y]),
+    "straddling belongs to the later": ("abcdefghijkl", [(B, 0, 4), (D, 4, 12)], [S, N, N, N], [N, S, Y, Y]),
+    "just before the next": ("abcdefghijkl", [(B, 0, 5), (D, 5, 12)], [S, N, N, N], [N, S, Y, Y]),
+    "within one token": ("abcdefghijkl", [(D, 0, 3), (B, 3, 4), (D, 4, 12)], [N, N, N, N], [S, S, Y, Y]),
+    "same label twice": ("abcdefghijkl", [(B, 0, 6), (B, 6, 12)], [S, Y, S, Y], [N, N, N, N]),
+    "label not asked for": ("abcdefghijkl", [(B, 0, 3), (X, 3, 9), (B, 9, 12)], [S, N, N, S], [N, N, N, N]),
+    "unlabelled": ("abcdefghijkl", [(B, 0, 3), (D, 9, 12)], [S, U, U, N], [N, U, U, S]),
+    "into unlabelled": ("abcdefghijkl", [(B, 0, 5)], [S, U, U, U], [N, U, U, U]),
+    "space ends a token": ("ab cd efghij", [(B, 0, 2), (D, 3, 12)], [S, N, N, N], [N, S, Y, Y]),
+    "only space": ("abc   def", [(B, 0, 3), (D, 5, 9)], [S, N, N], [N, S, Y]),
+    "only space, unlabelled": ("abc   def", [(B, 0, 3), (D, 6, 9)], [S, U, N], [N, U, S]),
+    "short last": ("abcd", [(B, 3, 4)], [U, S], [U, N]),
+}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_token_borders(name):
+    response, sections, backtracking, deduction = BORDERS[name]
+    codes = wide(record(response, *sections))
+    assert codes == (backtracking, deduction, [True] * len(backtracking))
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_unlabelled_text_as_negative(name):
+    response, sections, backtracking, deduction = BORDERS[name]
+    codes = wide(record(response, *sections), unlabelled="negative")
+    expected = tuple([OUTSIDE if code == UNKNOWN else code for code in codes] for codes in (backtracking, deduction))
+    assert codes == (*expected, [True] * len(backtracking))
+
+
+@pytest.mark.parametrize("unlabelled", ["ignore", "negative"])
+def test_support(unlabelled):
+    """Tokens PPP, PPr, res: the one that ends in the response is the response's."""
+    rec = record("rest", (B, 0, 4), problem="PPPPP")
+    assert wide(rec, support="response", unlabelled=unlabelled) == ([U, S, Y], [U, N, N], [False, True, True])
+    assert wide(rec, support="all", unlabelled=unlabelled) == ([N, S, Y], [N, N, N], [True, True, True])
+
+
+@pytest.mark.parametrize("prompt", ["{problem}\n\n", "Q: {problem} A: {", "{problem}{problem}", ""])
+def test_prompt_is_text_before_the_response(tokenizer, prompt):
+    rec = record("wait no.", (B, 0, 8), problem="which box {x}?")
+    assert format_prompt(rec.problem, prompt, tokenizer) == prompt.replace("{problem}", rec.problem)
+    chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
+    assert tokenizer.decode(chain.ids[1:]) == prompt.replace("{problem}", rec.problem) + rec.response
+    assert tokenizer.decode(chain.ids[chain.support]).strip() == rec.response
+
+
+def test_chat_without_a_template(tokenizer):
+    with pytest.raises(InputError, match="no chat template"):
+        format_prompt("which?", "chat", tokenizer)
+
+
+BOS = {  # the tokenizer, the prompt, the ids of BOS in front
+    "added by the tokenizer": ({}, "{problem}\n\n", [0]),
+    "not added by the tokenizer": ({"adds": "$A"}, "{problem}\n\n", [0]),
+    "added by the chat template": ({"chat_template": CHAT}, "chat", [0]),
+    "added by neither": ({"chat_template": CHAT.replace("{{ bos_token }}", "")}, "chat", [0]),
+    "written into the prompt, too": ({}, "<s>{problem}\n\n", [0]),
+    "written twice": ({}, "<s><s>{problem}\n\n", [0]),
+    "no such token": ({"adds": "$A", "bos": False}, "{problem}\n\n", []),
+    "EOS behind": ({"adds": "<s> $A </s>"}, "{problem}\n\n", [0]),
+}
+
+
+@pytest.mark.parametrize("name", BOS)
+def test_bos_exactly_once(name):
+    options, prompt, lead = BOS[name]
+    tokenizer = make_tokenizer(**options)
+    rec = record("wait no. then box", (B, 0, 8), (D, 8, 17), problem="which box?")
+    chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
+    assert chain.ids[: len(lead)].tolist() == lead
+    assert chain.ids.tolist().count(0) == len(lead)
+    head = format_prompt(rec.problem, prompt, tokenizer).replace("<s>", "")
+    assert tokenizer.decode(chain.ids, skip_special_tokens=True) == head + rec.response
+    assert tokenizer.decode(chain.ids[chain.codes[:, 0] >= INSIDE]) == "wait no."
+    special = torch.isin(chain.ids, torch.tensor([0, 1, 2]))
+    assert not chain.support[special].any() and (chain.codes[special] == UNKNOWN).all()
+
+
+@pytest.mark.parametrize("support", ["response", "all"])
+@pytest.mark.parametrize("unlabelled", ["ignore", "negative"])
+def test_special_tokens_are_never_samples(support, unlabelled):
+    tokenizer = make_tokenizer(adds="<s> $A </s>")
+    rec = record("wait </s> no <pad>", (B, 0, 18), problem="which <s> box?")
+    chain = tokenize(rec, tokenizer, LABELS, "{problem}\n\n", support, unlabelled)
+    special = torch.isin(chain.ids, torch.tensor([0, 1, 2]))
+    assert special.sum() == 5
+    assert not chain.support[special].any()
+    assert (chain.codes[special] == UNKNOWN).all()
+    assert (chain.codes[:, 0] == ONSET).sum() == 1  # the section goes on behind them
+    plain = make_tokenizer(adds="$A")("wait")["input_ids"]  # negative control: other tokens of the section are
+    assert chain.support[torch.isin(chain.ids, torch.tensor(plain))].any()
+
+
+def encode(rec: Record, tokenizer: Any, prompt: str) -> tuple[str, Any]:
+    """The text of a record and the tokenizer's own view of it."""
+    text = prompt.replace("{problem}", rec.problem) + rec.response
+    return text, tokenizer(text, return_offsets_mapping=True)
+
+
+def inked(text: str, spans: Any) -> set[int]:
+    """The places of the spans' characters, bar white space."""
+    return {i for start, end in spans for i in range(start, end) if not text[i].isspace()}
+
+
+UNICODE = {
+    "task_id": "x_0",
+    "problem": "ü?",
+    "reasoning_chain": "é漢 🙂 wait 🙂\u200d🙂. then",
+    "annotated_chain": '["deduction"]é漢["end-section"] ["backtracking"]🙂 wait 🙂\u200d🙂.["end-section"] then',
+}
+
+
+@pytest.mark.parametrize("prompt", ["{problem}\n\n", ""])
+@pytest.mark.parametrize("rows", [make_rows(30, seed=3), [UNICODE]], ids=["words", "several tokens a letter"])
+def test_round_trip(tokenizer, prompt, rows):
+    """The characters of positive tokens are the section's, bar white space; each section begins once."""
+    for row in rows:
+        rec = make_record("x", *(row[name] for name in FIELDS[1:]), Counts())
+        assert isinstance(rec, Record)
+        chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
+        text, encoded = encode(rec, tokenizer, prompt)
+        assert chain.ids.tolist() == encoded["input_ids"]
+        offsets = np.array(encoded["offset_mapping"])
+        head = len(text) - len(rec.response)
+        for c, label in enumerate(LABELS):
+            sections = [(head + s.start, head + s.end) for s in rec.sections if s.label == label]
+            codes = chain.codes[:, c].numpy()
+            assert inked(text, offsets[codes >= INSIDE]) == inked(text, sections)
+            assert not inked(text, offsets[codes == OUTSIDE]) & inked(text, sections)
+            assert (codes == ONSET).sum() == len(sections)
+            if sections and row is not UNICODE:  # negative control: labels that are three tokens late
+                assert inked(text, offsets[np.roll(codes, 3) >= INSIDE]) != inked(text, sections)
+
+
+def test_onset_is_the_token_of_the_first_letter(tokenizer):
+    for row in make_rows(20, seed=4):
+        rec = make_record("x", *(row[name] for name in FIELDS[1:]), Counts())
+        assert isinstance(rec, Record)
+        rec.sections = [  # without the white space that the annotator put inside the tags
+            Section(s.label, s.end - len(rec.response[s.start : s.end].lstrip()), s.end) for s in rec.sections
+        ]
+        chain = tokenize(rec, tokenizer, LABELS, "{problem}\n\n", "response", "ignore")
+        text, encoded = encode(rec, tokenizer, "{problem}\n\n")
+        head = len(text) - len(rec.response)
+        for c, label in enumerate(LABELS):
+            first = [head + s.start for s in rec.sections if s.label == label]
+            onsets = (chain.codes[:, c] == ONSET).nonzero()[:, 0].tolist()
+            assert len(onsets) == len(first)
+            for t, letter in zip(onsets, first, strict=True):
+                start, end = encoded["offset_mapping"][t]
+                assert start <= letter < end
+
+
+# --- all rows ---
+
+
+def row_of(problem: object, response: object, annotated: object) -> dict[str, object]:
+    return dict(zip(FIELDS, ("x_0", problem, response, annotated), strict=True))
+
+
+def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
+    rows = make_rows(50, seed=5)
+    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
+    assert {name: len(chains) for name, chains in splits.items()} == {"train": 36, "validation": 4, "test": 10}
+    assert counts.as_dict() | {"labels": 0, "characters": 0, "labelled_characters": 0} == {
+        "read": 50, "used": 50, "repaired": 0, "edited_sections": 0, "lost_sections": 0, "unbalanced_tags": 0,
+        "refused": {}, "labels": 0, "characters": 0, "labelled_characters": 0,
+    }  # fmt: skip
+    assert counts.labels["backtracking"] == sum(r["annotated_chain"].count('["backtracking"]') for r in rows)
+    assert counts.characters == sum(len(r["reasoning_chain"]) for r in rows)
+    where = split_chains([r["problem"] for r in rows])
+    for name, chains in splits.items():
+        assert [c.id for c in chains] == [r["task_id"] for r, w in zip(rows, where, strict=True) if w == name]
+
+
+def test_load_chains_counts_what_it_refuses(tokenizer):
+    """Bad rows in the places of train and validation rows move no other chain, and each is counted once."""
+    rows: list[dict[str, Any]] = [dict(r) for r in make_rows(50, seed=5)]
+    order = np.random.RandomState(42).permutation(50)
+    bad = {
+        "a field is missing or not text": [
+            ("p1", None, "x"),
+            ("p2", "x", 3),
+            (4, "x", '["deduction"]x["end-section"]'),
+        ],
+        "empty response": [("p5", " \n", "x"), ("p6", "", "")],
+        "no section found in the response": [("p7", "one two", "one two")],
+        "longer than the model's context of 300 tokens": [("p8", *["box " * 400] * 2), ("p9", *["box " * 300] * 2)],
+        "with a problem of the test split": [(rows[order[3]]["problem"], "box", '["deduction"]box["end-section"]')],
+    }
+    place = iter(order[10:])
+    for reason, values in bad.items():
+        for problem, response, annotated in values:
+            if reason.startswith("longer"):
+                annotated = f'["deduction"]{annotated}["end-section"]'
+            rows[next(place)] = row_of(problem, response, annotated)
+    edited = next(place)
+    rows[edited]["annotated_chain"] = rows[edited]["annotated_chain"].replace(".", ", so.", 1)
+    unbalanced = next(place)
+    rows[unbalanced]["annotated_chain"] = rows[unbalanced]["annotated_chain"].removesuffix('["end-section"]')
+    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 300)
+    assert counts.refused == {reason: len(values) for reason, values in bad.items()}
+    assert counts.read == 50 and counts.used == 50 - sum(counts.refused.values())
+    assert sum(map(len, splits.values())) == counts.used
+    assert (counts.repaired, counts.edited_sections, counts.unbalanced_tags, counts.lost_sections) == (2, 1, 1, 0)
+    clean = load_chains(make_rows(50, seed=5), FIELDS, tokenizer, LABELS, 300)[0]
+    assert [c.id for c in splits["test"]] == [c.id for c in clean["test"]]
+    for name in splits:
+        assert {c.id for c in splits[name]} <= {c.id for c in clean[name]}
+
+
+def test_context_is_counted_in_tokens(tokenizer):
+    rows = make_rows(1, seed=6)
+    length = len(load_chains(rows, FIELDS, tokenizer, LABELS, 10_000)[0]["train"][0].ids)
+    assert load_chains(rows, FIELDS, tokenizer, LABELS, length)[1].used == 1
+    assert load_chains(rows, FIELDS, tokenizer, LABELS, length - 1)[1].used == 0
+
+
+def test_fingerprint_sees_every_change(tokenizer):
+    def load() -> dict[str, list[Any]]:
+        return load_chains(make_rows(20, seed=6), FIELDS, tokenizer, LABELS, 512)[0]
+
+    first = fingerprint(load())
+    assert fingerprint(load()) == first
+    for name in ("ids", "codes", "support"):
+        splits = load()
+        tensor = getattr(splits["test"][0], name)
+        tensor[-1] = ~tensor[-1] if name == "support" else tensor[-1] + 1
+        assert fingerprint(splits) != first
+    moved = load()
+    moved["train"].append(moved["test"].pop())
+    assert fingerprint(moved) != first
+
+
+# --- files ---
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    """The rows in the format that the suffix names."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_read_rows(tmp_path, suffix):
+    rows = make_rows(30, seed=8)
+    rows[3]["problem"] = 'é漢🙂 "quoted" \\ \n\t'
+    assert read_rows(write(tmp_path / f"x.{suffix}", rows), "train", FIELDS) == rows
+
+
+def test_read_rows_of_the_shared_file(chains_file):
+    assert read_rows(str(chains_file), "train", FIELDS) == make_rows(60, seed=7)
+
+
+def test_read_rows_caches_no_copy(tmp_path):
+    for suffix in ("json", "jsonl", "parquet"):
+        read_rows(write(tmp_path / f"y.{suffix}", make_rows(30, seed=8)), "train", FIELDS)
+    cache = Path(os.environ["HF_DATASETS_CACHE"])
+    assert sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) == 0  # empty lock files at most
+    from datasets import load_dataset
+
+    load_dataset("json", data_files=str(tmp_path / "y.json"), split="train")  # negative control: not streamed
+    assert sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) > 0
+
+
+def test_digest(tmp_path):
+    rows = make_rows(3)
+    path = write(tmp_path / "x.json", rows)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert read_rows(path, "train", FIELDS, digest) == rows
+    wrong = "0" * 64
+    with pytest.raises(InputError) as error:
+        read_rows(path, "train", FIELDS, wrong)
+    assert digest in str(error.value) and wrong in str(error.value)
+
+
+def test_digest_of_what_is_no_file(tmp_path):
+    """A folder stands for anything that is no single file."""
+    write(tmp_path / "x.json", make_rows(3))
+    with pytest.raises(InputError, match="data_sha256"):
+        read_rows(str(tmp_path), "train", FIELDS, "0" * 64)
+
+
+@pytest.mark.parametrize("missing", FIELDS)
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_missing_column(tmp_path, missing, suffix):
+    rows = [{name: value for name, value in row.items() if name != missing} for row in make_rows(3)]
+    with pytest.raises(InputError, match=f"without the column '{missing}'"):
+        read_rows(write(tmp_path / f"x.{suffix}", rows), "train", FIELDS)
+
+
+def test_row_without_a_field_is_refused_and_not_the_file(tmp_path, tokenizer):
+    rows: list[dict[str, Any]] = [dict(r) for r in make_rows(20)]
+    order = np.random.RandomState(42).permutation(20)
+    del rows[order[10]]["annotated_chain"]
+    read = read_rows(write(tmp_path / "x.json", rows), "train", FIELDS)
+    counts = load_chains(read, FIELDS, tokenizer, LABELS, 512)[1]
+    assert counts.refused == {"a field is missing or not text": 1} and counts.used == 19
+
+
+BROKEN = {
+    "cut.json": '[{"task_id": "a", "problem": "b"',
+    "words.json": "hello",
+    "cut.jsonl": '{"task_id": "a"}\n{"task_id":',
+    "words.parquet": "hello",
+    "numbers.json": "[1, 2, 3]",
+    "none.json": "[]",
+    "nothing.json": "",
+    "nothing.jsonl": "",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file(tmp_path, name):
+    (tmp_path / name).write_text(BROKEN[name], encoding="utf-8")
+    with pytest.raises(InputError, match=name) as error:
+        read_rows(str(tmp_path / name), "train", FIELDS)
+    assert "\n" not in str(error.value) and "; fix: " in str(error.value)
+
+
+def test_other_encoding(tmp_path):
+    (tmp_path / "x.json").write_bytes('[{"task_id": "caf\xe9"}]'.encode("latin-1"))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_rows(str(tmp_path / "x.json"), "train", FIELDS)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_missing_file(tmp_path, suffix):
+    with pytest.raises(InputError, match=rf"nowhere\.{suffix}, which does not exist"):
+        read_rows(str(tmp_path / f"nowhere.{suffix}"), "train", FIELDS)
