@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TAG = re.compile(r'\["([A-Za-z][\w-]*)"\]')
+TAG = re.compile(r'\["([^"\[\]\n]{1,80})"\]')
 END = "end-section"
 WORD = re.compile(r"\w+|[^\w\s]")
 MAX_GAP = 1_000_000  # characters squared: a larger edited stretch is not aligned letter by letter
@@ -57,7 +57,7 @@ def align(copy: str, original: str) -> np.ndarray:
     """For each character of `copy`, its index in `original` or -1: int64 [len(copy)], rising where not -1.
 
     Words are aligned first, then the letters of the stretches between matching words (Ratcliff & Obershelp, as in
-    `difflib`).  White space between words is not aligned.
+    `difflib`).  White space is not aligned.
     """
     where = np.full(len(copy), -1, dtype=np.int64)
     a, b = list(WORD.finditer(copy)), list(WORD.finditer(original))
@@ -72,6 +72,7 @@ def align(copy: str, original: str) -> np.ndarray:
                 continue
             for block in SequenceMatcher(None, copy[i:j], original[k:n], autojunk=False).get_matching_blocks():
                 where[i + block.a : i + block.a + block.size] = np.arange(k + block.b, k + block.b + block.size)
+    where[[c.isspace() for c in copy]] = -1
     return where
 
 

@@ -1,9 +1,12 @@
 """The frozen model, cut off above the deepest probed layer."""
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from streamprobe.errors import InputError
@@ -16,7 +19,9 @@ def _loader(kind: str, model: str, **where: Any) -> Any:
 
     try:
         return getattr(transformers, kind).from_pretrained(model, **where)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:  # told by whoever launched the run
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         causes = [error, error.__cause__, error.__context__]
         if any(isinstance(c, GatedRepoError) for c in causes) or "gated repo" in str(error):
             raise InputError(
@@ -51,14 +56,46 @@ def load_tokenizer(model: str, **where: Any) -> Any:
 
 
 def check_layers(config: Any, layers: Sequence[int]) -> None:
-    """Raises InputError for a layer that the model does not have."""
-    n = config.get_text_config().num_hidden_layers
+    """Raises InputError for a model that is no decoder, one that cannot be cut, and a layer that it does not have."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    text = config.get_text_config()
+    sees_ahead = config.model_type in MASKED and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or sees_ahead:
+        raise InputError(
+            f"a {config.model_type} model, in which a token sees later ones",
+            "a causal decoder",
+            "choose another --model",
+        )
+    if getattr(text, "hidden_size_per_layer_input", 0) or getattr(text, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"a {config.model_type} model, whose blocks share tables or keys across layers",
+            "a model that can be cut off above a block",
+            "choose another --model",
+        )
+    n = text.num_hidden_layers
     wrong = [layer for layer in layers if not 0 <= layer < n]
     if wrong:
         raise InputError(
             f"layers {' '.join(map(str, wrong))}",
             f"numbers from 0 to {n - 1} (the model has {n} decoder blocks)",
             "choose others with --layers",
+        )
+
+
+def context(config: Any) -> int:
+    """Most tokens that the model takes; without a limit where it names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def check_vocabulary(config: Any, highest: int) -> None:
+    """Raises InputError if the model has no embedding for the token id `highest`."""
+    size = config.get_text_config().vocab_size
+    if highest >= size:
+        raise InputError(
+            f"token {highest}, which the model's vocabulary of {size} has not",
+            "the tokenizer of this model",
+            "check the files of --model",
         )
 
 
@@ -106,6 +143,8 @@ def load_backbone(
     from transformers import BitsAndBytesConfig
     from transformers.utils import logging
 
+    if device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "mend --device_map")
     config = read_config(model, **where)
     check_layers(config, layers)
     truncate(config, max(layers) + 1)
@@ -114,11 +153,14 @@ def load_backbone(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if quantization == "8bit":
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif quantization == "4bit":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the weights that were cut off; missing ones are looked at below
     try:
@@ -131,7 +173,8 @@ def load_backbone(
             "a checkpoint with every weight of the probed blocks",
             "check --model and --gguf_file",
         )
-    if "disk" in (getattr(backbone, "hf_device_map", None) or {}).values():
+    places = set((getattr(backbone, "hf_device_map", None) or {}).values())
+    if "disk" in places or ("cpu" in places and len(places) > 1):
         raise InputError(
             f"model {model}, which does not fit into memory",
             "room for its blocks in device memory and RAM",

@@ -7,14 +7,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamprobe.annotations import Section, annotate
+from streamprobe.annotations import Annotation, Section, annotate
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
@@ -54,95 +53,34 @@ class Counts:
     characters: int = 0
     labelled_characters: int = 0
 
+    def use(self, record: Record, found: Annotation) -> None:
+        """Counts a chain that is used."""
+        self.used += 1
+        self.repaired += bool(found.edited or found.lost or found.unbalanced)
+        self.edited_sections += found.edited
+        self.lost_sections += found.lost
+        self.unbalanced_tags += found.unbalanced
+        self.labels.update(s.label for s in found.sections)
+        self.characters += len(record.response)
+        self.labelled_characters += sum(s.end - s.start for s in found.sections)
+
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain numbers and dicts."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
 
-def fetch(data: str, sha256: str | None = None) -> str:
-    """A local copy of a URL (in the `datasets` cache) or `data` itself; with `sha256`, checks the file's digest."""
-    from datasets import DownloadManager
-
-    if "://" in data:
-        try:
-            path = DownloadManager().download(data)
-        except (OSError, ConnectionError) as error:
-            raise InputError(
-                f"data {data}: {error}", "a URL that can be downloaded", "check the URL and the network"
-            ) from None
-    else:
-        path = data
-    if sha256:
-        got = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        if got != sha256:
-            raise InputError(
-                f"data {data} with SHA-256 {got}",
-                sha256,
-                "download it again, or change data_sha256 if the change is meant",
-            )
-    return str(path)
-
-
-def read_rows(data: str, split: str, columns: Sequence[str], sha256: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a JSON, JSON-lines or parquet file, a URL of one, or a data set on the hub.
-
-    Rows are streamed, so that no converted copy is cached.  Raises InputError where the data cannot be read or a
-    column of `columns` is missing.
-    """
-    from datasets import load_dataset, logging
-    from datasets.exceptions import DatasetsError
-
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told below, once
-    suffix = Path(data.split("?")[0]).suffix
-    local = suffix in (".json", ".jsonl", ".parquet")
-    if sha256 and not local:
-        raise InputError(f"data_sha256 with the data set {data}", "a file to check", "drop data_sha256")
-    if local and "://" not in data and not Path(data).is_file():
-        raise InputError(f"data {data}, which does not exist", "an existing file", "check the path")
-    try:
-        if local:
-            kind = "parquet" if suffix == ".parquet" else "json"
-            rows = list(load_dataset(kind, data_files=fetch(data, sha256), split="train", streaming=True))
-        else:
-            rows = list(load_dataset(data, split=split, streaming=True))
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # an empty file ends in the last one
-        if isinstance(error, InputError):
-            raise
-        cause = error.__cause__ or error
-        raise InputError(
-            f"data {data}, which cannot be read ({type(cause).__name__}: {cause})",
-            "a JSON list, JSON lines or parquet file with one chain a row, a URL of one, or a data set on the hub",
-            "check the file's content, or the id and the network",
-        ) from None
-    if not rows:
-        raise InputError(f"data {data} with no rows", "one chain a row", "check the file")
-    for column in columns:
-        if column not in rows[0]:
-            raise InputError(
-                f"data {data} without the column {column!r}",
-                f"one of {', '.join(map(repr, rows[0]))}",
-                "name the columns with --problem_column, --response_column, --annotation_column and --id_column",
-            )
-    return rows
-
-
-def make_record(id: str, problem: object, response: object, annotated: object, counts: Counts) -> Record | str:
-    """One row as a Record, or the reason why it is refused; counts both."""
+def make_record(id: str, problem: object, response: object, annotated: object) -> tuple[Record, Annotation] | str:
+    """One row as a Record beside what was found of its annotation, or the reason why the row is refused."""
     if not (isinstance(problem, str) and isinstance(response, str) and isinstance(annotated, str)):
-        return "a field is missing or not text"
+        return "with a field that is missing or not text"
+    if any("\ud800" <= c <= "\udfff" for c in problem + response):
+        return "with text that is not Unicode"
     if not response.strip():
-        return "empty response"
+        return "with an empty response"
     found = annotate(annotated, response)
     if not found.sections:
-        return "no section found in the response"
-    counts.repaired += bool(found.edited or found.lost or found.unbalanced)
-    counts.edited_sections += found.edited
-    counts.lost_sections += found.lost
-    counts.unbalanced_tags += found.unbalanced
-    counts.labels.update(s.label for s in found.sections)
-    counts.characters += len(response)
-    counts.labelled_characters += sum(s.end - s.start for s in found.sections)
-    return Record(id, problem, response, found.sections)
+        return "without a section that is found in the response"
+    return Record(id, problem, response, found.sections), found
 
 
 def split_chains(
@@ -248,22 +186,24 @@ def load_chains(
     """
     counts = Counts(read=len(rows))
     id_column, problem_column, response_column, annotation_column = fields
-    where = split_chains([str(row[problem_column]) for row in rows], *shares, split_seed)
+    problems = [row.get(problem_column) for row in rows]  # a missing one is nobody's twin
+    names = [p if isinstance(p, str) else f"row {i} has no problem" for i, p in enumerate(problems)]
+    where = split_chains(names, *shares, split_seed)
     splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
     for row, split in zip(rows, where, strict=True):
         if split == "duplicate":
             counts.refused["with a problem of the test split"] += 1
             continue
-        values = row[problem_column], row[response_column], row[annotation_column]
-        record = make_record(str(row[id_column]), *values, counts)
-        if isinstance(record, str):
-            counts.refused[record] += 1
+        texts = (row.get(name) for name in (problem_column, response_column, annotation_column))
+        made = make_record(str(row.get(id_column)), *texts)
+        if isinstance(made, str):
+            counts.refused[made] += 1
             continue
-        chain = tokenize(record, tokenizer, labels, prompt, support, unlabelled)
+        chain = tokenize(made[0], tokenizer, labels, prompt, support, unlabelled)
         if len(chain.ids) > context:
             counts.refused[f"longer than the model's context of {context:,} tokens"] += 1
             continue
-        counts.used += 1
+        counts.use(*made)
         splits[split].append(chain)
     return splits, counts
 

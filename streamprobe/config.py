@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ class DataConfig:
     split_seed: int = key(42, "Seed of the split.")
 
     def __post_init__(self) -> None:
+        require(0 <= self.split_seed < 2**32, f"split_seed {self.split_seed}", "0 .. 2**32 - 1", "mend --split_seed")
         for name in ("test_share", "validation_share"):
             share = getattr(self, name)
             require(0 < share < 1, f"{name} {share}", "a share between 0 and 1", "try 0.2")
@@ -128,6 +130,7 @@ class ProbeConfig:
             "a positive lag, since `within` looks ahead",
             "add one to --lags",
         )
+        require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "mend --lags")
         self.layers, self.lags = sorted(self.layers), sorted(self.lags)
 
 
@@ -150,6 +153,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "max_passes", "patience"):
             require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"mend --{name}")
+        require(0 <= self.seed < 2**31, f"seed {self.seed}", "0 .. 2**31 - 1", "mend --seed")
+        for name in ("learning_rate", "l2"):
+            require(isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"mend --{name}")
         for name in ("l2", "bootstrap"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"mend --{name}")
         try:
@@ -220,6 +226,12 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         [*given, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     for word in rest:
+        require(
+            not word.endswith((".yaml", ".yml")),
+            f"{word} after the keys",
+            "the config file first",
+            f"run.py {word} ...",
+        )
         raise _unknown(word, keys, "the command line")
     config = RunConfig(path.stem if path else "run", *groups)
     for name, value in (("model", config.model.model), ("data", config.data.data)):
@@ -229,12 +241,17 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
 def _as_arguments(path: Path, keys: list[str]) -> list[str]:
     """The file's keys as command-line arguments, so that one parser gives all values their types."""
-    require(path.is_file(), f"config {path}, which does not exist", "a YAML file", "see the files in configs/")
+    require(path.is_file(), f"config {path}, which is no file", "a YAML file", "see the files in configs/")
     try:
         content = yaml.safe_load(path.read_text())
+        root = yaml.compose(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config {path}: {error}", "YAML of the form `key: value`", "mend that line") from None
     require(isinstance(content, dict), f"config {path}", "lines of the form `key: value`", "see the files in configs/")
+    assert isinstance(root, yaml.MappingNode)
+    names = [name.value for name, _ in root.value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, f"config {path} with {', '.join(twice)} given twice", "each key once", "drop one")
     arguments = []
     for name, value in content.items():
         if name not in keys:

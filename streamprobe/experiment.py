@@ -27,32 +27,49 @@ from streamprobe.provenance import (
     versions,
     write_config,
 )
+from streamprobe.reading import read_rows
 from streamprobe.solvers import AdamSolver
-from streamprobe.stream import ActivationMemory, Plan, TokenBatch, count_tokens, plan_memory, stream
+from streamprobe.stream import ActivationMemory, Plan, TokenBatch, plan_memory, stream
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import evaluate, train
 
-FREE_ON_RESUME = ("output_dir", "resume", "max_passes", "memory_gb", "bootstrap")  # keys that do not change the past
+FREE_ON_RESUME = ("output_dir", "resume", "max_passes", "memory_gb", "bootstrap", "config", "git_commit", "device")
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 def run(config: RunConfig) -> Path:
     """Trains, tests and writes one run; returns its folder.  Raises InputError for what the user can mend."""
+    try:
+        return _run(config)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"too little device memory ({str(error).splitlines()[0]})",
+            "room for the model, a batch and the activations",
+            "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit",
+        ) from error
+
+
+def _run(config: RunConfig) -> Path:
     began = time.perf_counter()
     folder = choose_folder(config.output.output_dir, config.name, config.output.resume)
     checkpoint = load_run(folder) if config.output.resume else None
     if checkpoint:
-        check_resume(config.flat(), checkpoint[1]["config"])
+        check_resume(config.flat(), checkpoint[1]["facts"]["config"])
+    elif config.output.resume:
+        print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
     lab = Lab(config)
     print(lab.preflight, flush=True)
     lab.load_model()
     memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
     facts = lab.facts()
+    if checkpoint:
+        check_resume(facts, checkpoint[1]["facts"])
     write_config(folder, facts)
     best, threshold, passes = fit(lab, folder, memories, checkpoint, facts)
     rows = test(lab, folder, best, threshold, facts)
-    cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), **lab.cost()}
+    plan = f"{memories[0].rows} tokens on {memories[0].home}, {'kept' if memories[0].keep_train else 'streamed'}"
+    cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), "activations": plan, **lab.cost()}
     report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict()})
     lines = "\n".join(f"{name:<22}{value}" for name, value in cost.items())
     report.write_report(folder, rows, lab.preflight, lines)
@@ -73,17 +90,21 @@ class Lab:
         model_config = backbone.read_config(model.model, **self.source)
         backbone.check_layers(model_config, probes.layers)
         fields = (data.id_column, data.problem_column, data.response_column, data.annotation_column)
-        rows = chains.read_rows(data.data, data.data_split, fields, data.data_sha256)
+        rows = read_rows(data.data, data.data_split, fields, data.data_sha256)
         if data.max_chains and data.max_chains < len(rows):
             rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
         tokenizer = backbone.load_tokenizer(model.model, **self.source)
         self.splits, self.counts = chains.load_chains(
-            rows, fields, tokenizer, probes.labels, model_config.get_text_config().max_position_embeddings, data.prompt,
-            data.support, data.unlabelled, (data.test_share, data.validation_share), data.split_seed,
+            rows, fields, tokenizer, probes.labels, backbone.context(model_config), data.prompt, data.support,
+            data.unlabelled, (data.test_share, data.validation_share), data.split_seed,
         )  # fmt: skip
         self.columns = make_columns(probes.labels, probes.targets, probes.lags)
-        self.valid, self.positive = preflight.check_columns(self.splits, self.columns, probes.labels, self.counts)
-        self.preflight = preflight.describe(self.counts, self.splits, probes.labels, tokenizer)
+        self.census = preflight.take_census(self.splits, self.columns, probes.labels, self.counts)
+        highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
+        backbone.check_vocabulary(model_config, highest)
+        self.preflight = preflight.describe(
+            self.counts, self.splits, self.census, self.columns, probes.labels, tokenizer
+        )
         self.forwards = self.tokens = self.padded = 0
         self.seconds = 0.0
 
@@ -125,16 +146,18 @@ class Lab:
     def memories(self, before: list[int] | None) -> Memories:
         """Room for the train and the validation tokens; `before` is the plan of the run that is resumed."""
         probes = self.config.probes
-        n_train, n_validation = (
-            count_tokens(self.splits[s], self.columns, probes.labels)[0] for s in ("train", "validation")
-        )
+        n_train, n_validation = self.census["train"][0], self.census["validation"][0]
         dtype = backbone.pick_dtype(self.config.model.dtype)
         shape = (len(probes.layers), self.hidden_size, len(self.columns))
         token_bytes = shape[0] * shape[1] * dtype.itemsize + 2 * shape[2] + 8
         cap = self.config.training.memory_cap
-        plan = plan_memory(cap, token_bytes, n_train, n_validation, self.device)
-        if before:
-            plan = Plan(before[0], bool(before[1]), bool(before[2]), plan.home)
+        plan = plan_memory(cap, token_bytes, n_train, n_validation, self.config.training.batch_size, self.device)
+        if before and list(plan[:3]) != before:  # the plan decides the order of the tokens
+            raise InputError(
+                f"room for {plan.rows:,} training tokens",
+                f"{before[0]:,}, as when the run began",
+                "give the --memory_gb that it then had, or start a new run",
+            )
         kept = n_validation * plan.keep_validation
         print(
             f"memory    {(plan.rows + kept) * token_bytes / 1e9:.2f} GB on {plan.home} for "
@@ -166,8 +189,10 @@ class Lab:
 def start(lab: Lab, checkpoint: Checkpoint | None) -> tuple[AdamSolver, BestProbes, tuple[int, int]]:
     """The solver, the best probes so far, and the passes and tokens behind them: new, or from the checkpoint."""
     training, layers = lab.config.training, lab.config.probes.layers
+    _, valid, positive = lab.census["train"]
+    positive_weight = (valid - positive) / positive
     solver = AdamSolver(
-        layers, lab.columns, lab.hidden_size, (lab.valid - lab.positive) / lab.positive, training.learning_rate,
+        layers, lab.columns, lab.hidden_size, positive_weight, training.learning_rate,
         training.l2, training.batch_size, training.standardize, training.seed, lab.device,
     )  # fmt: skip
     best = BestProbes(solver.bank(), training.patience)
@@ -187,14 +212,16 @@ def fit(
     training = lab.config.training
     plan, memory, held_out = memories
     solver, best, done = start(lab, checkpoint)
-    tracker = Tracker(folder, lab.config.probes.layers, lab.columns, purge_step=done[1] + 1 if checkpoint else None)
+    tracker = Tracker(
+        folder, lab.config.probes.layers, lab.columns, purge_step=done[1] + 1 if lab.config.output.resume else None
+    )
     tracker.text("preflight", lab.preflight)
     tracker.text("run", json.dumps(facts, indent=1))
     lap = time.perf_counter()
 
     def save(number: int, tokens: int) -> None:
         nonlocal lap
-        about = {"config": facts["config"], "pass": number, "tokens": tokens, "plan": plan[:3]}
+        about = {"facts": facts, "pass": number, "tokens": tokens, "plan": plan[:3]}
         save_run(folder, {"solver": solver.state(), "best": best.state()}, about)
         seconds, lap = time.perf_counter() - lap, time.perf_counter()
         tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
@@ -230,7 +257,7 @@ def test(lab: Lab, folder: Path, best: BestProbes, threshold: Tensor, facts: dic
 
 
 def check_resume(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Raises InputError for a key whose change would make the resumed run another one."""
+    """Raises InputError for a key or fact whose change would make the resumed run another one."""
     for name, value in now.items():
         if name not in FREE_ON_RESUME and value != then.get(name):
             raise InputError(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 100  # resamples at once: bounds the memory of the bootstrap
+
 
 @dataclass
 class Ranking:
@@ -53,11 +55,12 @@ def average_precision(ranking: Ranking) -> Tensor:
 
 
 def f1_at(scores: Tensor, targets: Tensor, threshold: Tensor | float) -> Tensor:
-    """F1 [P] of `scores [N, P] >= threshold` ([P] or a number); 0 without a hit, NaN without positives."""
+    """F1 [P] of `scores [N, P] >= threshold` ([P] or a number); 0 without a hit, NaN without positives or threshold."""
     said = scores >= threshold
     hits = (said & targets[:, None]).sum(0).double()
     f1 = 2 * hits / (said.sum(0) + targets.sum())
-    return f1 if targets.any() else f1 * float("nan")
+    known = targets.any() & ~torch.as_tensor(threshold).isnan()
+    return torch.where(known, f1, float("nan"))
 
 
 def best_threshold(ranking: Ranking) -> Tensor:
@@ -91,6 +94,7 @@ def chain_bootstrap(
     w = weights.to(torch.float32).T.contiguous()  # [C, R]
     n_negative = torch.bincount(chain[~targets], minlength=n_chains).float() @ w  # [R]
     n_positive = torch.bincount(chain[targets], minlength=n_chains).float() @ w
+    draws = torch.arange(w.shape[1])
     usable = (n_negative > 0) & (n_positive > 0)
     levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     intervals = torch.full((2, scores.shape[1], 2), float("nan"), dtype=torch.float64)
@@ -100,16 +104,27 @@ def chain_bootstrap(
         order = scores[:, p].argsort(descending=True)
         s, y, c = scores[order, p], targets[order], chain[order]
         above, tied = _negatives_per_chain(s, y, c, n_chains)  # [M, C] each
-        mine = w[c[y]]  # [M, R] the weight of each positive's own chain
-        fp = above @ w  # [M, R] negatives that score at least as high
-        beaten = (n_negative - fp + 0.5 * (tied @ w)).double()
         end = torch.searchsorted(-s[y], -s[y], right=True) - 1  # the last positive that ties with each
-        tp = mine.cumsum(0)[end]
-        areas = (mine * beaten).sum(0) / (n_positive.double() * n_negative)
-        precision = (mine * (tp / (tp + fp).clamp_min(1))).double().sum(0) / n_positive
-        intervals[0, p] = areas[usable].quantile(levels)
-        intervals[1, p] = precision[usable].quantile(levels)
+        blocks = [_resample(above, tied, w[:, r], n_negative[r], c[y], end) for r in draws.split(BLOCK)]
+        areas, precisions = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        intervals[0, p] = (areas / (n_positive.double() * n_negative))[usable].quantile(levels)
+        intervals[1, p] = (precisions / n_positive)[usable].quantile(levels)
     return intervals[0], intervals[1]
+
+
+def _resample(
+    above: Tensor, tied: Tensor, w: Tensor, n_negative: Tensor, chain: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of each resample, the pairs in the right order and the sum of precisions at the positives: [R] each.
+
+    above, tied [M, C]: negatives at or above each positive, and level with it; w [C, R] weights; n_negative [R];
+    chain [M] of each positive; end [M]: the last positive that ties with it.
+    """
+    mine = w[chain]  # [M, R] the weight of each positive's own chain
+    fp = above @ w  # [M, R] negatives that score at least as high
+    beaten = (n_negative - fp + 0.5 * (tied @ w)).double()
+    tp = mine.cumsum(0)[end]
+    return (mine * beaten).sum(0), (mine * (tp / (tp + fp).clamp_min(1))).double().sum(0)
 
 
 def _negatives_per_chain(s: Tensor, y: Tensor, c: Tensor, n_chains: int) -> tuple[Tensor, Tensor]:

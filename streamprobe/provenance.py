@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from streamprobe.checkpoint import write_atomic
 from streamprobe.errors import InputError
 
-PACKAGES = ("streamprobe", "torch", "transformers", "tokenizers", "accelerate", "numpy", "datasets", "safetensors")
+PACKAGES = "streamprobe torch transformers tokenizers accelerate bitsandbytes numpy datasets safetensors".split()
 
 
 def choose_folder(output_dir: str | None, name: str, resume: bool) -> Path:
@@ -26,6 +27,11 @@ def choose_folder(output_dir: str | None, name: str, resume: bool) -> Path:
         folder = Path(output_dir)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"output_dir {folder}, which is a file", "a folder", "choose another")
+        parent = next(p for p in folder.resolve().parents if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise InputError(
+                f"output_dir {folder}, which cannot be made in {parent}", "a folder to write to", "choose another"
+            )
         if (folder / "config.yaml").exists() and not resume:
             raise InputError(
                 f"output_dir {folder}, which holds a run",

@@ -52,9 +52,9 @@ class Moments:
     def add(self, x: Tensor) -> "Moments":
         """Adds x [N, *shape] of any float dtype, N > 0."""
         shard = Moments(*x.shape[1:])
-        x = x.double()
-        mean = x.mean(0)
-        shard.n, shard.mean, shard.squares_ = len(x), mean.cpu(), (x - mean).square().sum(0).cpu()
+        x = x.cpu().double()  # not every accelerator has float64
+        shard.n, shard.mean = len(x), x.mean(0)
+        shard.squares_ = (x - shard.mean).square().sum(0)
         return self.merge(shard)
 
     def merge(self, other: "Moments") -> "Moments":

@@ -72,7 +72,7 @@ def stream(
 
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
     pass `on_forward` is told the tokens in it and those with padding.  Chains are padded on the right, where causal
-    attention makes padding invisible, and the mask says so as well.  Raises InputError where memory runs out.
+    attention makes padding invisible, and the mask says so as well.
     """
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
@@ -93,14 +93,7 @@ def forward(backbone: nn.Module, ids: Sequence[Tensor]) -> None:
     lengths = torch.tensor([len(x) for x in ids])
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    try:
-        backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False)  # type: ignore[operator]
-    except torch.OutOfMemoryError:
-        raise InputError(
-            f"a batch of {padded.numel():,} tokens, for which {device} has too little memory",
-            "room for one batch",
-            "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit",
-        ) from None
+    backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False)  # type: ignore[operator]
 
 
 def _label(chains: Sequence[Chain], index: Sequence[int], acts: Sequence[Tensor], buffer: LagBuffer) -> TokenBatch:
@@ -146,34 +139,39 @@ class Plan(NamedTuple):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that activations may take: what is free, less 3 GiB and a tenth for model and solver."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(0, int(0.9 * free) - 3 * 2**30)
+    """Memory of `device` that is free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def plan_memory(
-    memory_gb: float | None, token_bytes: int, n_train: int, n_validation: int, device: torch.device
+    memory_gb: float | None, token_bytes: int, n_train: int, n_validation: int, batch_size: int, device: torch.device
 ) -> Plan:
-    """Device memory first, then host RAM, if both splits fit there; else a mixing pool in device memory.
+    """Device memory first, then host RAM, if both splits fit there; else a mixing pool, in device memory if it can be.
 
-    `memory_gb` (10^9 bytes) caps what is taken; None takes what is free, less a reserve.  Raises InputError if there is
-    not even room for a pool of LEAST_TOKENS.
+    `memory_gb` (10^9 bytes) caps what is taken; None takes what is free, less 3 GiB and a tenth for model and solver.
+    Raises InputError if there is not even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that
+    is more.
     """
     places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
-    cap = float("inf") if memory_gb is None else memory_gb * 1e9
+    room = {
+        place: max(0, int(0.9 * free_bytes(place)) - 3 * 2**30) if memory_gb is None
+        else int(min(memory_gb * 1e9, free_bytes(place)))
+        for place in places
+    }  # fmt: skip
     for home in places:
-        if (n_train + n_validation) * token_bytes <= min(cap, free_bytes(home)):
+        if (n_train + n_validation) * token_bytes <= room[home]:
             return Plan(n_train, True, True, home)
-    budget = min(cap, free_bytes(device))
-    keep_validation = n_validation * token_bytes <= budget / 2
-    rows = int(budget // token_bytes) - n_validation * keep_validation
-    if rows < LEAST_TOKENS:
-        raise InputError(
-            f"{budget / 1e9:.3f} GB for activations",
-            f"at least {LEAST_TOKENS * token_bytes / 1e9:.3f} GB to mix tokens in",
-            "raise --memory_gb, free memory, or probe fewer layers",
-        )
-    return Plan(min(rows, MIXING_TOKENS, n_train), False, keep_validation, device)
+    least = max(LEAST_TOKENS, batch_size)
+    for home in places:
+        keep_validation = n_validation * token_bytes <= room[home] / 2
+        rows = room[home] // token_bytes - n_validation * keep_validation
+        if rows >= least:
+            return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
+    raise InputError(
+        f"{max(room.values()) / 1e6:,.2f} MB for activations",
+        f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",
+        "raise --memory_gb, free memory, or probe fewer layers",
+    )
 
 
 class ActivationMemory:
@@ -196,12 +194,11 @@ class ActivationMemory:
         self.home = home or device
         self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0
         n_layers, hidden_size, n_columns = shape
-        pin = self.home.type == "cpu" and device.type == "cuda"
         self.pool = TokenBatch(
-            torch.empty(rows, n_layers, hidden_size, dtype=dtype, device=self.home, pin_memory=pin),
-            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home, pin_memory=pin),
-            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home, pin_memory=pin),
-            torch.empty(rows, dtype=torch.int64, device=self.home, pin_memory=pin),
+            torch.empty(rows, n_layers, hidden_size, dtype=dtype, device=self.home),
+            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home),
+            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home),
+            torch.empty(rows, dtype=torch.int64, device=self.home),
         )
 
     def shuffled(self, source: Callable[[], Iterable[TokenBatch]], multiple: int, seed: int) -> Iterator[TokenBatch]:
@@ -215,7 +212,7 @@ class ActivationMemory:
         if self.filled:
             yield from self._hand_out(torch.randperm(self.used, generator=random), multiple)
             return
-        window = min(self.rows, MIXING_TOKENS)
+        window = min(self.rows, max(MIXING_TOKENS, multiple))
         free = torch.arange(self.rows)
         waiting = torch.empty(0, dtype=torch.int64)
         for batch in source():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from streamprobe.checkpoint import BestProbes
+from streamprobe.errors import InputError
 from streamprobe.metrics import measure
 from streamprobe.probes import ProbeBank
 from streamprobe.solvers import Solver
@@ -31,9 +32,14 @@ class Scored(NamedTuple):
 
 
 def evaluate(bank: ProbeBank, batches: Iterable[TokenBatch]) -> Scored:
-    """Every probe's logit for every token."""
+    """Every probe's logit for every token.  Raises InputError where one is not a number."""
     parts = [(bank.scores(b.acts).cpu(), b.targets.cpu(), b.valid.cpu(), b.chain.cpu()) for b in batches]
-    return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    scored = Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if scored.scores.isnan().any():
+        raise InputError(
+            "scores that are not numbers", "finite activations and weights", "lower --learning_rate, or --dtype"
+        )
+    return scored
 
 
 def train(

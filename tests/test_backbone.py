@@ -433,3 +433,17 @@ def test_folders_can_be_moved(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "copy")
     a, b = (cut_model(str(path), [1]) for path in (model_dir, tmp_path / "copy"))
     assert torch.equal(outputs(a, [1])[1], outputs(b, [1])[1])
+
+
+@pytest.mark.parametrize("damage", ["cut", "other sizes"])
+def test_damaged_weights(tmp_path, damage):
+    build("Llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        weights = load_file(path)
+        weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+        save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError):
+        cut_model(tmp_path, [0])

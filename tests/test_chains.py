@@ -14,18 +14,17 @@ from conftest import make_rows, make_tokenizer
 
 from streamprobe.annotations import Section
 from streamprobe.chains import (
-    Counts,
     Record,
     fingerprint,
     format_prompt,
     load_chains,
     make_record,
-    read_rows,
     split_chains,
     tokenize,
 )
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
+from streamprobe.reading import read_rows
 
 FIELDS = ("task_id", "problem", "reasoning_chain", "annotated_chain")
 LABELS = ["backtracking", "deduction"]
@@ -222,8 +221,9 @@ UNICODE = {
 def test_round_trip(tokenizer, prompt, rows):
     """The characters of positive tokens are the section's, bar white space; each section begins once."""
     for row in rows:
-        rec = make_record("x", *(row[name] for name in FIELDS[1:]), Counts())
-        assert isinstance(rec, Record)
+        made = make_record("x", *(row[name] for name in FIELDS[1:]))
+        assert not isinstance(made, str)
+        rec = made[0]
         chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
         text, encoded = encode(rec, tokenizer, prompt)
         assert chain.ids.tolist() == encoded["input_ids"]
@@ -241,8 +241,9 @@ def test_round_trip(tokenizer, prompt, rows):
 
 def test_onset_is_the_token_of_the_first_letter(tokenizer):
     for row in make_rows(20, seed=4):
-        rec = make_record("x", *(row[name] for name in FIELDS[1:]), Counts())
-        assert isinstance(rec, Record)
+        made = make_record("x", *(row[name] for name in FIELDS[1:]))
+        assert not isinstance(made, str)
+        rec = made[0]
         rec.sections = [  # without the white space that the annotator put inside the tags
             Section(s.label, s.end - len(rec.response[s.start : s.end].lstrip()), s.end) for s in rec.sections
         ]
@@ -285,13 +286,13 @@ def test_load_chains_counts_what_it_refuses(tokenizer):
     rows: list[dict[str, Any]] = [dict(r) for r in make_rows(50, seed=5)]
     order = np.random.RandomState(42).permutation(50)
     bad = {
-        "a field is missing or not text": [
+        "with a field that is missing or not text": [
             ("p1", None, "x"),
             ("p2", "x", 3),
             (4, "x", '["deduction"]x["end-section"]'),
         ],
-        "empty response": [("p5", " \n", "x"), ("p6", "", "")],
-        "no section found in the response": [("p7", "one two", "one two")],
+        "with an empty response": [("p5", " \n", "x"), ("p6", "", "")],
+        "without a section that is found in the response": [("p7", "one two", "one two")],
         "longer than the model's context of 300 tokens": [("p8", *["box " * 400] * 2), ("p9", *["box " * 300] * 2)],
         "with a problem of the test split": [(rows[order[3]]["problem"], "box", '["deduction"]box["end-section"]')],
     }
@@ -410,7 +411,7 @@ def test_row_without_a_field_is_refused_and_not_the_file(tmp_path, tokenizer):
     del rows[order[10]]["annotated_chain"]
     read = read_rows(write(tmp_path / "x.json", rows), "train", FIELDS)
     counts = load_chains(read, FIELDS, tokenizer, LABELS, 512)[1]
-    assert counts.refused == {"a field is missing or not text": 1} and counts.used == 19
+    assert counts.refused == {"with a field that is missing or not text": 1} and counts.used == 19
 
 
 BROKEN = {
@@ -443,3 +444,35 @@ def test_other_encoding(tmp_path):
 def test_missing_file(tmp_path, suffix):
     with pytest.raises(InputError, match=rf"nowhere\.{suffix}, which does not exist"):
         read_rows(str(tmp_path / f"nowhere.{suffix}"), "train", FIELDS)
+
+
+def test_repaired_chains_are_used_chains(tokenizer):
+    row = make_rows(1, seed=6)[0]
+    row["annotated_chain"] = row["annotated_chain"].replace(".", ", so.", 1)
+    counts = load_chains([row], FIELDS, tokenizer, LABELS, 10)[1]
+    assert counts.used == 0 and counts.repaired == 0 and not counts.labels
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_one_odd_row_leaves_the_others_as_they_are(tmp_path, suffix):
+    rows = make_rows(3)
+    rows[2]["reasoning_chain"] = 3
+    assert read_rows(write(tmp_path / f"x.{suffix}", rows), "train", FIELDS)[:2] == rows[:2]
+
+
+def test_text_that_looks_like_dates_stays_text(tmp_path):
+    rows = [row | {"problem": f"2021-01-0{i + 1}"} for i, row in enumerate(make_rows(3))]
+    assert read_rows(write(tmp_path / "x.json", rows), "train", FIELDS) == rows
+
+
+def test_json_lines_with_line_separators_in_strings_and_a_byte_order_mark(tmp_path):
+    rows = [row | {"problem": "one\u2028two\u0085three"} for row in make_rows(3)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read_rows(str(tmp_path / "x.jsonl"), "train", FIELDS) == rows
+
+
+def test_a_lone_surrogate_is_refused(tokenizer):
+    rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30)]
+    rows[3]["reasoning_chain"] += "\ud83d"
+    assert load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused == {"with text that is not Unicode": 1}

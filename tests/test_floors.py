@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors"],
-    ["config", "lags", "backbone", "hooks", "annotations"],
+    ["config", "lags", "backbone", "hooks", "annotations", "reading"],
     ["probes", "metrics", "tracking", "chains"],
     ["solvers", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance"],

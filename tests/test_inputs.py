@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from streamprobe.cli import main
@@ -74,11 +76,19 @@ CASES = {
     "column that does not exist": ({}, ["--problem_column", "question"], "'question'", "'problem'"),
     "model that does not exist": ({}, ["--model", "./gone"], "./gone", "folder"),
     "gguf file that does not exist": ({}, ["--gguf_file", "gone.gguf"], "gone.gguf", "--gguf_file"),
-    "too little memory": ({}, ["--memory_gb", "0.000001"], "0.000 GB", "--memory_gb"),
+    "too little memory": ({}, ["--memory_gb", "0.000001"], "0.00 MB", "--memory_gb"),
     "memory that is no number": ({}, ["--memory_gb", "much"], "memory_gb much", "auto"),
     "no batch": ({}, ["--batch_size", "0"], "batch_size 0", "more than 0"),
     "no tokens in a batch": ({}, ["--max_batch_tokens", "0"], "max_batch_tokens 0", "at least 1"),
     "share above one": ({}, ["--test_share", "1.5"], "test_share 1.5", "between 0 and 1"),
+    "negative seed": ({}, ["--seed", "-1"], "seed -1", "0 .."),
+    "huge split seed": ({}, ["--split_seed", str(2**32)], "split_seed", "0 .."),
+    "rate that is no number": ({}, ["--learning_rate", "inf"], "learning_rate inf", "finite"),
+    "lag beyond all text": ({}, ["--lags", "0", str(10**30)], "lags", "1,000,000"),
+    "CUDA where there is none": ({}, ["--device_map", "cuda:7"], "cuda:7", "--device_map"),
+    "config file in the middle": ({}, ["--max_passes", "1", "more.yaml"], "more.yaml", "config file first"),
+    "data of another kind": ({}, ["--data", "config.yaml"], "config.yaml", ".jsonl"),
+    "output_dir that cannot be made": ({}, ["--output_dir", "config.yaml/x"], "cannot be made", "a folder"),
     "too few chains": ({}, ["--max_chains", "2"], "chains", "every split"),
     "output_dir that is a file": ({}, ["--output_dir", "config.yaml"], "which is a file", "a folder"),
 }
@@ -101,11 +111,13 @@ def test_config_file_that_does_not_exist_or_is_no_mapping(base, capsys):
     assert "gone.yaml" in refused(capsys, "gone.yaml")
     Path("list.yaml").write_text("- layers\n- lags\n")
     assert "key: value" in refused(capsys, "list.yaml")
+    Path("twice.yaml").write_text("model: a\nlayers: [1]\nlayers: [2]\n")
+    assert "layers given twice" in refused(capsys, "twice.yaml")
     Path("broken.yaml").write_text("layers: [1, 2\nlags: 3")
     assert "broken.yaml" in refused(capsys, "broken.yaml")
 
 
-@pytest.mark.parametrize("content", ["[{", "", "[]", "[1, 2]", '{"problem": 1}', "\x00\x01"])
+@pytest.mark.parametrize("content", ["[{", "", "[]", "[1, 2]", '{"problem": 1}', "\x00\x01", '{"a": 1}\n{"a":'])
 def test_data_that_is_not_a_list_of_chains(base, capsys, content):
     Path("bad.json").write_text(content)
     assert "bad.json" in refused(capsys, write("config.yaml", base), "--data", "bad.json")
@@ -118,12 +130,31 @@ def test_data_in_which_every_field_is_wrong_is_refused_and_counted(base, capsys)
     assert "20 chains refused" in error and "not text" in error
 
 
+@pytest.mark.parametrize("kind", ["BertConfig", "T5Config"])
+def test_a_model_whose_tokens_see_later_ones(base, capsys, kind):
+    getattr(transformers, kind)().save_pretrained("other")
+    assert "causal decoder" in refused(capsys, write("config.yaml", base), "--model", "./other")
+
+
+def test_a_model_with_a_smaller_vocabulary_than_its_tokenizer(base, capsys, model_dir):
+    shutil.copytree(model_dir, "small")
+    config = json.loads(Path("small/config.json").read_text())
+    Path("small/config.json").write_text(json.dumps(config | {"vocab_size": 40}))
+    assert "vocabulary of 40" in refused(capsys, write("config.yaml", base), "--model", "./small")
+
+
 def test_output_dir_that_holds_a_run_is_not_written_over(base, capsys):
     write("config.yaml", base)
     Path("out").mkdir()
     Path("out/config.yaml").write_text("precious")
     assert "holds a run" in refused(capsys, "config.yaml", "--output_dir", "out")
     assert Path("out/config.yaml").read_text() == "precious"
+
+
+def test_scores_that_are_no_numbers(base, capsys):
+    assert main([str(write("config.yaml", base)), "--learning_rate", "1e38"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not numbers" in error and "--learning_rate" in error
 
 
 def test_memory_that_runs_out_in_the_model(base, capsys, monkeypatch):

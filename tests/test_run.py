@@ -13,6 +13,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -212,6 +213,29 @@ def test_killed_before_the_first_checkpoint_resume_starts_over(config):
     assert outputs("killed") == outputs("straight")
 
 
+def test_resume_refuses_other_chains(config, chains_file, capsys):
+    """Else chains that were held out could be trained on."""
+    rows = json.loads(chains_file.read_text())
+    Path("mine.json").write_text(json.dumps(rows))
+    assert main([config, "--data", "mine.json", "--output_dir", "out"]) == 0
+    Path("mine.json").write_text(json.dumps(rows[::-1]))
+    assert main([config, "--data", "mine.json", "--output_dir", "out", "--resume", "--max_passes", "4"]) == 2
+    assert "--resume with data_fingerprint" in capsys.readouterr().err
+
+
+def test_validation_without_a_positive_is_told(config, chains_file, capsys):
+    rows = json.loads(chains_file.read_text())
+    order = [i for i in np.random.RandomState(42).permutation(60)[12:]]
+    for i in order[:5]:
+        rows[i]["annotated_chain"] = rows[i]["annotated_chain"].replace("backtracking", "deduction")
+    Path("mine.json").write_text(json.dumps(rows))
+    assert main([config, "--data", "mine.json", "--labels", "backtracking", "--max_passes", "2"]) == 0
+    assert "no positive in validation for backtracking/token/lag-02" in capsys.readouterr().out
+    rows = list(csv.DictReader(Path("runs/tiny/results.csv").open()))
+    assert all(r["f1"] == "nan" and r["threshold"] == "nan" and r["best_pass"] == "1" for r in rows)
+    assert all(float(r["auroc"]) > 0 for r in rows)
+
+
 def test_resume_refuses_another_config_but_takes_more_passes(config, capsys):
     assert main([config, "--output_dir", "out", "--patience", "9"]) == 0
     assert main([config, "--output_dir", "out", "--patience", "9", "--layers", "1", "--resume"]) == 2
@@ -297,6 +321,7 @@ def test_help_names_every_key_and_does_not_import_the_heavy_libraries():
 
 def test_data_by_url_checked_against_its_digest(config, chains_file, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", str(Path("downloads").resolve()))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # this test serves its own network
     handler = partial(SimpleHTTPRequestHandler, directory=chains_file.parent)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

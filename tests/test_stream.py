@@ -522,7 +522,7 @@ GB = 10**9
 def plan(monkeypatch: pytest.MonkeyPatch, cap: float | None, device: torch.device, free: dict[str, float], **n: int):
     """`plan_memory` for tokens of 1,000 bytes, with this many GB free."""
     monkeypatch.setattr(module, "free_bytes", lambda where: int(free[where.type] * GB))
-    return plan_memory(cap, 1000, n.get("train", 800_000), n.get("validation", 100_000), device)
+    return plan_memory(cap, 1000, n.get("train", 800_000), n.get("validation", 100_000), n.get("batch", 64), device)
 
 
 PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB
@@ -536,6 +536,7 @@ PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB
     "pool beside validation": (0.13, CPU, {"cpu": 9}, {"validation": 65_000}, Plan(65_000, False, True, CPU)),
     "validation is over half": (0.13, CPU, {"cpu": 9}, {"validation": 65_001}, Plan(65_536, False, False, CPU)),
     "free memory counts, too": (5, CPU, {"cpu": 0.02}, {}, Plan(20_000, False, False, CPU)),
+    "a large mini-batch": (0.5, CPU, {"cpu": 9}, {"batch": 90_000}, Plan(90_000, False, True, CPU)),
     "the least": (0.001024, CPU, {"cpu": 9}, {}, Plan(1_024, False, False, CPU)),
     "a short train split": (
         0.007,
@@ -577,3 +578,9 @@ def test_free_bytes_leaves_a_reserve(monkeypatch):
     assert free_bytes(CPU) == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 80 * 2**30))
     assert free_bytes(GPU) == 15 * 2**30
+
+
+@pytest.mark.usefixtures("small")
+def test_chunks_of_a_multiple_that_is_larger_than_the_mixing_window():
+    sizes = [len(c.chain) for c in memory(True, None).shuffled(source, 150, 0)]
+    assert sum(sizes) == N_TOKENS and all(size % 150 == 0 for size in sizes[:-1])
