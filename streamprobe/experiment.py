@@ -61,10 +61,10 @@ def _run(config: RunConfig) -> Path:
     lab = Lab(config)
     print(lab.preflight, flush=True)
     lab.load_model()
-    memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
     facts = lab.facts()
     if checkpoint:
         check_resume(facts, checkpoint[1]["facts"])
+    memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
     write_config(folder, facts)
     best, threshold, passes = fit(lab, folder, memories, checkpoint, facts)
     rows = test(lab, folder, best, threshold, facts)
