@@ -1,5 +1,6 @@
 """Train linear probes for every layer and every lag while the language model runs.
 
+python run.py                                                             # configs/demo.yaml: a small model, no network
 python run.py configs/llama-3.1-8b.yaml                                   # the original experiment
 python run.py configs/llama-3.1-8b.yaml --layers 12 16 --lags 0 8 24      # swap layers and lags
 python run.py configs/llama-3.1-8b.yaml --resume                          # go on after a crash

@@ -3,21 +3,19 @@
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from streamprobe.config import load_config
 from streamprobe.errors import InputError
 
+DEFAULT = "configs/demo.yaml"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `run.py`'s command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv) or [DEFAULT]
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the libraries too
     try:
-        if not argv:
-            configs = ", ".join(map(str, sorted(Path("configs").glob("*.yaml")))) or "a YAML file"
-            raise InputError("no config", f"one of {configs}", "python run.py CONFIG.yaml [--key value ...]")
         config = load_config(argv)
         from streamprobe.experiment import run  # after the config: torch and transformers take seconds to import
 

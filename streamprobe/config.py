@@ -241,7 +241,12 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
 def _as_arguments(path: Path, keys: list[str]) -> list[str]:
     """The file's keys as command-line arguments, so that one parser gives all values their types."""
-    require(path.is_file(), f"config {path}, which is no file", "a YAML file", "see the files in configs/")
+    require(
+        path.is_file(),
+        f"config {path}, which is no file",
+        "a YAML file",
+        "run in the folder that holds configs/, or give its path",
+    )
     try:
         content = yaml.safe_load(path.read_text())
         root = yaml.compose(path.read_text())

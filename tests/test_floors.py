@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors"],
-    ["config", "lags", "backbone", "hooks", "annotations", "reading"],
-    ["probes", "metrics", "tracking", "chains"],
-    ["solvers", "checkpoint", "stream"],
+    ["config", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
+    ["model", "probes", "metrics", "tracking", "chains"],
+    ["train", "solvers", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance"],
     ["experiment"],
     ["cli"],
@@ -29,7 +29,7 @@ def imports(source: str, siblings: set[str]) -> set[str]:
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
             continue
-        parts = [name.split(".") for name in names]
+        parts = [name.replace("streamprobe.demo.", "streamprobe.").split(".") for name in names]
         found |= {part[1] for part in parts if part[0] == "streamprobe" and len(part) > 1} & siblings
     return found
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 import yaml
 
+from streamprobe import experiment
 from streamprobe.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -101,10 +102,14 @@ def test_what_the_user_got_wrong_is_told_in_one_line(base, capsys, keys, argv, g
     assert got in error and told in error
 
 
-def test_without_a_config_the_configs_are_listed(capsys, monkeypatch):
+def test_without_a_config_the_demo_runs_and_says_where_it_can(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(experiment, "run", ran.append)
     monkeypatch.chdir(ROOT)
-    status, error = main([]), capsys.readouterr().err
-    assert status == 2 and "configs/llama-3.1-8b.yaml" in error and "python run.py CONFIG.yaml" in error
+    assert main([]) == 0 and ran[0].name == "demo" and ran[0].model.model == "streamprobe/demo/model"
+    monkeypatch.chdir(ROOT / "tests")
+    error = refused(capsys)
+    assert "configs/demo.yaml" in error and "the folder that holds configs/" in error
 
 
 def test_config_file_that_does_not_exist_or_is_no_mapping(base, capsys):
