@@ -1,6 +1,7 @@
 """What must survive a crash or an overfit."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,27 @@ class BestProbes:
     """The best snapshot of every probe so far, each probe judged alone.
 
     A probe whose validation score has not risen for `patience` passes is stopped: its snapshot is final, whatever
-    its live weights do later.
+    its live weights do later.  Without patience the newest weights are the best, until the solver says that they
+    have converged.
     """
 
-    def __init__(self, bank: ProbeBank, patience: int):
+    def __init__(self, bank: ProbeBank, patience: int | None):
         shape = bank.bias.shape
         self.bank, self.patience = bank.clone(), patience
         self.score = torch.full(shape, -1.0, dtype=torch.float64)  # [L, K]
         self.best_pass = torch.zeros(shape, dtype=torch.int64)
         self.misses = torch.zeros(shape, dtype=torch.int64)
+        self.stopped = torch.zeros(shape, dtype=torch.bool)  # [L, K]: which probes are final
 
-    @property
-    def stopped(self) -> Tensor:
-        """Which probes are final: [L, K] bool."""
-        return self.misses >= self.patience
+    def update(self, score: Tensor, number: int, bank: ProbeBank, converged: Tensor) -> None:
+        """Takes the probes of `bank` whose score [L, K] is the best yet, as of pass `number`; NaN counts as 0.
 
-    def update(self, score: Tensor, number: int, bank: ProbeBank) -> None:
-        """Takes the probes of `bank` whose score [L, K] is the best yet, as of pass `number`; NaN counts as 0."""
+        `converged` [L, K] bool: which of them the solver calls final.
+        """
         score = score.nan_to_num(0.0)
-        better = (score > self.score) & ~self.stopped
+        better = ~self.stopped & (True if self.patience is None else score > self.score)
         self.misses = torch.where(better, 0, self.misses + (~self.stopped).long())
+        self.stopped = self.stopped | converged.cpu() | (self.misses >= (self.patience or math.inf))
         self.score, self.best_pass = torch.where(better, score, self.score), self.best_pass.masked_fill(better, number)
         self.bank.take(better.to(bank.bias.device), bank)
 
@@ -53,7 +55,7 @@ class BestProbes:
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
-        ours = {name: getattr(self, name) for name in ("score", "best_pass", "misses")}
+        ours = {name: getattr(self, name) for name in ("score", "best_pass", "misses", "stopped")}
         return {"weight": self.bank.weight, "bias": self.bank.bias, **ours}
 
 

@@ -136,25 +136,34 @@ class ProbeConfig:
 
 @dataclass
 class TrainingConfig:
-    """How the probes are fitted; the defaults are the original experiment's, with features standardised."""
+    """How the probes are fitted; Adam's defaults are the original experiment's, with features standardised."""
 
     _argument_group_name = "training"
 
-    learning_rate: float = key(1e-3, "Adam's learning rate.")
+    solvers: list[str] = key(
+        ["newton"], "newton (exact, a few passes), adam (the original recipe) or both, all fed by the same passes."
+    )
     l2: float = key(0.01, "Penalty on the sum of squared weights.")
+    tolerance: float = key(1e-4, "Norm of a probe's gradient at which Newton calls it converged.")
+    learning_rate: float = key(1e-3, "Adam's learning rate.")
     batch_size: int = key(64, "Tokens per Adam step.")
     standardize: bool = key(True, "Train on (x - mean) / std; saved probes act on raw activations all the same.")
     max_passes: int = key(50, "Most trips over the training tokens.")
-    patience: int = key(3, "Passes without a better validation F1 after which a probe is stopped.")
+    patience: int = key(3, "Passes without a better validation F1 after which a probe of Adam's is stopped.")
     memory_gb: str = key("auto", "Most GB (10^9 bytes) of activations to hold; auto is what is free, less a reserve.")
     bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
     seed: int = key(0, "Seed of weights and order.")
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "max_passes", "patience"):
+        for solver in self.solvers:
+            require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "mend --solvers")
+        require(
+            0 < len(self.solvers) == len(set(self.solvers)), f"solvers {self.solvers}", "each once", "mend --solvers"
+        )
+        for name in ("learning_rate", "batch_size", "max_passes", "patience", "tolerance"):
             require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"mend --{name}")
         require(0 <= self.seed < 2**31, f"seed {self.seed}", "0 .. 2**31 - 1", "mend --seed")
-        for name in ("learning_rate", "l2"):
+        for name in ("learning_rate", "l2", "tolerance"):
             require(isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"mend --{name}")
         for name in ("l2", "bootstrap"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"mend --{name}")

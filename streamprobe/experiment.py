@@ -18,6 +18,7 @@ from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
 from streamprobe.metrics import measure
+from streamprobe.newton import NewtonSolver, curvature_bytes
 from streamprobe.provenance import (
     choose_folder,
     device_name,
@@ -28,10 +29,10 @@ from streamprobe.provenance import (
     write_config,
 )
 from streamprobe.reading import read_rows
-from streamprobe.solvers import AdamSolver
-from streamprobe.stream import ActivationMemory, Plan, TokenBatch, plan_memory, stream
+from streamprobe.solvers import AdamSolver, Solver
+from streamprobe.stream import ActivationMemory, Plan, TokenBatch, memory_room, plan_memory, stream
 from streamprobe.tracking import Tracker
-from streamprobe.trainer import evaluate, train
+from streamprobe.trainer import Fit, evaluate, train
 
 FREE_ON_RESUME = ("output_dir", "resume", "max_passes", "memory_gb", "bootstrap", "config", "git_commit", "device")
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
@@ -66,8 +67,8 @@ def _run(config: RunConfig) -> Path:
         check_resume(facts, checkpoint[1]["facts"])
     memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
     write_config(folder, facts)
-    best, threshold, passes = fit(lab, folder, memories, checkpoint, facts)
-    rows = test(lab, folder, best, threshold, facts)
+    fits, thresholds, passes = fit(lab, folder, memories, checkpoint, facts)
+    rows = test(lab, folder, fits, thresholds, facts)
     plan = f"{memories[0].rows} tokens on {memories[0].home}, {'kept' if memories[0].keep_train else 'streamed'}"
     cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), "activations": plan, **lab.cost()}
     report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict()})
@@ -151,8 +152,11 @@ class Lab:
         shape = (len(probes.layers), self.hidden_size, len(self.columns))
         token_bytes = shape[0] * shape[1] * dtype.itemsize + 2 * shape[2] + 8
         cap = self.config.training.memory_cap
-        plan = plan_memory(cap, token_bytes, n_train, n_validation, self.config.training.batch_size, self.device)
-        if before and list(plan[:3]) != before:  # the plan decides the order of the tokens
+        self.shared, curvature = self._curvature(memory_room(cap, self.device))
+        plan = plan_memory(
+            cap, token_bytes, n_train, n_validation, self.config.training.batch_size, self.device, curvature
+        )
+        if before and [*plan[:3], self.shared] != before:  # the plan decides the order of the tokens
             raise InputError(
                 f"room for {plan.rows:,} training tokens",
                 f"{before[0]:,}, as when the run began",
@@ -167,6 +171,18 @@ class Lab:
         )  # fmt: skip
         train = ActivationMemory(plan.rows, plan.keep_train, shape, dtype, self.device, plan.home)
         return plan, train, ActivationMemory(kept, plan.keep_validation, shape, dtype, self.device, plan.home)
+
+    def _curvature(self, room: int) -> tuple[bool, int]:
+        """Whether Newton's columns must share a matrix per layer (else they would take over a quarter), and bytes."""
+        if "newton" not in self.config.training.solvers:
+            return False, 0
+        n_layers, n_columns = len(self.config.probes.layers), len(self.columns)
+        all_columns, one = (curvature_bytes(n_layers, n, self.hidden_size) for n in (n_columns, 1))
+        shared = all_columns > room / 4
+        taken = one if shared else all_columns + one
+        kind = f"one per layer: {all_columns / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
+        print(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}", flush=True)
+        return shared, taken
 
     def facts(self) -> dict[str, Any]:
         """What defines the numbers of this run."""
@@ -186,72 +202,90 @@ class Lab:
         }  # fmt: skip
 
 
-def start(lab: Lab, checkpoint: Checkpoint | None) -> tuple[AdamSolver, BestProbes, tuple[int, int]]:
-    """The solver, the best probes so far, and the passes and tokens behind them: new, or from the checkpoint."""
+def start(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple[int, int]]:
+    """The solvers with their best probes so far, and the passes and tokens behind them: new, or from the checkpoint."""
     training, layers = lab.config.training, lab.config.probes.layers
     _, valid, positive = lab.census["train"]
     positive_weight = (valid - positive) / positive
-    solver = AdamSolver(
-        layers, lab.columns, lab.hidden_size, positive_weight, training.learning_rate,
-        training.l2, training.batch_size, training.standardize, training.seed, lab.device,
-    )  # fmt: skip
-    best = BestProbes(solver.bank(), training.patience)
+    solvers: dict[str, Solver] = {
+        "adam": AdamSolver(
+            layers, lab.columns, lab.hidden_size, positive_weight, training.learning_rate,
+            training.l2, training.batch_size, training.standardize, training.seed, lab.device,
+        ),
+        "newton": NewtonSolver(
+            layers, lab.columns, lab.hidden_size, positive_weight, training.l2, training.tolerance,
+            training.standardize, lab.shared, lab.device,
+        ),
+    }  # fmt: skip
+    patience = {"adam": training.patience, "newton": None}
+    fits = [Fit(solvers[name], BestProbes(solvers[name].bank(), patience[name])) for name in training.solvers]
     if not checkpoint:
-        return solver, best, (0, 0)
+        return fits, (0, 0)
     parts, about = checkpoint
-    solver.load(parts["solver"])
-    best.load(parts["best"])
+    for solver, best in fits:
+        solver.load(parts[solver.name])
+        best.load(parts[f"{solver.name}-best"])
     print(f"resumed   after pass {about['pass']}", flush=True)
-    return solver, best, (about["pass"], about["tokens"])
+    return fits, (about["pass"], about["tokens"])
 
 
 def fit(
     lab: Lab, folder: Path, memories: Memories, checkpoint: Checkpoint | None, facts: dict[str, Any]
-) -> tuple[BestProbes, Tensor, int]:
-    """Trains the bank; returns the best probes, their thresholds [L, K] and the passes made."""
-    training = lab.config.training
+) -> tuple[list[Fit], list[Tensor], int]:
+    """Trains the banks; returns the solvers' best probes, their thresholds [L, K] and the passes made."""
+    training, probes = lab.config.training, lab.config.probes
     plan, memory, held_out = memories
-    solver, best, done = start(lab, checkpoint)
-    tracker = Tracker(
-        folder, lab.config.probes.layers, lab.columns, purge_step=done[1] + 1 if lab.config.output.resume else None
-    )
+    fits, done = start(lab, checkpoint)
+    purge_step = done[1] + 1 if lab.config.output.resume else None
+    tracker = Tracker(folder, training.solvers, probes.layers, lab.columns, purge_step)
     tracker.text("preflight", lab.preflight)
     tracker.text("run", json.dumps(facts, indent=1))
     lap = time.perf_counter()
 
     def save(number: int, tokens: int) -> None:
         nonlocal lap
-        about = {"facts": facts, "pass": number, "tokens": tokens, "plan": plan[:3]}
-        save_run(folder, {"solver": solver.state(), "best": best.state()}, about)
+        about = {"facts": facts, "pass": number, "tokens": tokens, "plan": [*plan[:3], lab.shared]}
+        states = {solver.name: solver.state() for solver, _ in fits}
+        save_run(folder, states | {f"{solver.name}-best": best.state() for solver, best in fits}, about)
         seconds, lap = time.perf_counter() - lap, time.perf_counter()
         tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
         tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)
-        f1, stopped = best.score, f"{int(best.stopped.sum())} of {best.stopped.numel()} probes stopped"
-        print(
-            f"pass {number:<4}{seconds:>8.1f} s   validation F1 {f1.min():.3f} .. {f1.max():.3f}   {stopped}",
-            flush=True,
-        )
+        print(f"pass {number:<4}{seconds:>8.1f} s   {'   '.join(map(standing, fits))}", flush=True)
 
     validation = partial(held_out.in_order, lambda: lab.read("validation"))
     passes = train(
-        solver, best, memory, lambda n: lab.read("train", training.seed + n, f"pass {n}"), validation, tracker, save,
+        fits, memory, lambda n: lab.read("train", training.seed + n, f"pass {n}"), validation, tracker, save,
         training.max_passes, training.batch_size, training.seed, done,
     )  # fmt: skip
     tracker.close()
-    return best, measure(*evaluate(best.bank, validation())[:3])["threshold"], passes
+    scored = evaluate([best.bank for _, best in fits], validation())
+    return fits, [measure(*each[:3])["threshold"] for each in scored], passes
 
 
-def test(lab: Lab, folder: Path, best: BestProbes, threshold: Tensor, facts: dict[str, Any]) -> list[report.Row]:
+def standing(fit: Fit) -> str:
+    """A solver's place on the line that ends a pass."""
+    solver, best = fit
+    f1, final = best.score, f"{int(best.stopped.sum())} of {best.stopped.numel()} probes"
+    if solver.name == "newton":
+        return f"newton: validation F1 {f1.min():.3f} .. {f1.max():.3f}, {final} converged"
+    return f"adam: best validation F1 {f1.min():.3f} .. {f1.max():.3f}, {final} stopped"
+
+
+def test(lab: Lab, folder: Path, fits: list[Fit], thresholds: list[Tensor], facts: dict[str, Any]) -> list[report.Row]:
     """Scores the held-out chains once with the best probes; writes probes.safetensors and results.csv."""
     training = lab.config.training
-    scored = evaluate(best.bank, (batch.to(lab.device) for batch in lab.read("test")))
-    metrics = measure(*scored[:3], threshold) | report.intervals(
-        *scored, len(lab.splits["test"]), training.bootstrap, training.seed
-    )
-    rows = report.make_rows("adam", best.bank, metrics, best.best_pass, *scored[1:])
+    banks = {solver.name: best.bank for solver, best in fits}
+    rows: list[report.Row] = []
+    scores = evaluate(list(banks.values()), (batch.to(lab.device) for batch in lab.read("test")))
+    for (solver, best), threshold, scored in zip(fits, thresholds, scores, strict=True):
+        metrics = measure(*scored[:3], threshold) | report.intervals(
+            *scored, len(lab.splits["test"]), training.bootstrap, training.seed
+        )
+        norms = solver.gradient_norm
+        rows += report.make_rows(solver.name, best.bank, metrics, best.best_pass, norms, *scored[1:])
     about = {name: facts[name] for name in ("data_fingerprint", "model_fingerprint")}
     about["config"] = {name: value for name, value in facts["config"].items() if name not in FREE_ON_RESUME}
-    report.write_probes(folder, {"adam": best.bank}, {"adam": threshold}, about)
+    report.write_probes(folder, banks, dict(zip(banks, thresholds, strict=True)), about)
     report.write_results(folder, rows)
     return rows
 

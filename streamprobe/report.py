@@ -22,7 +22,8 @@ from streamprobe.probes import ProbeBank, bank_tensors
 
 FIELDS = (
     "solver,layer,label,target,lag,control,split,auroc,auroc_low,auroc_high,average_precision,average_precision_low,"
-    "average_precision_high,f1,threshold,f1_at_half,tpr_at_5fpr,base_rate,n_tokens,n_positive,n_chains,best_pass"
+    "average_precision_high,f1,threshold,f1_at_half,tpr_at_5fpr,base_rate,n_tokens,n_positive,n_chains,best_pass,"
+    "gradient_norm"
 ).split(",")
 Row = dict[str, Any]
 
@@ -52,11 +53,15 @@ def make_rows(
     bank: ProbeBank,
     metrics: Mapping[str, Tensor],
     best_pass: Tensor,
+    gradient_norm: Tensor,
     targets: Tensor,
     valid: Tensor,
     chain: Tensor,
 ) -> list[Row]:
-    """A row per probe, in the order layer, column.  metrics: name -> [L, K]; targets, valid [N, K]; chain [N]."""
+    """A row per probe, in the order layer, column.
+
+    metrics: name -> [L, K]; best_pass and gradient_norm [L, K]; targets, valid [N, K]; chain [N].
+    """
     rows = []
     for i, layer in enumerate(bank.layers):
         for k, column in enumerate(bank.columns):
@@ -67,6 +72,7 @@ def make_rows(
                     **{name: float(values[i, k]) for name, values in metrics.items()},
                     "base_rate": hits / n if n else math.nan, "n_tokens": n, "n_positive": hits,
                     "n_chains": int(chain[valid[:, k]].unique().numel()), "best_pass": int(best_pass[i, k]),
+                    "gradient_norm": float(gradient_norm[i, k]),
                 }
             )  # fmt: skip
     return rows

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from streamprobe.lags import Column
+from streamprobe.moments import first_scaling, scaled
 from streamprobe.probes import ProbeBank, fold
 
 
@@ -18,12 +19,22 @@ class Solver(Protocol):
     """Fits L x K probes, one chunk of shuffled tokens after another."""
 
     name: str
+    converged: Tensor  # [L, K] bool: probes that no further pass would change
+    gradient_norm: Tensor  # [L, K] of the objective, where it was last taken; NaN from a solver that does not know it
 
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
         """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool."""
 
+    def end_pass(self) -> None:
+        """Told when all training tokens have been seen once more."""
+
     def bank(self) -> ProbeBank:
         """The probes as they stand, in raw activation space, sharing no memory with the solver."""
+        ...
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether a resumed run must show it the first pass once more, for what is too large for a checkpoint."""
         ...
 
     def loss(self) -> Tensor:
@@ -36,41 +47,6 @@ class Solver(Protocol):
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up where the solver that gave `state` stood."""
-
-
-class Moments:
-    """Mean and standard deviation of features, summed over a stream and merged over shards.
-
-    Chan, Golub & LeVeque (1983): the merge of two shards equals one pass over both, without cancellation.
-    """
-
-    def __init__(self, *shape: int):
-        self.n = 0
-        self.mean = torch.zeros(shape, dtype=torch.float64)
-        self.squares_ = torch.zeros(shape, dtype=torch.float64)  # sum of squared deviations from the mean
-
-    def add(self, x: Tensor) -> "Moments":
-        """Adds x [N, *shape] of any float dtype, N > 0."""
-        shard = Moments(*x.shape[1:])
-        x = x.cpu().double()  # not every accelerator has float64
-        shard.n, shard.mean = len(x), x.mean(0)
-        shard.squares_ = (x - shard.mean).square().sum(0)
-        return self.merge(shard)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Adds what `other` has summed."""
-        if not other.n:
-            return self
-        n = self.n + other.n
-        delta = other.mean - self.mean
-        self.squares_ = self.squares_ + other.squares_ + delta.square() * (self.n * other.n / n)
-        self.mean, self.n = self.mean + delta * (other.n / n), n
-        return self
-
-    @property
-    def std(self) -> Tensor:
-        """Population standard deviation [*shape]."""
-        return (self.squares_ / self.n).sqrt()
 
 
 class AdamSolver:
@@ -88,6 +64,7 @@ class AdamSolver:
     """
 
     name = "adam"
+    forgetful = False
 
     def __init__(
         self,
@@ -117,6 +94,8 @@ class AdamSolver:
         self.adam = torch.optim.Adam([self.weight, self.bias], lr=learning_rate, fused=True)
         self._create_adam_state()
         self.loss_, self.n_loss = torch.zeros(shape[:2], device=device), torch.zeros(shape[1], device=device)
+        self.converged = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        self.gradient_norm = torch.full(shape[:2], float("nan"), device=device)
 
     def _create_adam_state(self) -> None:
         """Adam makes its moments at its first step; a step along a zero gradient leaves all but its count at zero."""
@@ -129,8 +108,11 @@ class AdamSolver:
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
         """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K]."""
         if not self.started:
-            self._freeze_moments(acts)
-        x = ((acts.float() - self.mean) / self.scale).transpose(0, 1).contiguous()  # [L, N, D]
+            self.started.fill_(True)
+            if self.standardize:
+                for ours, first in zip((self.mean, self.scale), first_scaling(acts), strict=True):
+                    ours.copy_(first)
+        x = scaled(acts, self.mean, self.scale)  # [L, N, D]
         y = targets.float()
         weight = valid * torch.where(targets, self.positive_weight, 1.0)  # [N, K]
         z = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
@@ -148,12 +130,8 @@ class AdamSolver:
         self.bias.grad = slope.sum(1)
         self.adam.step()
 
-    def _freeze_moments(self, acts: Tensor) -> None:
-        self.started.fill_(True)
-        if self.standardize:
-            moments = Moments(*self.mean.shape).add(acts)
-            self.mean.copy_(moments.mean)
-            self.scale.copy_(torch.where(moments.std > 0, moments.std, 1.0))
+    def end_pass(self) -> None:
+        """Nothing: Adam's steps do not wait for the end of a pass."""
 
     def bank(self) -> ProbeBank:
         """The probes as they stand, in raw activation space."""

@@ -143,32 +143,40 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
+def memory_room(memory_gb: float | None, device: torch.device) -> int:
+    """Bytes that a run may fill on `device`: `memory_gb` 10^9 bytes, or what is free less 3 GiB and a tenth."""
+    free = free_bytes(device)
+    return max(0, int(0.9 * free) - 3 * 2**30) if memory_gb is None else int(min(memory_gb * 1e9, free))
+
+
 def plan_memory(
-    memory_gb: float | None, token_bytes: int, n_train: int, n_validation: int, batch_size: int, device: torch.device
+    memory_gb: float | None,
+    token_bytes: int,
+    n_train: int,
+    n_validation: int,
+    batch_size: int,
+    device: torch.device,
+    taken: int = 0,
 ) -> Plan:
     """Device memory first, then host RAM, if both splits fit there; else a mixing pool, in device memory if it can be.
 
-    `memory_gb` (10^9 bytes) caps what is taken; None takes what is free, less 3 GiB and a tenth for model and solver.
-    Raises InputError if there is not even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that
-    is more.
+    `memory_gb` as in `memory_room`; `taken` bytes of the device's are spoken for.  Raises InputError if there is not
+    even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that is more.
     """
-    places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
-    room = {
-        place: max(0, int(0.9 * free_bytes(place)) - 3 * 2**30) if memory_gb is None
-        else int(min(memory_gb * 1e9, free_bytes(place)))
-        for place in places
-    }  # fmt: skip
-    for home in places:
-        if (n_train + n_validation) * token_bytes <= room[home]:
+    rooms = {device: max(0, memory_room(memory_gb, device) - taken)}
+    if device.type != "cpu":
+        rooms[torch.device("cpu")] = memory_room(memory_gb, torch.device("cpu"))
+    for home, space in rooms.items():
+        if (n_train + n_validation) * token_bytes <= space:
             return Plan(n_train, True, True, home)
     least = max(LEAST_TOKENS, batch_size)
-    for home in places:
-        keep_validation = n_validation * token_bytes <= room[home] / 2
-        rows = room[home] // token_bytes - n_validation * keep_validation
+    for home, space in rooms.items():
+        keep_validation = n_validation * token_bytes <= space / 2
+        rows = space // token_bytes - n_validation * keep_validation
         if rows >= least:
             return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
     raise InputError(
-        f"{max(room.values()) / 1e6:,.2f} MB for activations",
+        f"{max(rooms.values()) / 1e6:,.2f} MB for activations",
         f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",
         "raise --memory_gb, free memory, or probe fewer layers",
     )

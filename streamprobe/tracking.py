@@ -1,6 +1,7 @@
 """TensorBoard.  The step of every curve is the number of training tokens seen so far, over all passes."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
@@ -9,36 +10,43 @@ from streamprobe.lags import Column
 
 
 class Tracker:
-    """Curves of every probe under tags that sort: val_auroc/backtracking/token/layer12/lag+08."""
+    """Curves of every probe under tags that sort: val_auroc/newton/backtracking/token/layer12/lag+08."""
 
-    def __init__(self, folder: Path, layers: list[int], columns: list[Column], purge_step: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        solvers: list[str],
+        layers: list[int],
+        columns: list[Column],
+        purge_step: int | None = None,
+    ):
         """Writes event files into `folder`; on resume, `purge_step` hides what was logged after the checkpoint."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
-        self.layers, self.columns = layers, columns
+        self.solvers, self.layers, self.columns = solvers, layers, columns
         self.writer.add_custom_scalars(self._layout())
 
-    def _tag(self, name: str, layer: int, column: Column) -> str:
-        return f"{name}/{column.label}/{column.target}/layer{layer:02d}/lag{column.lag:+03d}"
+    def _tag(self, name: str, solver: str, layer: int, column: Column) -> str:
+        return f"{name}/{solver}/{column.label}/{column.target}/layer{layer:02d}/lag{column.lag:+03d}"
 
     def _layout(self) -> dict[str, dict[str, list]]:
         """Custom scalars: for each metric, label and target one chart per layer that holds all lags."""
         layout: dict[str, dict[str, list]] = {}
         for name in ("val_auroc", "val_average_precision", "val_f1_at_half", "train_loss"):
-            for column in self.columns:
-                charts = layout.setdefault(f"{name} {column.label} {column.target}", {})
+            for solver, column in product(self.solvers, self.columns):
+                charts = layout.setdefault(f"{name} {solver} {column.label} {column.target}", {})
                 for layer in self.layers:
                     tags = charts.setdefault(f"layer {layer:02d}", ["Multiline", []])[1]
-                    tags.append("^" + self._tag(name, layer, column).replace("+", r"\+") + "$")
+                    tags.append("^" + self._tag(name, solver, layer, column).replace("+", r"\+") + "$")
         return layout
 
-    def probes(self, name: str, values: Tensor, step: int) -> None:
+    def probes(self, name: str, solver: str, values: Tensor, step: int) -> None:
         """One point on the curve of every probe; values [L, K], NaN left out."""
         for layer, row in zip(self.layers, values.tolist(), strict=True):
             for column, value in zip(self.columns, row, strict=True):
                 if not math.isnan(value):
-                    self.writer.add_scalar(self._tag(name, layer, column), value, step)
+                    self.writer.add_scalar(self._tag(name, solver, layer, column), value, step)
 
     def number(self, name: str, value: float, step: int) -> None:
         """One point on a curve of the whole run."""

@@ -21,6 +21,7 @@ from streamprobe.solvers import AdamSolver
 NAN = float("nan")
 COLUMNS = make_columns(["backtracking"], ["token", "onset"], [-8, 0])
 SHAPE = (3, len(COLUMNS))
+NOT_CONVERGED = torch.zeros(SHAPE, dtype=torch.bool)
 
 
 def bank_of(number: float) -> ProbeBank:
@@ -69,7 +70,7 @@ def test_each_probe_is_stopped_as_by_its_own_loop(patience: int, seed: int) -> N
     best = BestProbes(bank_of(0), patience)
     stopped_after = torch.zeros(SHAPE, dtype=torch.int64)
     for i, score in enumerate(scores, 1):
-        best.update(score, i, bank_of(i))
+        best.update(score, i, bank_of(i), NOT_CONVERGED)
         stopped_after[best.stopped & (stopped_after == 0)] = i
     for at in torch.cartesian_prod(torch.arange(SHAPE[0]), torch.arange(SHAPE[1])).tolist():
         expected = early_stopping(scores[:, *at].tolist(), patience)
@@ -81,11 +82,11 @@ def test_each_probe_is_stopped_as_by_its_own_loop(patience: int, seed: int) -> N
 def test_a_stopped_probe_never_changes_again() -> None:
     best = BestProbes(bank_of(0), patience=2)
     for number, score in enumerate([0.5, 0.4, 0.3], 1):
-        best.update(scores_of(score), number, bank_of(number))
+        best.update(scores_of(score), number, bank_of(number), NOT_CONVERGED)
     assert best.stopped.all()
     before = {name: tensor.clone() for name, tensor in best.state().items()}
     for number, score in enumerate([0.9, 1.0, NAN], 4):
-        best.update(scores_of(score), number, bank_of(number))
+        best.update(scores_of(score), number, bank_of(number), NOT_CONVERGED)
     assert all(torch.equal(before[name], tensor) for name, tensor in best.state().items())
     assert (best.best_pass == 1).all() and (best.bank.weight == 1).all()
 
@@ -93,7 +94,7 @@ def test_a_stopped_probe_never_changes_again() -> None:
 def test_control_a_probe_with_patience_left_does_change() -> None:
     best = BestProbes(bank_of(0), patience=3)
     for number, score in enumerate([0.5, 0.4, 0.3, 0.9], 1):
-        best.update(scores_of(score), number, bank_of(number))
+        best.update(scores_of(score), number, bank_of(number), NOT_CONVERGED)
     assert (best.best_pass == 4).all() and (best.bank.weight == 4).all() and not best.stopped.any()
 
 
@@ -104,15 +105,15 @@ def test_control_a_probe_with_patience_left_does_change() -> None:
 def test_a_nan_score_counts_as_zero(scores: list[float], best_pass: int) -> None:
     best = BestProbes(bank_of(0), patience=5)
     for number, score in enumerate(scores, 1):
-        best.update(scores_of(score), number, bank_of(number))
+        best.update(scores_of(score), number, bank_of(number), NOT_CONVERGED)
     assert (best.best_pass == best_pass).all() and (best.bank.weight == best_pass).all()
     assert (best.score == max(0.0, *(s for s in scores if s == s), 0.0)).all()
 
 
 def test_an_equal_score_is_no_rise() -> None:
     best = BestProbes(bank_of(0), patience=1)
-    best.update(scores_of(0.5), 1, bank_of(1))
-    best.update(scores_of(0.5), 2, bank_of(2))
+    best.update(scores_of(0.5), 1, bank_of(1), NOT_CONVERGED)
+    best.update(scores_of(0.5), 2, bank_of(2), NOT_CONVERGED)
     assert best.stopped.all() and (best.bank.weight == 1).all()
 
 
@@ -121,7 +122,7 @@ def test_a_snapshot_is_a_copy_of_the_live_probes() -> None:
     best = BestProbes(first, patience=1)
     first.weight.zero_(), first.bias.zero_(), first.columns.clear()
     assert (best.bank.weight == 7).all() and (best.bank.bias == 7).all() and best.bank.columns == COLUMNS
-    best.update(scores_of(0.5), 1, live)
+    best.update(scores_of(0.5), 1, live, NOT_CONVERGED)
     live.weight.zero_(), live.bias.zero_()
     assert (best.bank.weight == 1).all() and (best.bank.bias == 1).all()
 
@@ -134,9 +135,19 @@ def test_control_a_shallow_copy_follows_the_live_probes() -> None:
     assert (shallow.weight == 0).all()
 
 
+def test_without_patience_the_newest_probes_are_the_best_until_they_have_converged() -> None:
+    best = BestProbes(bank_of(0), patience=None)
+    first = NOT_CONVERGED.clone()
+    first[0, 1] = True
+    for number, (score, converged) in enumerate([(0.5, NOT_CONVERGED), (0.4, first), (0.3, first)], 1):
+        best.update(scores_of(score), number, bank_of(number), converged)
+    assert torch.equal(best.stopped, first) and torch.equal(best.best_pass, torch.where(first, 2, 3))
+    assert (best.bank.weight[0, 1] == 2).all() and (best.bank.weight[1] == 3).all()
+
+
 def test_a_probe_that_is_not_a_number_is_replaced_whole() -> None:
     best = BestProbes(bank_of(NAN), patience=1)
-    best.update(scores_of(0.1), 1, bank_of(1))
+    best.update(scores_of(0.1), 1, bank_of(1), NOT_CONVERGED)
     assert (best.bank.weight == 1).all() and (best.bank.bias == 1).all()
 
 
@@ -144,13 +155,13 @@ def test_best_probes_go_on_from_a_file(tmp_path: Path) -> None:
     scores = torch.rand(10, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     straight, resumed = BestProbes(bank_of(0), 3), BestProbes(random_bank(9), 3)
     for number, score in enumerate(scores, 1):
-        straight.update(score, number, random_bank(number))
+        straight.update(score, number, random_bank(number), NOT_CONVERGED)
         if number == 4:
             save_run(tmp_path, {"best": straight.state()}, {})
     parts, _ = load_run(tmp_path)
     resumed.load(parts["best"])
     for number, score in enumerate(scores[4:], 5):
-        resumed.update(score, number, random_bank(number))
+        resumed.update(score, number, random_bank(number), NOT_CONVERGED)
     ours, theirs = resumed.state(), straight.state()
     assert ours.keys() == theirs.keys()
     assert torch.equal(resumed.stopped, straight.stopped)

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors"],
     ["config", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
-    ["model", "probes", "metrics", "tracking", "chains"],
-    ["train", "solvers", "checkpoint", "stream"],
+    ["model", "probes", "moments", "metrics", "tracking", "chains"],
+    ["train", "solvers", "newton", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance"],
     ["experiment"],
     ["cli"],

@@ -26,6 +26,7 @@ from streamprobe.checkpoint import BestProbes
 from streamprobe.cli import main
 from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.metrics import measure
+from streamprobe.newton import PAIRS, NewtonSolver
 from streamprobe.probes import load_probes
 from streamprobe.report import FIELDS, table, write_report
 from streamprobe.solvers import AdamSolver
@@ -42,7 +43,7 @@ def config(tmp_path, model_dir, chains_file, monkeypatch):
     keys = {
         "model": str(model_dir), "data": str(chains_file), "dtype": "float32", "layers": [0, 2], "lags": [-2, 0, 4],
         "labels": ["backtracking", "deduction"], "targets": ["token", "onset", "within"], "max_passes": 3,
-        "max_batch_tokens": 512, "bootstrap": 20,
+        "max_batch_tokens": 512, "bootstrap": 20, "solvers": ["adam", "newton"],
     }  # fmt: skip
     Path("tiny.yaml").write_text(yaml.safe_dump(keys))
     return "tiny.yaml"
@@ -65,15 +66,18 @@ def test_a_run_writes_what_it_promises(config, capsys):
 
     rows = list(csv.DictReader((folder / "results.csv").open()))
     columns = 2 * (3 + 3 + 1)  # labels x (token, onset, within: positive lags only)
-    assert list(rows[0]) == FIELDS and len(rows) == 2 * columns
+    assert list(rows[0]) == FIELDS and len(rows) == 2 * 2 * columns
     assert all(0 <= float(r["auroc_low"]) <= float(r["auroc"]) <= float(r["auroc_high"]) <= 1 for r in rows)
     assert all(r["split"] == "test" and int(r["n_chains"]) <= 12 for r in rows)
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["run"]["passes"] == 3 and summary["run"]["counts"]["read"] == 60
     assert set(summary["run"]["versions"]) >= {"python", "torch", "transformers"}
-    nested = summary["results"]["adam"]["deduction"]["onset"]["lag+04"]["layer02"]
-    row = next(r for r in rows if (r["layer"], r["label"], r["target"], r["lag"]) == ("2", "deduction", "onset", "4"))
+    nested = summary["results"]["newton"]["deduction"]["onset"]["lag+04"]["layer02"]
+    place = ("newton", "2", "deduction", "onset", "4")
+    row = next(r for r in rows if (r["solver"], r["layer"], r["label"], r["target"], r["lag"]) == place)
+    assert {r["gradient_norm"] for r in rows if r["solver"] == "adam"} == {"nan"}
+    assert all(0 < float(r["gradient_norm"]) < 1 for r in rows if r["solver"] == "newton")
     assert nested["auroc"] == pytest.approx(float(row["auroc"]), rel=1e-5)
 
     for told in ("chains    60 read", "1<", "memory", "pass 3", "test AUROC   backtracking, target within", "wrote"):
@@ -82,16 +86,16 @@ def test_a_run_writes_what_it_promises(config, capsys):
 
 def test_saved_probes_give_the_saved_results(config, model_dir):
     assert main([config]) == 0
-    bank = load_probes("runs/tiny")
+    banks = [load_probes("runs/tiny", solver) for solver in ("adam", "newton")]
     from streamprobe.config import load_config
     from streamprobe.experiment import Lab
 
     lab = Lab(load_config([config]))
     lab.load_model()
-    scored = trainer.evaluate(bank, lab.read("test"))
-    aurocs = measure(*scored[:3])["auroc"]
+    scored = trainer.evaluate(banks, lab.read("test"))
+    aurocs = [area for each in scored for area in measure(*each[:3])["auroc"].flatten().tolist()]
     rows = csv.DictReader(Path("runs/tiny/results.csv").open())
-    assert [float(r["auroc"]) for r in rows] == pytest.approx(aurocs.flatten().tolist(), rel=1e-5)
+    assert [float(r["auroc"]) for r in rows] == pytest.approx(aurocs, rel=1e-5)
 
 
 def test_the_config_that_a_run_wrote_runs_it_again(config):
@@ -106,16 +110,19 @@ def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
     assert main([config]) == 0
     events = EventAccumulator("runs/tiny").Reload()
     scalars = events.Tags()["scalars"]
-    assert {"val_auroc/backtracking/token/layer02/lag+04", "train_loss/deduction/onset/layer00/lag-02"} <= set(scalars)
-    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/stopped_probes"} <= set(scalars)
-    steps = [e.step for e in events.Scalars("val_f1/backtracking/token/layer00/lag+00")]
+    assert {
+        "val_auroc/adam/backtracking/token/layer02/lag+04",
+        "train_loss/newton/deduction/onset/layer00/lag-02",
+    } <= set(scalars)
+    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/final_probes/newton"} <= set(scalars)
+    steps = [e.step for e in events.Scalars("val_f1/adam/backtracking/token/layer00/lag+00")]
     assert len(steps) == 3 and steps == sorted(steps)
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {c.title: [k.title for k in c.chart] for c in layout.category}
-    assert charts["val_auroc backtracking token"] == ["layer 00", "layer 02"]
+    assert charts["val_auroc newton backtracking token"] == ["layer 00", "layer 02"]
 
 
 SPY = """
@@ -156,9 +163,10 @@ def test_no_activation_reaches_a_file(config, memory):
     paths = spied(config, "--memory_gb", memory, "--output_dir", "out")
     out = Path("out").resolve()
     assert not [p for p in paths if not p.is_relative_to(out) and not holds_nothing(p)]
-    probes, hidden, curves = 2 * 14, 32, 8
+    probes, hidden, curves = 2 * 14, 32, 2 * 8
     bank = probes * (hidden + 1) * 4
-    limits = {"state.safetensors": 5 * bank, "probes.safetensors": 2 * bank}
+    vectors = 4 + 2 * PAIRS  # float64, of each probe of Newton's
+    limits = {"state.safetensors": (5 + 2 * vectors) * bank, "probes.safetensors": 3 * bank}
     activations = 60 * 60 * 2 * hidden * 4  # of the shortest conceivable data set
     for path in (p for p in Path("out").rglob("*") if p.is_file()):
         limit = limits.get(path.name, probes * curves * 3 * 2 * 100 if "tfevents" in path.name else 60_000) + 8_000
@@ -232,7 +240,8 @@ def test_validation_without_a_positive_is_told(config, chains_file, capsys):
     assert main([config, "--data", "mine.json", "--labels", "backtracking", "--max_passes", "2"]) == 0
     assert "no positive in validation for backtracking/token/lag-02" in capsys.readouterr().out
     rows = list(csv.DictReader(Path("runs/tiny/results.csv").open()))
-    assert all(r["f1"] == "nan" and r["threshold"] == "nan" and r["best_pass"] == "1" for r in rows)
+    assert all(r["f1"] == "nan" and r["threshold"] == "nan" for r in rows)
+    assert {(r["solver"], r["best_pass"]) for r in rows} == {("adam", "1"), ("newton", "2")}
     assert all(float(r["auroc"]) > 0 for r in rows)
 
 
@@ -275,19 +284,21 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tm
     read = partial(stream, backbone=model, layers=layers, columns=columns, labels=labels, max_batch_tokens=3000)
     n, valid, positive = count_tokens(splits[0], columns, labels)
     memory = ActivationMemory(n, True, (2, 32, 4), torch.float32, torch.device("cpu"))
-    solver = AdamSolver(layers, columns, 32, (valid - positive) / positive, learning_rate=1e-2, batch_size=256)
-    best = BestProbes(solver.bank(), patience=3)
+    weight = (valid - positive) / positive
+    adam = AdamSolver(layers, columns, 32, weight, learning_rate=1e-2, batch_size=256)
+    newton = NewtonSolver(layers, columns, 32, weight)
+    fits = [trainer.Fit(adam, BestProbes(adam.bank(), 3)), trainer.Fit(newton, BestProbes(newton.bank(), None))]
     trainer.train(
-        solver, best, memory, lambda number: read(splits[0], seed=number), lambda: read(splits[1]),
-        Tracker(tmp_path, layers, columns), lambda number, tokens: None, max_passes=5, batch_size=256, seed=0,
+        fits, memory, lambda number: read(splits[0], seed=number), lambda: read(splits[1]),
+        Tracker(tmp_path, ["adam", "newton"], layers, columns), lambda number, tokens: None, max_passes=5, batch_size=256, seed=0,
     )  # fmt: skip
-    scored = trainer.evaluate(best.bank, read(splits[2]))
-    auroc = measure(*scored[:3])["auroc"]  # [L, K]
-    if permuted:
-        assert (auroc - 0.5).abs().max() < 0.05
-    else:
-        assert auroc[:, 2].min() > 0.99
-        assert (auroc[:, [0, 3]] - 0.5).abs().max() < 0.05
+    for scored in trainer.evaluate([best.bank for _, best in fits], read(splits[2])):
+        auroc = measure(*scored[:3])["auroc"]  # [L, K]
+        if permuted:
+            assert (auroc - 0.5).abs().max() < 0.05
+        else:
+            assert auroc[:, 2].min() > 0.99
+            assert (auroc[:, [0, 3]] - 0.5).abs().max() < 0.05
 
 
 def test_hostile_text_is_escaped_and_a_missing_class_is_told(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.lags import make_columns
-from streamprobe.solvers import AdamSolver, Moments
+from streamprobe.moments import Moments
+from streamprobe.solvers import AdamSolver
 
 LAYERS = [8, 10, 12, 14, 16]
 COLUMNS = make_columns(["backtracking"], ["token"], [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48])
