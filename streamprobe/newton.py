@@ -35,12 +35,11 @@ class NewtonSolver:
     on the bias), C the weighted Gram of `moments.Grams`, and is H where w = 0 (Boehning & Lindsay 1988).  So the first
     pass, which sums H and the gradient at zero, ends in an exact Newton step: the class-balanced ridge, all that a
     ranking needs.  Each further pass streams the gradient alone and steps by what L-BFGS makes of H^-1 and the last
-    PAIRS steps (Nocedal & Wright 2006, algorithm 7.4).  Where J has risen, a probe goes back to its best point, forgets
-    its steps and takes the one by H^-1, which cannot raise J.  A probe is converged when the norm of its gradient is at
-    most `tolerance`, and then stays as it is.
+    PAIRS steps (Nocedal & Wright 2006, algorithm 7.4).  Where J has risen the next pass tries a shorter step from the
+    best point, so J falls.  A probe is converged when the norm of its gradient is at most `tolerance`, and then stays.
 
-    `shared`: one H per layer, the mean of its columns', for when K of them do not fit.  It bounds nothing, so a step
-    by H^-1 that has raised J halves the probe's step size.
+    `shared`: one H per layer, the mean of its columns', for when K of them do not fit.  It bounds nothing, but the
+    probes that all this leads to are the same.
     """
 
     name = "newton"
@@ -73,7 +72,7 @@ class NewtonSolver:
         self.point, self.best, self.best_gradient, self.natural = torch.zeros(4, *probes, hidden_size + 1, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, hidden_size + 1, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
-        self.scale_up, self.step_size = torch.ones(2, *probes, **wide)
+        self.scale_up = torch.ones(probes, **wide)
         self.passes = torch.zeros((), dtype=torch.int64)
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
         self._start_pass()
@@ -94,9 +93,10 @@ class NewtonSolver:
             self.grams.add(acts, targets, valid)
         x = scaled(acts, self.mean, self.scale)  # [L, N, D]
         z = torch.baddbmm(self.point[..., -1:].mT.float(), x, self.point[..., :-1].mT.float())  # [L, N, K]
-        y, weight = targets.float(), valid * torch.where(targets, self.positive_weight, 1.0)
-        loss = (weight * (softplus(z) - y * z)).sum(1, dtype=torch.float64)
-        self.gradient_ += (weight * (z.sigmoid() - y)).mT @ with_one(x)
+        weight = valid * torch.where(targets, self.positive_weight, 1.0)
+        sign = torch.where(targets, -1.0, 1.0)  # softplus(z) - y z and sigmoid(z) - y, without their cancellation
+        loss = (weight * softplus(sign * z)).sum(1, dtype=torch.float64)
+        self.gradient_ += (weight * sign * (sign * z).sigmoid()).mT @ with_one(x)
         n = valid.sum(0)
         self.loss_, self.n = self.loss_ + loss, self.n + n
         self.recent_loss_, self.recent_n = self.recent_loss_ + loss, self.recent_n + n
@@ -136,21 +136,23 @@ class NewtonSolver:
         loss = self.loss_ / self.n + self.l2 * self.point[..., :-1].square().sum(-1)
         gradient = self.gradient_ / self.n[:, None] + self.penalty * self.point
         natural = self._solve(gradient)
-        live = ~self.converged
-        better = live & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
-        worse = live & ~better
-        by_h = self.scale_up == 1  # the last step was H's alone
-        self.step_size = torch.where(worse & by_h & self.shared, self.step_size / 2, self.step_size)
+        better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
+        shorter = self._step_back(loss)
         self._remember(better & (self.passes > 0), gradient - self.best_gradient, natural - self.natural)
-        self.past[:, :, worse] = 0
-        self.scale_up[worse] = 1
         keep = better[..., None]
         self.best, self.best_gradient = self.point.where(keep, self.best), gradient.where(keep, self.best_gradient)
         self.natural, self.best_loss = natural.where(keep, self.natural), loss.where(better, self.best_loss)
         self.gradient_norm = self.best_gradient.norm(dim=-1)
         self.converged = self.converged | (better & (self.gradient_norm <= self.tolerance))
-        end = self.best - self.step_size[..., None] * self._direction()
-        self.point = torch.where(self.converged[..., None], self.best, end)
+        self.point = torch.where(keep, self.best - self._direction(), shorter)
+        self.point = torch.where(self.converged[..., None], self.best, self.point)
+
+    def _step_back(self, loss: Tensor) -> Tensor:
+        """Where J has risen: the minimum of the parabola through both losses and the slope at `best`, [L, K, E]."""
+        step = self.point - self.best
+        slope = (step * self.best_gradient).sum(-1)
+        share = -slope / (2 * (loss - self.best_loss - slope))
+        return self.best + share.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
 
     def _remember(self, where: Tensor, y: Tensor, solved: Tensor) -> None:
         """Takes the pair (last step, what it did to the gradient) of the probes `where` [L, K]; solved is H^-1 y."""
@@ -218,6 +220,5 @@ class NewtonSolver:
             "best_loss",
             "gradient_norm",
             "scale_up",
-            "step_size",
         )
         return {name: getattr(self, name) for name in (*names, "passes", "converged")}

@@ -140,6 +140,9 @@ def table(rows: Sequence[Row]) -> str:
         blank = sum(math.isnan(row["auroc"]) for row in grid.values())
         if blank:
             lines.append(f"{blank} probes have nan: their test tokens lack a class")
+        norms = sorted(row["gradient_norm"] for row in grid.values() if not math.isnan(row["gradient_norm"]))
+        if norms:
+            lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
         lines.append("")
     return "\n".join(lines)
 
