@@ -191,3 +191,24 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     ]
     assert lists, f"{type(model).__name__} has no list of {n} blocks"
     return list(lists[0])
+
+
+def make_cache(config: Any) -> Any:
+    """An empty cache of keys and values, to read a text in chunks; blocks with a window hold no more than that.
+
+    Raises InputError for a model whose later chunks could change what earlier ones held: one with a running state, or
+    with rotary frequencies that depend on the length of the text.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=config)
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    if not plain or kinds & {"dynamic", "longrope"}:
+        raise InputError(
+            f"chains longer than max_batch_tokens, and a {config.model_type} model, which cannot read them in chunks",
+            "plain or sliding attention, and rotary frequencies that do not depend on the length of the text",
+            "raise --max_batch_tokens to the length of the longest chain",
+        )
+    return cache

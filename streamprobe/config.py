@@ -46,7 +46,9 @@ class ModelConfig:
     )
     device_map: str = key("auto", "Where the blocks lie (accelerate): auto, cpu, cuda, cuda:1, balanced, ...")
     trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
-    max_batch_tokens: int = key(8192, "Most tokens in one forward pass, padding included; a longer chain goes alone.")
+    max_batch_tokens: int = key(
+        8192, "Most tokens in one forward pass, padding included; a longer chain goes through in chunks of so many."
+    )
 
     def __post_init__(self) -> None:
         require(self.max_batch_tokens > 0, f"max_batch_tokens {self.max_batch_tokens}", "at least 1", "try 8192")

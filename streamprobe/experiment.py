@@ -103,6 +103,8 @@ class Lab:
         self.census = preflight.take_census(self.splits, self.columns, probes.labels, self.counts)
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
         backbone.check_vocabulary(model_config, highest)
+        if max(len(c.ids) for split in self.splits.values() for c in split) > model.max_batch_tokens:
+            backbone.make_cache(model_config)  # so that a model that cannot be read in chunks is told before it loads
         self.preflight = preflight.describe(
             self.counts, self.splits, self.census, self.columns, probes.labels, tokenizer
         )

@@ -4,14 +4,14 @@ Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns,
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
-from streamprobe.backbone import decoder_layers
+from streamprobe.backbone import decoder_layers, make_cache
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
@@ -40,7 +40,7 @@ class TokenBatch(NamedTuple):
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> list[list[int]]:
-    """Groups chains of like length: a padded batch holds at most `max_tokens` tokens, but a longer chain goes alone.
+    """Groups chains of like length: a padded batch holds at most `max_tokens` tokens; a longer chain is a batch alone.
 
     With a seed, lengths are jittered by up to 2% and the batches shuffled, so that each pass has its own batches in
     its own order; without, the order is by length.
@@ -73,41 +73,61 @@ def stream(
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
     pass `on_forward` is told the tokens in it and those with padding.  Chains are padded on the right, where causal
     attention makes padding invisible, and the mask says so as well.
+
+    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own, so that
+    it takes no more memory than others do, bar its keys and values.  What it yields is the same for every size of the
+    chunks, but for rounding in the activations: in float32 at most about a millionth of their largest number.
+
+    Raises InputError for an empty stream, and for so long a chain if the model cannot read one in chunks.
     """
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
     blocks = decoder_layers(backbone)
     buffer = LagBuffer(columns, labels)
+    lengths = [len(c.ids) for c in chains]
     with tap({layer: blocks[layer] for layer in layers}) as taken:
-        for batch in make_batches([len(c.ids) for c in chains], max_batch_tokens, seed):
-            forward(backbone, [chains[i].ids for i in batch])
-            n_tokens = [len(chains[i].ids) for i in batch]
-            on_forward(sum(n_tokens), len(batch) * max(n_tokens))
-            yield _label([chains[i] for i in batch], batch, [taken[layer] for layer in layers], buffer)
+        for batch in make_batches(lengths, max_batch_tokens, seed):
+            longest = max(lengths[i] for i in batch)
+            cache = make_cache(backbone.config) if longest > max_batch_tokens else None
+            for start in range(0, longest, max_batch_tokens):
+                part = slice(start, start + max_batch_tokens)
+                ids = [chains[i].ids[part] for i in batch]
+                forward(backbone, ids, cache)
+                on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
+                yield _label(chains, batch, part, [taken[layer] for layer in layers], buffer)
 
 
 @torch.no_grad()
-def forward(backbone: nn.Module, ids: Sequence[Tensor]) -> None:
-    """Runs the backbone over chains of token ids, padded on the right; the taps hold what it computed."""
+def forward(backbone: nn.Module, ids: Sequence[Tensor], cache: Any = None) -> None:
+    """Runs the backbone over chains of token ids, padded on the right; the taps hold what it computed.
+
+    `cache` (of `make_cache`) holds the keys and values of the tokens before these, and afterwards those of these too.
+    """
     device: torch.device = backbone.device  # type: ignore[assignment]
+    before = 0 if cache is None else cache.get_seq_length()
     lengths = torch.tensor([len(x) for x in ids])
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False)  # type: ignore[operator]
+    mask = torch.arange(before + padded.shape[1]) < before + lengths[:, None]
+    caching = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device), **caching)  # type: ignore[operator]
+    assert cache is None or cache.get_seq_length() == mask.shape[1], "a model that leaves its cache empty"
 
 
-def _label(chains: Sequence[Chain], index: Sequence[int], acts: Sequence[Tensor], buffer: LagBuffer) -> TokenBatch:
-    """Activations [B, T, D] of each layer -> the valid tokens of all chains, in order."""
+def _label(
+    chains: Sequence[Chain], index: Sequence[int], part: slice, acts: Sequence[Tensor], buffer: LagBuffer
+) -> TokenBatch:
+    """Activations [B, T, D] of each layer for a part of the chains at `index` -> the valid tokens, in order."""
     device = acts[0].device
     parts, targets, valid, chain = [], [], [], []
-    for b, c in enumerate(chains):
-        rows = torch.stack([a[b, : len(c.ids)].to(device) for a in acts], dim=1)  # [T, L, D]
-        pairs = buffer.push(rows, c.codes, c.support, last=True)
+    for b, i in enumerate(index):
+        codes, support = chains[i].codes[part], chains[i].support[part]
+        rows = torch.stack([a[b, : len(codes)].to(device) for a in acts], dim=1)  # [T, L, D]
+        pairs = buffer.push(rows, codes, support, last=part.stop >= len(chains[i].ids))
         some = pairs.valid.any(1).nonzero()[:, 0]
         parts.append(pairs.acts.index_select(0, some.to(device)))
         targets.append(pairs.targets[some])
         valid.append(pairs.valid[some])
-        chain.append(torch.full((len(some),), index[b]))
+        chain.append(torch.full((len(some),), i))
     return TokenBatch(torch.cat(parts), torch.cat(targets), torch.cat(valid), torch.cat(chain))
 
 

@@ -148,6 +148,17 @@ def test_a_model_with_a_smaller_vocabulary_than_its_tokenizer(base, capsys, mode
     assert "vocabulary of 40" in refused(capsys, write("config.yaml", base), "--model", "./small")
 
 
+def test_a_model_that_cannot_read_long_chains_in_chunks(base, capsys, model_dir):
+    """Told before the weights load."""
+    shutil.copytree(model_dir, "dynamic", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads(Path("dynamic/config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    Path("dynamic/config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    write("config.yaml", base | {"model": "./dynamic"})
+    assert "cannot read them in chunks" in refused(capsys, "config.yaml", "--max_batch_tokens", "64")
+    assert "safetensors" in refused(capsys, "config.yaml")  # negative control: no chain is longer than 8192
+
+
 def test_output_dir_that_holds_a_run_is_not_written_over(base, capsys):
     write("config.yaml", base)
     Path("out").mkdir()

@@ -1,7 +1,10 @@
 """Every token reaches the probes once a pass, beside its own activation and its own labels, however it is batched."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,12 @@ import psutil
 import pytest
 import torch
 from conftest import make_rows
+from test_backbone import build
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from streamprobe import stream as module
-from streamprobe.backbone import load_backbone
+from streamprobe.backbone import load_backbone, make_cache
 from streamprobe.chains import Chain, load_chains
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
@@ -102,6 +107,11 @@ def expected(chain: Chain) -> tuple[list[int], Tensor, Tensor]:
 
 def run(chains: list[Chain], backbone: nn.Module, max_tokens: int = 128, seed: int | None = 0) -> list[TokenBatch]:
     return list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, seed))
+
+
+def joined(batches: list[TokenBatch]) -> TokenBatch:
+    """All batches as one."""
+    return TokenBatch(*(torch.cat(column) for column in zip(*batches, strict=True)))
 
 
 # --- batches ---
@@ -214,10 +224,11 @@ def make_batches_of(chains: list[Chain], max_tokens: int, seed: int | None = 0) 
 def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, max_tokens, seed):
     chains = make_chains(9, seed=2) + real_chains[:3]
     batches = run(chains, backbone, max_tokens, seed)
-    assert [list(dict.fromkeys(b.chain.tolist())) for b in batches] == [
-        [i for i in batch if expected(chains[i])[0]] for batch in make_batches_of(chains, max_tokens, seed)
-    ]
-    got = TokenBatch(*(torch.cat(column) for column in zip(*batches, strict=True)))
+    order = make_batches_of(chains, max_tokens, seed)
+    got = joined(batches)
+    assert list(dict.fromkeys(got.chain.tolist())) == [i for batch in order for i in batch if expected(chains[i])[0]]
+    longest = [max(len(chains[i].ids) for i in batch) for batch in order]
+    assert len(batches) == sum(-(-n // max_tokens) for n in longest)
     assert got.acts.dtype == torch.float32 and got.chain.dtype == torch.int64
     assert got.targets.dtype == got.valid.dtype == torch.bool
     for i, chain in enumerate(chains):
@@ -226,7 +237,7 @@ def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, ma
         assert len(mine.chain) == len(tokens)
         assert torch.equal(mine.targets, targets) and torch.equal(mine.valid, valid)
         acts = alone(full, chain.ids)
-        torch.testing.assert_close(mine.acts, acts[tokens], rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine.acts, acts[tokens], rtol=0, atol=2e-5)
         if len(tokens) > 5:  # negative control: the rows of the tokens one further on
             late = [min(t + 1, len(acts) - 1) for t in tokens]
             assert (mine.acts - acts[late]).abs().amax((1, 2)).median() > 1e-2
@@ -285,6 +296,110 @@ def test_empty_stream(backbone):
         run([], backbone)
 
 
+# --- chains longer than a forward pass ---
+
+DEMO = str(Path(module.__file__).parent / "demo" / "model")
+LONG = 40  # tokens of the longest chains; ten times the window of Gemma3
+
+
+@pytest.fixture(scope="module", params=["tiny", "Llama", "Qwen3", "Gemma3", "demo"])
+def any_backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: str) -> nn.Module:
+    """Models with and without a sliding window, in float32."""
+    folder = {"tiny": model_dir, "demo": DEMO}.get(request.param)
+    if not folder:
+        folder = str(tmp_path_factory.mktemp(request.param))
+        build(request.param, folder)
+    return load_backbone(folder, LAYERS, "float32", device_map="cpu")
+
+
+def long_chains(backbone: nn.Module, seed: int = 0) -> list[Chain]:
+    """Chains of 1 to LONG tokens, two of them of LONG, with ids that the model has."""
+    chains = make_chains(5, seed, LONG) + [c for c in make_chains(60, seed, LONG) if len(c.ids) == LONG][:2]
+    return [replace(c, ids=c.ids % backbone.config.vocab_size) for c in chains]
+
+
+def by_chain(batches: list[TokenBatch]) -> TokenBatch:
+    """The tokens in order of the chains."""
+    got = joined(batches)
+    return got.rows(got.chain.argsort(stable=True))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, 7, 39])  # below and above the window and the longest lag
+def test_chunks_change_nothing(any_backbone, max_tokens):
+    chains = long_chains(any_backbone)
+    whole, got = (by_chain(run(chains, any_backbone, n, None)) for n in (LONG, max_tokens))
+    assert torch.equal(got.targets, whole.targets) and torch.equal(got.valid, whole.valid)
+    assert torch.equal(got.chain, whole.chain)
+    largest = float(whole.acts.abs().max())
+    torch.testing.assert_close(got.acts, whole.acts, rtol=0, atol=3e-6 * largest)
+
+
+def test_chunks_without_what_came_before_are_seen(any_backbone, monkeypatch):
+    """Negative control of the test above."""
+    chains = long_chains(any_backbone)[-2:]
+    whole = by_chain(run(chains, any_backbone, LONG, None))
+    monkeypatch.setattr(module, "make_cache", lambda config: None)
+    cut = by_chain(run(chains, any_backbone, 16, None))
+    assert torch.equal(cut.targets, whole.targets)
+    tokens = torch.tensor(expected(chains[0])[0])
+    distance = (cut.acts - whole.acts)[whole.chain == 0].abs().amax((1, 2)) / whole.acts.abs().max()
+    assert distance[tokens < 16].max() < 3e-6
+    assert distance[tokens >= 16].median() > 1e-2
+
+
+def test_no_chain_sets_the_memory(backbone, monkeypatch):
+    """Each forward pass and each batch is bounded, and there is at most one cache, of the chain at hand."""
+    caches: list[weakref.ref[Any]] = []
+    alive, told = [], []
+
+    def make(config: Any) -> Any:
+        cache = make_cache(config)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def count(tokens: int, padded: int) -> None:
+        alive.append(sum(ref() is not None for ref in caches))
+        told.append((tokens, padded))
+
+    monkeypatch.setattr(module, "make_cache", make)
+    chains = long_chains(backbone)
+    batches = list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, 8, 0, count))
+    assert len(caches) == sum(len(c.ids) > 8 for c in chains) > 2
+    assert max(alive) == 1 and all(ref() is None for ref in caches)
+    assert len(told) == len(batches) and sum(tokens for tokens, _ in told) == sum(len(c.ids) for c in chains)
+    assert max(padded for _, padded in told) == 8
+    assert max(len(b.chain) for b in batches) <= 8 + max(c.lag for c in COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_rotary_frequencies_that_depend_on_the_length(tmp_path, rope, monkeypatch):
+    """Chunks would be computed with the frequencies of a shorter text."""
+    sizes = {"max_position_embeddings": 16} if rope["rope_type"] == "dynamic" else {}
+    rope = rope | {"rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+    build("Llama", tmp_path, rope_parameters=rope, **sizes)
+    model = load_backbone(str(tmp_path), LAYERS, "float32", device_map="cpu")
+    chains = long_chains(model)[-1:]
+    with pytest.raises(
+        InputError, match="a llama model, which cannot read them in chunks; .* raise --max_batch_tokens"
+    ):
+        run(chains, model, 8)
+    whole = run(chains, model, LONG)[0].acts
+    monkeypatch.setattr(module, "make_cache", lambda config: DynamicCache(config=config))
+    distance = (joined(run(chains, model, 8)).acts - whole).abs().max() / whole.abs().max()
+    assert distance > 1e-2  # negative control: what is refused would be wrong
+
+
+def test_a_running_state():
+    from transformers import FalconH1Config, LlamaConfig
+
+    make_cache(LlamaConfig())
+    with pytest.raises(InputError, match="falcon_h1"):
+        make_cache(FalconH1Config())
+
+
 # --- the activation memory ---
 
 SHAPE = (2, 3, 2)  # L, D, K
@@ -317,7 +432,7 @@ N_TOKENS = len(CHAIN_OF)
 
 def numbers(batches: list[TokenBatch]) -> list[int]:
     """The tokens' numbers, in order; asserts that each one still has its own labels and chain."""
-    got = TokenBatch(*(torch.cat(column) for column in zip(*batches, strict=True)))
+    got = joined(batches)
     number = got.acts[:, 0, 0].long()
     whole = token_batch(number, torch.tensor([CHAIN_OF[n] for n in number.tolist()]))
     assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
