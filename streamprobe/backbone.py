@@ -3,11 +3,12 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from streamprobe.errors import InputError
 
@@ -181,6 +182,41 @@ def load_backbone(
             "use --quantization 4bit, lower layers, or a larger device",
         )
     return backbone.eval().requires_grad_(False)
+
+
+def weight_bytes(config: Any, layers: Sequence[int], trust_remote_code: bool = False) -> dict[str, int]:
+    """Bytes of the model's blocks 0 .. max(layers) in float32, bf16, 8-bit and 4-bit, from its config alone.
+
+    Quantized as `load_backbone` does: matrices in 8 bits with a float32 scale a row, or in 4 bits with one for each 64
+    weights; embeddings, norms and biases stay in bf16.
+    """
+    from transformers import AutoModel
+    from transformers.pytorch_utils import Conv1D
+
+    def empty(dtype: torch.dtype) -> nn.Module:
+        cut = truncate(deepcopy(config), max(layers) + 1)
+        with torch.device("meta"):
+            return AutoModel.from_config(cut, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def size(model: nn.Module) -> int:
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+    model = empty(torch.bfloat16)
+    modules: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+    matrices: list[Tensor] = [m.weight.T if type(m) is Conv1D else m.weight for m in modules]  # [out, in]
+    rest = size(model) - sum(w.nbytes for w in matrices)
+    return {
+        "float32": size(empty(torch.float32)),
+        "bf16": size(model),
+        "8-bit": rest + sum(w.numel() + 4 * len(w) for w in matrices),
+        "4-bit": rest + sum(-(-w.numel() // 2) + 4 * -(-w.numel() // 64) for w in matrices),
+    }
+
+
+def loaded_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters, buffers and scales of quantized weights, shared ones counted once."""
+    tensors = [*model.state_dict().values(), *model.buffers()]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -191,6 +191,7 @@ class OutputConfig:
         None, "Folder of this run; none is runs/<config name>, with -2, -3, ... where that one is taken."
     )
     resume: bool = key(False, "Go on with the run in output_dir (by default the newest of this config).")
+    dry_run: bool = key(False, "Print what the run would need, train nothing.")
 
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)

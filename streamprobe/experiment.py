@@ -34,15 +34,23 @@ from streamprobe.stream import ActivationMemory, Plan, TokenBatch, memory_room, 
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
 
-FREE_ON_RESUME = ("output_dir", "resume", "max_passes", "memory_gb", "bootstrap", "config", "git_commit", "device")
+FREE_ON_RESUME = (
+    "output_dir", "resume", "dry_run", "max_passes", "memory_gb", "bootstrap", "config", "git_commit", "device"
+)  # fmt: skip
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
-def run(config: RunConfig) -> Path:
-    """Trains, tests and writes one run; returns its folder.  Raises InputError for what the user can mend."""
+def run(config: RunConfig) -> Path | None:
+    """Trains, tests and writes one run; returns its folder, or None after a dry run, which only prints what that needs.
+
+    Raises InputError for what the user can mend.
+    """
     try:
-        return _run(config)
+        if not config.output.dry_run:
+            return _run(config)
+        _dry_run(config)
+        return None
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"too little device memory ({str(error).splitlines()[0]})",
@@ -78,6 +86,19 @@ def _run(config: RunConfig) -> Path:
     return folder
 
 
+def _dry_run(config: RunConfig) -> None:
+    lab = Lab(config)
+    model, training, layers = config.model, config.training, config.probes.layers
+    sizes = backbone.weight_bytes(lab.model_config, layers, model.trust_remote_code)
+    print(lab.preflight, preflight.describe_weights(sizes, max(layers)), sep="\n\n", flush=True)
+    lab.load_model()
+    plan, *_ = lab.plan(None)
+    loaded = backbone.loaded_bytes(lab.model)
+    timed = preflight.time_batch(lab.splits["train"], lab.stream, model.max_batch_tokens, training.seed + 1)
+    needs = preflight.describe_needs(lab.splits, plan, training.max_passes, model.max_batch_tokens, loaded, timed)
+    print(needs, flush=True)
+
+
 class Lab:
     """The chains, the grid and the frozen model of one run, and a count of what the model was asked to do."""
 
@@ -88,7 +109,7 @@ class Lab:
         self.source = {
             "revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code
         }  # fmt: skip
-        model_config = backbone.read_config(model.model, **self.source)
+        model_config = self.model_config = backbone.read_config(model.model, **self.source)
         backbone.check_layers(model_config, probes.layers)
         fields = (data.id_column, data.problem_column, data.response_column, data.annotation_column)
         rows = read_rows(data.data, data.data_split, fields, data.data_sha256)
@@ -126,6 +147,11 @@ class Lab:
         self.device: torch.device = self.model.device  # type: ignore[assignment]
         self.hidden_size: int = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
 
+    def stream(self, chosen: list[chains.Chain], *order: Any) -> Iterator[TokenBatch]:
+        """One trip over chains through the model; `order`: seed and on_forward of `stream`."""
+        probes, most = self.config.probes, self.config.model.max_batch_tokens
+        return stream(chosen, self.model, probes.layers, self.columns, probes.labels, most, *order)
+
     def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
         """One trip over a split through the model, with a progress bar in a terminal."""
         total = sum(len(c.ids) for c in self.splits[split])
@@ -135,19 +161,17 @@ class Lab:
                 self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
                 bar.update(tokens)
 
-            probes = self.config.probes
-            batches = stream(
-                self.splits[split], self.model, probes.layers, self.columns, probes.labels,
-                self.config.model.max_batch_tokens, seed, count,
-            )  # fmt: skip
             start = time.perf_counter()
-            for batch in batches:
+            for batch in self.stream(self.splits[split], seed, count):
                 self.seconds += time.perf_counter() - start
                 yield batch
                 start = time.perf_counter()
 
-    def memories(self, before: list[int] | None) -> Memories:
-        """Room for the train and the validation tokens; `before` is the plan of the run that is resumed."""
+    def plan(self, before: list[int] | None) -> tuple[Plan, tuple[int, int, int], torch.dtype]:
+        """Where the train and validation tokens will lie, with their shape (L, D, K) and dtype; prints it.
+
+        `before` is the plan of the run that is resumed.
+        """
         probes = self.config.probes
         n_train, n_validation = self.census["train"][0], self.census["validation"][0]
         dtype = backbone.pick_dtype(self.config.model.dtype)
@@ -171,6 +195,12 @@ class Lab:
                else f"a pool of {plan.rows:,} of {n_train:,} training tokens: the model reads them in every pass"),
             flush=True,
         )  # fmt: skip
+        return plan, shape, dtype
+
+    def memories(self, before: list[int] | None) -> Memories:
+        """Room for the train and the validation tokens, as planned."""
+        plan, shape, dtype = self.plan(before)
+        kept = self.census["validation"][0] * plan.keep_validation
         train = ActivationMemory(plan.rows, plan.keep_train, shape, dtype, self.device, plan.home)
         return plan, train, ActivationMemory(kept, plan.keep_validation, shape, dtype, self.device, plan.home)
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from streamprobe import trainer
 from streamprobe.chains import Chain
 from streamprobe.checkpoint import BestProbes
 from streamprobe.cli import main
+from streamprobe.experiment import check_resume
 from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.metrics import measure
 from streamprobe.newton import PAIRS, NewtonSolver
@@ -82,6 +84,52 @@ def test_a_run_writes_what_it_promises(config, capsys):
 
     for told in ("chains    60 read", "1<", "memory", "pass 3", "test AUROC   backtracking, target within", "wrote"):
         assert told in printed
+
+
+def files():
+    return {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+
+
+def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
+    before = files()
+    assert main([config, "--dry_run"]) == 0
+    assert files() == before
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].isalpha())
+    assert {"chains", "split", "train", "validation", "test"} <= set(lines), "chains and tokens of each split"
+    tokens = {name: int(lines[name].split()[1].replace(",", "")) for name in ("train", "validation", "test")}
+    assert lines["pass"].startswith(f"{tokens['train']:,} training and {tokens['validation']:,} validation tokens")
+    assert "GB on cpu for all" in lines["memory"]
+    assert lines["model"] == "reads training tokens once, validation tokens once, test tokens once"
+    assert f"{sum(tokens.values()):,} tokens" in lines["time"] and " s for the model" in lines["time"]
+    assert re.fullmatch(r"blocks 0 to 2 are( [\d.]+ GB in (float32|bf16|8-bit|4-bit),?){4} \(.*\)", lines["weights"])
+    assert re.fullmatch(r"[\d.]+ GB of weights", lines["loaded"])
+    assert "wrote" not in lines
+
+
+def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
+    assert main([config, "--dry_run", "--memory_gb", "0.0005"]) == 0
+    printed = capsys.readouterr().out
+    assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
+    assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_beside_a_run_leaves_it_alone(config):
+    assert main([config, "--max_passes", "1"]) == 0
+    before = files()
+    assert main([config, "--dry_run", "--resume"]) == 0
+    assert files() == before
+    check_resume({"dry_run": False, "seed": 0}, {"seed": 0})  # a checkpoint from before there was such a key
+
+
+def test_a_dry_run_runs_the_model_for_two_batches_only(config, monkeypatch, capsys):
+    forwards = []
+    forward = LlamaModel.forward
+    monkeypatch.setattr(
+        LlamaModel, "forward", lambda *a, **k: forwards.append(k["input_ids"].shape) or forward(*a, **k)
+    )
+    assert main([config, "--dry_run"]) == 0
+    assert len(forwards) == 2 and forwards[0] == forwards[1] and 256 < forwards[0].numel() <= 512
 
 
 def test_saved_probes_give_the_saved_results(config, model_dir):
