@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.moments import Grams, first_scaling, mapped_vector, scaled, with_one
 from streamprobe.probes import ProbeBank, fold
@@ -128,7 +129,13 @@ class NewtonSolver:
         for i in range(store.shape[0]):
             for k in range(store.shape[1]):
                 bound = grams.curvature(i, k, mean, scale) / (4 * n[k]) + torch.diag(ridge)
-                store[i, k] = torch.linalg.cholesky(bound)
+                store[i, k], info = torch.linalg.cholesky_ex(bound)
+                if info or not store[i, k].isfinite().all():
+                    raise InputError(
+                        f"activations of layer {self.layers[i]} whose Gram matrix cannot be factorised",
+                        "finite activations, and a penalty that outweighs rounding",
+                        "use another --dtype, or raise --l2",
+                    )
         self.factor, self.grams = store, None
 
     def _update(self) -> None:

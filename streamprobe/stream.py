@@ -118,17 +118,19 @@ def _label(
 ) -> TokenBatch:
     """Activations [B, T, D] of each layer for a part of the chains at `index` -> the valid tokens, in order."""
     device = acts[0].device
-    parts, targets, valid, chain = [], [], [], []
+    paired = []
     for b, i in enumerate(index):
         codes, support = chains[i].codes[part], chains[i].support[part]
         rows = torch.stack([a[b, : len(codes)].to(device) for a in acts], dim=1)  # [T, L, D]
-        pairs = buffer.push(rows, codes, support, last=part.stop >= len(chains[i].ids))
-        some = pairs.valid.any(1).nonzero()[:, 0]
-        parts.append(pairs.acts.index_select(0, some.to(device)))
-        targets.append(pairs.targets[some])
-        valid.append(pairs.valid[some])
-        chain.append(torch.full((len(some),), i))
-    return TokenBatch(torch.cat(parts), torch.cat(targets), torch.cat(valid), torch.cat(chain))
+        paired.append(buffer.push(rows, codes, support, last=part.stop >= len(chains[i].ids)))
+    some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
+    # From here on the host waits for the device, which has been computing while the labels were looked up.
+    return TokenBatch(
+        torch.cat([pairs.acts.index_select(0, at.to(device)) for pairs, at in zip(paired, some, strict=True)]),
+        torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
+        torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
+        torch.cat([torch.full((len(at),), i) for i, at in zip(index, some, strict=True)]),
+    )
 
 
 def count_tokens(
@@ -191,10 +193,10 @@ def plan_memory(
             return Plan(n_train, True, True, home)
     least = max(LEAST_TOKENS, batch_size)
     for home, space in rooms.items():
-        keep_validation = n_validation * token_bytes <= space / 2
-        rows = space // token_bytes - n_validation * keep_validation
-        if rows >= least:
-            return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
+        for keep_validation in (n_validation * token_bytes <= space / 2, False):
+            rows = space // token_bytes - n_validation * keep_validation
+            if rows >= least:
+                return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
     raise InputError(
         f"{max(rooms.values()) / 1e6:,.2f} MB for activations",
         f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",

@@ -33,7 +33,7 @@ from streamprobe.demo.model import (
 )
 from streamprobe.demo.muon import Muon, orthogonalise
 from streamprobe.demo.train import HERE, batches, learning_rate, save, train
-from streamprobe.experiment import Lab
+from streamprobe.lab import Lab
 from streamprobe.lags import LagBuffer
 
 ROOT = Path(__file__).parents[1]

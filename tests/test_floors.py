@@ -12,6 +12,7 @@ FLOORS = [
     ["model", "probes", "moments", "metrics", "tracking", "chains"],
     ["train", "solvers", "newton", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance"],
+    ["lab"],
     ["experiment"],
     ["cli"],
 ]

@@ -55,6 +55,9 @@ CASES = {
     "unknown key, near": ({}, ["--layer", "1"], "unknown key 'layer'", "--layers"),
     "unknown key, far": ({}, ["--zzzz", "1"], "unknown key 'zzzz'", "--help"),
     "unknown key in the file": ({"lag": [1]}, [], "unknown key 'lag'", "--lags"),
+    "unknown solver": ({}, ["--solvers", "lbfgs"], "lbfgs", "--solvers"),
+    "a solver twice": ({"solvers": ["adam", "adam"]}, [], "adam", "each once"),
+    "no tolerance": ({}, ["--tolerance", "0"], "tolerance", "more than 0"),
     "word for a number": ({}, ["--layers", "two"], "--layers", "'two'"),
     "word for a number in the file": ({"learning_rate": "fast"}, [], "--learning_rate", "'fast'"),
     "keys inside a key": ({"layers": {"a": 1}}, [], "layers", "one value or a list"),
@@ -168,7 +171,7 @@ def test_output_dir_that_holds_a_run_is_not_written_over(base, capsys):
 
 
 def test_scores_that_are_no_numbers(base, capsys):
-    assert main([str(write("config.yaml", base)), "--learning_rate", "1e38"]) == 2
+    assert main([str(write("config.yaml", base)), "--solvers", "adam", "--learning_rate", "1e38"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not numbers" in error and "--learning_rate" in error
 

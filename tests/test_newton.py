@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from streamprobe.config import load_config
-from streamprobe.experiment import Lab
+from streamprobe.errors import InputError
+from streamprobe.lab import Lab
 from streamprobe.moments import Grams, first_scaling
 from streamprobe.newton import NewtonSolver, curvature_bytes
 from streamprobe.probes import ProbeBank
@@ -279,6 +280,14 @@ def test_a_constant_feature_harms_nothing(lab, tokens) -> None:
     acts[:, :, 5] = 3.0
     solver = trained(make(lab, tokens, l2=0.0), Tokens(acts, tokens.targets, tokens.valid), 3)
     assert solver.bank().weight.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_the_users_to_mend(lab, tokens, value) -> None:
+    acts = tokens.acts.clone()
+    acts[7, 1, 3] = value
+    with pytest.raises(InputError, match="activations of layer 3 .* --dtype"):
+        trained(make(lab, tokens), Tokens(acts, tokens.targets, tokens.valid), 1)
 
 
 def test_what_the_matrices_take() -> None:

@@ -136,7 +136,7 @@ def test_saved_probes_give_the_saved_results(config, model_dir):
     assert main([config]) == 0
     banks = [load_probes("runs/tiny", solver) for solver in ("adam", "newton")]
     from streamprobe.config import load_config
-    from streamprobe.experiment import Lab
+    from streamprobe.lab import Lab
 
     lab = Lab(load_config([config]))
     lab.load_model()

@@ -642,6 +642,7 @@ PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB; 
     "validation is over half": (0.13, CPU, {"cpu": 9}, {"validation": 65_001}, Plan(65_536, False, False, CPU)),
     "free memory counts, too": (5, CPU, {"cpu": 0.02}, {}, Plan(20_000, False, False, CPU)),
     "a large mini-batch": (0.5, CPU, {"cpu": 9}, {"batch": 90_000}, Plan(90_000, False, True, CPU)),
+    "no pool beside validation": (0.002, CPU, {"cpu": 9}, {"validation": 1_000}, Plan(2_000, False, False, CPU)),
     "the least": (0.001024, CPU, {"cpu": 9}, {}, Plan(1_024, False, False, CPU)),
     "a short train split": (
         0.007,
