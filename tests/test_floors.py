@@ -11,9 +11,9 @@ FLOORS = [
     ["config", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
     ["model", "probes", "moments", "metrics", "tracking", "chains"],
     ["train", "solvers", "newton", "checkpoint", "stream"],
-    ["trainer", "report", "preflight", "provenance"],
+    ["trainer", "report", "preflight", "provenance", "madeup", "baseline"],
     ["lab"],
-    ["experiment"],
+    ["experiment", "bench"],
     ["cli"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,318 @@
+"""What streamprobe costs beside the limit, the bare forward pass of the truncated model, all measured in one run.
+
+python -m streamprobe.bench                        # SmolLM2-135M's shape on a CPU, Llama-3.1-8B's on a GPU; no download
+python -m streamprobe.bench --json bench.json      # every number, with the hardware and the versions
+python -m streamprobe.bench --peer probelab        # one more row, where that package is installed
+
+Each repeat reads the training chains nine times, so a bare forward that takes half a minute makes a run of a quarter of
+an hour.  Weights, token ids and labels are random: time does not depend on them, but for the number of passes to
+convergence.  The offline way is measured on a few chains, and there for one epoch of one probe; what follows from that
+for all of them is marked as extrapolated.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+
+from streamprobe import baseline
+from streamprobe.checkpoint import BestProbes, save_run, write_atomic
+from streamprobe.errors import InputError
+from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, SHAPES, Lab, count, make_model
+from streamprobe.metrics import measure
+from streamprobe.provenance import device_name, git_commit, peak_memory, versions
+from streamprobe.stream import ActivationMemory
+from streamprobe.tracking import Tracker
+from streamprobe.trainer import Fit, evaluate, train
+
+MAX_PASSES = 50
+FORWARD = "bare forward of the truncated model"
+JOB = "whole job, 70 probes: Newton to convergence, metrics after every pass"
+OFFLINE = "offline way: whole"
+PASSES = {  # name -> labels, solvers; a label has 70 probes
+    "pass 1, 70 probes: Adam": (1, ("adam",)),
+    "pass 1, 70 probes: Newton": (1, ("newton",)),
+    "pass 1, 70 probes: both": (1, ("adam", "newton")),
+}
+MANY = {
+    "pass 1, 700 probes: Adam": (10, ("adam",)),
+    "pass 1, 700 probes: Newton, one matrix per layer": (10, ("newton",)),
+    "pass 1, 7,000 probes: Adam": (100, ("adam",)),
+    "pass 1, 7,000 probes: Newton, one matrix per layer": (100, ("newton",)),
+}
+REPLAYS = {"Adam, batch 64": ("adam", 64), f"Adam, batch {BATCH:,}": ("adam", BATCH), "Newton": ("newton", BATCH)}
+T = TypeVar("T")
+
+
+class Ledger:
+    """Every clock reading, by the name of what was timed, and what was extrapolated from them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.measured: dict[str, list[float]] = {}
+        self.peak: dict[str, int] = {}  # bytes in use at most, from the start of the process until it was done once
+        self.extrapolated: dict[str, float] = {}
+
+    def clock(self) -> float:
+        """Seconds, read once the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def time(self, name: str, work: Callable[[], T]) -> T:
+        """Does the work, and notes and tells how long it took."""
+        start = self.clock()
+        result = work()
+        self.measured.setdefault(name, []).append(self.clock() - start)
+        self.peak.setdefault(name, peak_memory(self.device))
+        print(f"{self.measured[name][-1]:>10.2f} s  {name}", file=sys.stderr, flush=True)
+        return result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per name: the median of its readings, and that over the median of the bare forward."""
+        limit = median(self.measured[FORWARD])
+        rows: list[dict[str, Any]] = []
+        for name, readings in self.measured.items():
+            about = {"kind": "measured", "readings": readings, "peak_memory_gb": self.peak[name] / 1e9}
+            rows.append({"what": name, "seconds": median(readings), **about})
+        rows += [{"what": k, "seconds": v, "kind": "extrapolated"} for k, v in self.extrapolated.items()]
+        return [{**row, "ratio": row["seconds"] / limit} for row in rows]
+
+
+def measure_passes(lab: Lab, ledger: Ledger, repeats: int) -> dict[str, int]:
+    """The bare forward, every first pass and the whole job in turn, so that a drift of the machine meets them all."""
+    warm = lab.grids[1]._replace(train=lab.grids[1].train[:2])
+    lab.train_pass(warm, [lab.solver(name, warm) for name in ("adam", "newton")], lab.memories(warm)[0])
+    job: dict[str, int] = {}
+    for _ in range(repeats):
+        ledger.time(FORWARD, partial(lab.forward, lab.grids[1].train))
+        first_passes(lab, ledger, PASSES)
+        job = measure_job(lab, ledger)
+        first_passes(lab, ledger, MANY)
+    return job
+
+
+def first_passes(lab: Lab, ledger: Ledger, passes: Mapping[str, tuple[int, Sequence[str]]]) -> None:
+    """Each of the passes once, with fresh solvers and an empty memory."""
+    for name, (n_labels, names) in passes.items():
+        grid = lab.grids[n_labels]
+        solvers = [lab.solver(solver, grid) for solver in names]
+        memory = lab.memories(grid)[0]
+        ledger.time(name, partial(lab.train_pass, grid, solvers, memory))
+        del solvers, memory  # before the next ones are made
+
+
+def measure_replays(lab: Lab, ledger: Ledger, repeats: int, memory: ActivationMemory) -> None:
+    """Later passes, which read the activation memory and leave the model alone."""
+    grid = lab.grids[1]
+    solvers = {name: lab.solver(kind, grid, batch_size) for name, (kind, batch_size) in REPLAYS.items()}
+    lab.train_pass(grid, list(solvers.values()), memory)  # the first pass, which makes Newton's matrices
+    for _ in range(repeats):
+        for name, solver in solvers.items():
+            ledger.time(f"replayed pass, 70 probes: {name}", partial(lab.train_pass, grid, [solver], memory))
+
+
+def measure_validation(lab: Lab, ledger: Ledger, repeats: int, held: ActivationMemory) -> None:
+    """Scores and exact metrics of 70 probes, on the validation tokens and on a round number of others."""
+    grid, tokens = lab.grids[1], 100_000
+    bank = lab.solver("adam", grid).bank()
+    random = torch.Generator().manual_seed(SEED)
+    scores = torch.randn(tokens, len(lab.layers), len(LAGS), generator=random)
+    targets = torch.rand(tokens, len(LAGS), generator=random) < BASE_RATE
+    for _ in range(repeats):
+        ledger.time(
+            f"validation, 70 probes: scores and metrics of {grid.n_validation:,} tokens",
+            lambda: measure(*evaluate([bank], held.in_order(partial(lab.read, grid, grid.validation)))[0][:3]),
+        )
+        ledger.time(f"metrics of 70 probes on {tokens:,} tokens", lambda: measure(scores, targets, targets | True))
+
+
+def measure_job(lab: Lab, ledger: Ledger) -> dict[str, int]:
+    """All that a run does between the loaded model and its test, TensorBoard and checkpoints among it."""
+    grid = lab.grids[1]
+    solver = lab.solver("newton", grid)
+    fit = Fit(solver, BestProbes(solver.bank(), None))
+    memory, held = lab.memories(grid)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tracker = Tracker(folder, ["newton"], list(lab.layers), grid.columns)
+
+        def save(number: int, tokens: int) -> None:
+            save_run(folder, {"newton": solver.state(), "newton-best": fit.best.state()}, {"pass": number})
+
+        validation = partial(held.in_order, partial(lab.read, grid, grid.validation))
+        passes = ledger.time(
+            JOB,
+            lambda: train(
+                [fit], memory, lambda n: lab.read(grid, grid.train), validation, tracker, save, MAX_PASSES, BATCH, SEED
+            ),
+        )
+        tracker.close()
+    return {"passes": passes, "converged": int(solver.converged.sum())}
+
+
+def measure_offline(lab: Lab, ledger: Ledger, n_chains: int, epochs: int) -> None:
+    """The usual way on some training chains, and from that, by tokens, on all of them."""
+    shape, grid = lab.shape, lab.grids[1]
+    some, middle, column = grid.train[:n_chains], shape.layers[len(shape.layers) // 2], grid.columns[LAGS.index(0)]
+    weight, dtype = grid.positive_weight[LAGS.index(0)].item(), getattr(torch, shape.dtype)
+    steps = ("full model, a file per chain and layer", "load the files of one probe", "one epoch of one probe")
+    extracting, loading, fitting = (f"offline, {len(some)} chains: {step}" for step in steps)
+    model = make_model(shape, shape.blocks, lab.device)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        baseline.extract(model, some[:1], shape.layers, folder)
+        ledger.time(extracting, lambda: baseline.extract(model, some, shape.layers, folder))
+        load = partial(baseline.load, some, middle, column, grid.labels, dtype, folder, lab.device)
+        acts, targets = ledger.time(loading, load)
+    baseline.fit_epoch(acts[:64], targets[:64], weight, L2)
+    ledger.time(fitting, lambda: baseline.fit_epoch(acts, targets, weight, L2))
+    extraction, loads, epoch = (ledger.measured[step][0] / count(some) for step in (extracting, loading, fitting))
+    probes, tokens, known = len(shape.layers) * len(LAGS), count(grid.train), ledger.extrapolated
+    known["offline way: full model over all chains"] = extraction * (tokens + count(grid.validation))
+    known[f"offline way: load the files of {probes} probes"] = loads * tokens * probes
+    known[f"offline way: {epochs} epochs of {probes} probes"] = epoch * tokens * epochs * probes
+    known[OFFLINE] = sum(known.values())
+
+
+def measure_peer(lab: Lab, ledger: Ledger, memory: ActivationMemory) -> None:
+    """probelab on activations that are already collected, if it is installed."""
+    if not baseline.has_probelab():
+        print("peer      probelab is not installed, so it has no row: pip install probelab", flush=True)
+        return
+    acts, targets, valid, _ = memory.pool
+    one = acts[:, len(lab.layers) // 2].to(lab.device)
+    ledger.time(
+        f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer",
+        lambda: baseline.fit_probelab(one, targets.to(lab.device), valid.to(lab.device), L2),
+    )
+
+
+def facts(lab: Lab, options: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, and on what."""
+    grid = lab.grids[1]
+    tokens = {
+        "train": count(grid.train), "validation": count(grid.validation),
+        "train_samples": grid.n_train, "validation_samples": grid.n_validation,
+    }  # fmt: skip
+    return {
+        "device": device_name(lab.device), "cpu": cpu_name(), "threads": torch.get_num_threads(),
+        "versions": versions(), "git_commit": git_commit(), "model": lab.shape._asdict(),
+        "blocks_run": max(lab.layers) + 1, "options": options, "tokens": tokens,
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    """The processor, as Linux calls it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def headlines(rows: list[dict[str, Any]], tokens: dict[str, int]) -> dict[str, float]:
+    """The ratios that matter, by what they say."""
+    ratio = {row["what"]: row["ratio"] for row in rows}
+    firsts = {f"{name}, x bare forward": ratio[name] for name in PASSES}
+    return firsts | {
+        "whole job, x bare forward": ratio[JOB],
+        "share of the whole job that is the bare forward (of training and validation chains)":
+            (1 + tokens["validation"] / tokens["train"]) / ratio[JOB],
+        "whole job, times faster than the offline way (extrapolated)": ratio[OFFLINE] / ratio[JOB],
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a person, ratios first."""
+    model, tokens = result["model"], result["tokens"]
+    lines = [
+        f"{result['device']}; {result['cpu']}; {result['threads']} threads; torch {result['versions']['torch']}",
+        f"hidden {model['hidden']}, blocks {result['blocks_run']} of {model['blocks']}, layers "
+        f"{' '.join(map(str, model['layers']))}, {model['dtype']}; {tokens['train']:,} training and "
+        f"{tokens['validation']:,} validation tokens",
+        "",
+        *(f"{value:>9.3f}  {name}" for name, value in result["headlines"].items()),
+        "",
+        f"{'x forward':>9}{'seconds':>12}{'peak GB':>9}  what",
+    ]
+    for row in result["rows"]:
+        peak = f"{row['peak_memory_gb']:.2f}" if "peak_memory_gb" in row else ""
+        mark = " (extrapolated)" if row["kind"] == "extrapolated" else ""
+        lines.append(f"{row['ratio']:>9.3f}{row['seconds']:>12.3f}{peak:>9}  {row['what']}{mark}")
+    lines += ["", f"the whole job took {result['passes']} passes; {result['converged']} probes converged"]
+    return "\n".join(lines)
+
+
+def measure_all(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every measurement, in one process."""
+    ledger = Ledger(device)
+    lab = Lab(SHAPES[options.shape], options.chains, options.max_batch_tokens, device)
+    job = measure_passes(lab, ledger, options.repeats)
+    grid = lab.grids[1]
+    memory, held = lab.memories(grid)
+    memory.fill(partial(lab.read, grid, grid.train))
+    held.fill(partial(lab.read, grid, grid.validation))
+    measure_replays(lab, ledger, options.repeats, memory)
+    measure_validation(lab, ledger, options.repeats, held)
+    if options.peer:
+        measure_peer(lab, ledger, memory)
+    del memory, held
+    measure_offline(lab, ledger, options.offline_chains, options.offline_epochs)
+    about, rows = facts(lab, vars(options)), ledger.rows()
+    return {**about, **job, "headlines": headlines(rows, about["tokens"]), "rows": rows}
+
+
+def parse(argv: Sequence[str] | None, cuda: bool) -> argparse.Namespace:
+    """The command line.  Raises InputError for what is wrong with it."""
+    parser = argparse.ArgumentParser(prog="python -m streamprobe.bench", description=__doc__.splitlines()[0])
+    add = partial(parser.add_argument, metavar="N", type=int)
+    shape = "llama-3.1-8b" if cuda else "smollm2-135m"
+    parser.add_argument("--shape", choices=list(SHAPES), default=shape, help=f"the model's size (default {shape})")
+    add("--chains", default=1000 if cuda else 60, help="made-up chains, a tenth of them for validation (%(default)s)")
+    add("--max_batch_tokens", default=8192, help="most tokens in one forward pass, padding included (%(default)s)")
+    add("--repeats", default=3, help="readings of each pass, of which the median counts (%(default)s)")
+    add("--offline_chains", default=20, help="chains on which the offline way is measured (%(default)s)")
+    add("--offline_epochs", default=5, help="epochs of the offline way; one is measured (%(default)s)")
+    parser.add_argument("--peer", choices=["probelab"], help="another package to measure, where it is installed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every number")
+
+    def refuse(message: str) -> None:
+        raise InputError(message, "options that --help lists", "mend the command line")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    options = parser.parse_args(argv)
+    for name in ("chains", "max_batch_tokens", "repeats", "offline_chains", "offline_epochs"):
+        least = 2 if name == "chains" else 1
+        if getattr(options, name) < least:
+            raise InputError(f"{name} {getattr(options, name)}", f"at least {least}", f"mend --{name}")
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise InputError(f"json {options.json}", "a file in a folder that exists", "mend --json")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        options = parse(argv, device.type == "cuda")
+        result = measure_all(options, device)
+        if options.json:
+            write_atomic(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode())
+    except (InputError, torch.OutOfMemoryError) as error:
+        line = str(error).splitlines()[0]
+        oom = f"too little device memory ({line}); expected room for model and activations; fix: lower --chains"
+        print(f"streamprobe: {line if isinstance(error, InputError) else oom}", file=sys.stderr)
+        return 2
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
