@@ -299,3 +299,19 @@ def test_returns_are_foreseen_better_than_from_position_or_the_current_token(tmp
     for lag, lead in ((4, 0.05), (8, 0.05)):
         assert probe["onset", lag] > lead + max(plain["onset", lag, kind] for kind in ("token", "position")), plain
     assert plain["onset", 0, "position"] < 0.85  # the control is one that can lose
+
+
+def peak_gb(folder: Path, n_chains: int, memory_gb: str) -> float:
+    """Peak memory of a run over so many chains, in a process of its own."""
+    argv = ["--targets", "token", "--lags", "0", "8", "--max_passes", "2", "--bootstrap", "0"]
+    argv += ["--max_batch_tokens", "1024", "--max_chains", str(n_chains), "--memory_gb", memory_gb]
+    command = [sys.executable, "run.py", "configs/demo.yaml", *argv, "--output_dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return json.loads((folder / "summary.json").read_text())["run"]["peak_memory_gb"]
+
+
+def test_memory_does_not_grow_with_the_chains_unless_they_are_kept(tmp_path):
+    few, many = (peak_gb(tmp_path / str(n), n, "0.004") for n in (50, 500))
+    assert many < 1.05 * few
+    assert peak_gb(tmp_path / "kept", 500, "auto") > 1.05 * many  # negative control: 58 MB of activations show
