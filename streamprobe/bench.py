@@ -26,7 +26,7 @@ import torch
 from streamprobe import baseline
 from streamprobe.checkpoint import BestProbes, save_run, write_atomic
 from streamprobe.errors import InputError
-from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, SHAPES, Lab, count, make_model
+from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, SHAPES, Workbench, count, make_model
 from streamprobe.metrics import measure
 from streamprobe.provenance import device_name, git_commit, peak_memory, versions
 from streamprobe.stream import ActivationMemory
@@ -87,91 +87,99 @@ class Ledger:
         return [{**row, "ratio": row["seconds"] / limit} for row in rows]
 
 
-def measure_passes(lab: Lab, ledger: Ledger, repeats: int) -> dict[str, int]:
+def measure_passes(bench: Workbench, ledger: Ledger, repeats: int) -> dict[str, int]:
     """The bare forward, every first pass and the whole job in turn, so that a drift of the machine meets them all."""
-    warm = lab.grids[1]._replace(train=lab.grids[1].train[:2])
-    lab.train_pass(warm, [lab.solver(name, warm) for name in ("adam", "newton")], lab.memories(warm)[0])
+    warm = bench.grids[1]._replace(train=bench.grids[1].train[:2])
+    bench.train_pass(warm, [bench.solver(name, warm) for name in ("adam", "newton")], bench.memories(warm)[0])
     job: dict[str, int] = {}
     for _ in range(repeats):
-        ledger.time(FORWARD, partial(lab.forward, lab.grids[1].train))
-        first_passes(lab, ledger, PASSES)
-        job = measure_job(lab, ledger)
-        first_passes(lab, ledger, MANY)
+        ledger.time(FORWARD, partial(bench.forward, bench.grids[1].train))
+        first_passes(bench, ledger, PASSES)
+        job = measure_job(bench, ledger)
+        first_passes(bench, ledger, MANY)
     return job
 
 
-def first_passes(lab: Lab, ledger: Ledger, passes: Mapping[str, tuple[int, Sequence[str]]]) -> None:
+def first_passes(bench: Workbench, ledger: Ledger, passes: Mapping[str, tuple[int, Sequence[str]]]) -> None:
     """Each of the passes once, with fresh solvers and an empty memory."""
     for name, (n_labels, names) in passes.items():
-        grid = lab.grids[n_labels]
-        solvers = [lab.solver(solver, grid) for solver in names]
-        memory = lab.memories(grid)[0]
-        ledger.time(name, partial(lab.train_pass, grid, solvers, memory))
+        grid = bench.grids[n_labels]
+        solvers = [bench.solver(solver, grid) for solver in names]
+        memory = bench.memories(grid)[0]
+        ledger.time(name, partial(bench.train_pass, grid, solvers, memory))
         del solvers, memory  # before the next ones are made
 
 
-def measure_replays(lab: Lab, ledger: Ledger, repeats: int, memory: ActivationMemory) -> None:
+def measure_replays(bench: Workbench, ledger: Ledger, repeats: int, memory: ActivationMemory) -> None:
     """Later passes, which read the activation memory and leave the model alone."""
-    grid = lab.grids[1]
-    solvers = {name: lab.solver(kind, grid, batch_size) for name, (kind, batch_size) in REPLAYS.items()}
-    lab.train_pass(grid, list(solvers.values()), memory)  # the first pass, which makes Newton's matrices
+    grid = bench.grids[1]
+    solvers = {name: bench.solver(kind, grid, batch_size) for name, (kind, batch_size) in REPLAYS.items()}
+    bench.train_pass(grid, list(solvers.values()), memory)  # the first pass, which makes Newton's matrices
     for _ in range(repeats):
         for name, solver in solvers.items():
-            ledger.time(f"replayed pass, 70 probes: {name}", partial(lab.train_pass, grid, [solver], memory))
+            ledger.time(f"replayed pass, 70 probes: {name}", partial(bench.train_pass, grid, [solver], memory))
 
 
-def measure_validation(lab: Lab, ledger: Ledger, repeats: int, held: ActivationMemory) -> None:
+def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: ActivationMemory) -> None:
     """Scores and exact metrics of 70 probes, on the validation tokens and on a round number of others."""
-    grid, tokens = lab.grids[1], 100_000
-    bank = lab.solver("adam", grid).bank()
+    grid, tokens = bench.grids[1], 100_000
+    bank = bench.solver("adam", grid).bank()
     random = torch.Generator().manual_seed(SEED)
-    scores = torch.randn(tokens, len(lab.layers), len(LAGS), generator=random)
+    scores = torch.randn(tokens, len(bench.layers), len(LAGS), generator=random)
     targets = torch.rand(tokens, len(LAGS), generator=random) < BASE_RATE
     for _ in range(repeats):
         ledger.time(
             f"validation, 70 probes: scores and metrics of {grid.n_validation:,} tokens",
-            lambda: measure(*evaluate([bank], held.in_order(partial(lab.read, grid, grid.validation)))[0][:3]),
+            lambda: measure(*evaluate([bank], held.in_order(partial(bench.read, grid, grid.validation)))[0][:3]),
         )
         ledger.time(f"metrics of 70 probes on {tokens:,} tokens", lambda: measure(scores, targets, targets | True))
 
 
-def measure_job(lab: Lab, ledger: Ledger) -> dict[str, int]:
+def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     """All that a run does between the loaded model and its test, TensorBoard and checkpoints among it."""
-    grid = lab.grids[1]
-    solver = lab.solver("newton", grid)
+    grid = bench.grids[1]
+    solver = bench.solver("newton", grid)
     fit = Fit(solver, BestProbes(solver.bank(), None))
-    memory, held = lab.memories(grid)
+    memory, held = bench.memories(grid)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        tracker = Tracker(folder, ["newton"], list(lab.layers), grid.columns)
+        tracker = Tracker(folder, ["newton"], list(bench.layers), grid.columns)
 
         def save(number: int, tokens: int) -> None:
             save_run(folder, {"newton": solver.state(), "newton-best": fit.best.state()}, {"pass": number})
 
-        validation = partial(held.in_order, partial(lab.read, grid, grid.validation))
+        validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
         passes = ledger.time(
             JOB,
             lambda: train(
-                [fit], memory, lambda n: lab.read(grid, grid.train), validation, tracker, save, MAX_PASSES, BATCH, SEED
+                [fit],
+                memory,
+                lambda n: bench.read(grid, grid.train),
+                validation,
+                tracker,
+                save,
+                MAX_PASSES,
+                BATCH,
+                SEED,
             ),
         )
         tracker.close()
     return {"passes": passes, "converged": int(solver.converged.sum())}
 
 
-def measure_offline(lab: Lab, ledger: Ledger, n_chains: int, epochs: int) -> None:
+def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int) -> None:
     """The usual way on some training chains, and from that, by tokens, on all of them."""
-    shape, grid = lab.shape, lab.grids[1]
+    shape, grid = bench.shape, bench.grids[1]
     some, middle, column = grid.train[:n_chains], shape.layers[len(shape.layers) // 2], grid.columns[LAGS.index(0)]
     weight, dtype = grid.positive_weight[LAGS.index(0)].item(), getattr(torch, shape.dtype)
     steps = ("full model, a file per chain and layer", "load the files of one probe", "one epoch of one probe")
     extracting, loading, fitting = (f"offline, {len(some)} chains: {step}" for step in steps)
-    model = make_model(shape, shape.blocks, lab.device)
+    model = make_model(shape, shape.blocks, bench.device)
     with TemporaryDirectory() as name:
         folder = Path(name)
         baseline.extract(model, some[:1], shape.layers, folder)
         ledger.time(extracting, lambda: baseline.extract(model, some, shape.layers, folder))
-        load = partial(baseline.load, some, middle, column, grid.labels, dtype, folder, lab.device)
+        load = partial(baseline.load, some, middle, column, grid.labels, dtype, folder, bench.device)
         acts, targets = ledger.time(loading, load)
     baseline.fit_epoch(acts[:64], targets[:64], weight, L2)
     ledger.time(fitting, lambda: baseline.fit_epoch(acts, targets, weight, L2))
@@ -183,30 +191,30 @@ def measure_offline(lab: Lab, ledger: Ledger, n_chains: int, epochs: int) -> Non
     known[OFFLINE] = sum(known.values())
 
 
-def measure_peer(lab: Lab, ledger: Ledger, memory: ActivationMemory) -> None:
+def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory) -> None:
     """probelab on activations that are already collected, if it is installed."""
     if not baseline.has_probelab():
         print("peer      probelab is not installed, so it has no row: pip install probelab", flush=True)
         return
     acts, targets, valid, _ = memory.pool
-    one = acts[:, len(lab.layers) // 2].to(lab.device)
+    one = acts[:, len(bench.layers) // 2].to(bench.device)
     ledger.time(
         f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer",
-        lambda: baseline.fit_probelab(one, targets.to(lab.device), valid.to(lab.device), L2),
+        lambda: baseline.fit_probelab(one, targets.to(bench.device), valid.to(bench.device), L2),
     )
 
 
-def facts(lab: Lab, options: dict[str, Any]) -> dict[str, Any]:
+def facts(bench: Workbench, options: dict[str, Any]) -> dict[str, Any]:
     """What was measured, and on what."""
-    grid = lab.grids[1]
+    grid = bench.grids[1]
     tokens = {
         "train": count(grid.train), "validation": count(grid.validation),
         "train_samples": grid.n_train, "validation_samples": grid.n_validation,
     }  # fmt: skip
     return {
-        "device": device_name(lab.device), "cpu": cpu_name(), "threads": torch.get_num_threads(),
-        "versions": versions(), "git_commit": git_commit(), "model": lab.shape._asdict(),
-        "blocks_run": max(lab.layers) + 1, "options": options, "tokens": tokens,
+        "device": device_name(bench.device), "cpu": cpu_name(), "threads": torch.get_num_threads(),
+        "versions": versions(), "git_commit": git_commit(), "model": bench.shape._asdict(),
+        "blocks_run": max(bench.layers) + 1, "options": options, "tokens": tokens,
     }  # fmt: skip
 
 
@@ -253,19 +261,19 @@ def table(result: dict[str, Any]) -> str:
 def measure_all(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every measurement, in one process."""
     ledger = Ledger(device)
-    lab = Lab(SHAPES[options.shape], options.chains, options.max_batch_tokens, device)
-    job = measure_passes(lab, ledger, options.repeats)
-    grid = lab.grids[1]
-    memory, held = lab.memories(grid)
-    memory.fill(partial(lab.read, grid, grid.train))
-    held.fill(partial(lab.read, grid, grid.validation))
-    measure_replays(lab, ledger, options.repeats, memory)
-    measure_validation(lab, ledger, options.repeats, held)
+    bench = Workbench(SHAPES[options.shape], options.chains, options.max_batch_tokens, device)
+    job = measure_passes(bench, ledger, options.repeats)
+    grid = bench.grids[1]
+    memory, held = bench.memories(grid)
+    memory.fill(partial(bench.read, grid, grid.train))
+    held.fill(partial(bench.read, grid, grid.validation))
+    measure_replays(bench, ledger, options.repeats, memory)
+    measure_validation(bench, ledger, options.repeats, held)
     if options.peer:
-        measure_peer(lab, ledger, memory)
+        measure_peer(bench, ledger, memory)
     del memory, held
-    measure_offline(lab, ledger, options.offline_chains, options.offline_epochs)
-    about, rows = facts(lab, vars(options)), ledger.rows()
+    measure_offline(bench, ledger, options.offline_chains, options.offline_epochs)
+    about, rows = facts(bench, vars(options)), ledger.rows()
     return {**about, **job, "headlines": headlines(rows, about["tokens"]), "rows": rows}
 
 
@@ -289,7 +297,7 @@ def parse(argv: Sequence[str] | None, cuda: bool) -> argparse.Namespace:
     parser.error = refuse  # type: ignore[method-assign, assignment]
     options = parser.parse_args(argv)
     for name in ("chains", "max_batch_tokens", "repeats", "offline_chains", "offline_epochs"):
-        least = 2 if name == "chains" else 1
+        least = {"chains": 2, "max_batch_tokens": 900}.get(name, 1)  # no chain is longer than 900
         if getattr(options, name) < least:
             raise InputError(f"{name} {getattr(options, name)}", f"at least {least}", f"mend --{name}")
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):

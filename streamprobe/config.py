@@ -51,7 +51,12 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self.max_batch_tokens > 0, f"max_batch_tokens {self.max_batch_tokens}", "at least 1", "try 8192")
+        require(
+            0 < self.max_batch_tokens < 2**31,
+            f"max_batch_tokens {self.max_batch_tokens}",
+            "at least 1, less than 2**31",
+            "try 8192",
+        )
 
 
 @dataclass
@@ -149,14 +154,23 @@ class TrainingConfig:
     tolerance: float = key(1e-4, "Norm of a probe's gradient at which Newton calls it converged.")
     learning_rate: float = key(1e-3, "Adam's learning rate.")
     batch_size: int = key(64, "Tokens per Adam step.")
-    standardize: bool = key(True, "Train on (x - mean) / std; saved probes act on raw activations all the same.")
+    standardize: bool = key(
+        True,
+        "Train on (x - mean) / std, without which Newton may not converge; saved probes take raw ones either way.",
+    )
     max_passes: int = key(50, "Most trips over the training tokens.")
     patience: int = key(3, "Passes without a better validation F1 after which a probe of Adam's is stopped.")
-    memory_gb: str = key("auto", "Most GB (10^9 bytes) of activations to hold; auto is what is free, less a reserve.")
+    memory_gb: str = key(
+        "auto",
+        "Most GB (10^9 bytes) of activations and of Newton's matrices; auto is what is free, less a reserve.",
+    )
     bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
     seed: int = key(0, "Seed of weights and order.")
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "max_passes", "patience"):
+            require(getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"mend --{name}")
+        require(self.bootstrap <= 10**6, f"bootstrap {self.bootstrap}", "at most 1,000,000", "try 1000")
         for solver in self.solvers:
             require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "mend --solvers")
         require(
@@ -192,6 +206,9 @@ class OutputConfig:
     )
     resume: bool = key(False, "Go on with the run in output_dir (by default the newest of this config).")
     dry_run: bool = key(False, "Print what the run would need, train nothing.")
+
+    def __post_init__(self) -> None:
+        require(not (self.resume and self.dry_run), "dry_run with resume", "one of them", "drop --dry_run or --resume")
 
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)

@@ -69,6 +69,8 @@ def _run(config: RunConfig) -> Path:
     rows = test(lab, folder, fits, thresholds, facts)
     plan = f"{memories[0].rows} tokens on {memories[0].home}, {'kept' if memories[0].keep_train else 'streamed'}"
     cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), "activations": plan, **lab.cost()}
+    if "newton" in config.training.solvers:
+        cost["newton_matrices"] = "one per layer" if lab.shared else "one per layer and column"
     report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict()})
     lines = "\n".join(f"{name:<22}{value}" for name, value in cost.items())
     report.write_report(folder, rows, lab.preflight, lines)
@@ -94,18 +96,20 @@ def start(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple[int
     training, layers = lab.config.training, lab.config.probes.layers
     _, valid, positive = lab.census["train"]
     positive_weight = (valid - positive) / positive
-    solvers: dict[str, Solver] = {
-        "adam": AdamSolver(
-            layers, lab.columns, lab.hidden_size, positive_weight, training.learning_rate,
-            training.l2, training.batch_size, training.standardize, training.seed, lab.device,
-        ),
-        "newton": NewtonSolver(
-            layers, lab.columns, lab.hidden_size, positive_weight, training.l2, training.tolerance,
-            training.standardize, lab.shared, lab.device,
-        ),
-    }  # fmt: skip
-    patience = {"adam": training.patience, "newton": None}
-    fits = [Fit(solvers[name], BestProbes(solvers[name].bank(), patience[name])) for name in training.solvers]
+    about_probes = (layers, lab.columns, lab.hidden_size, positive_weight)
+    fits = []
+    for name in training.solvers:
+        solver: Solver
+        if name == "adam":
+            solver = AdamSolver(
+                *about_probes, training.learning_rate, training.l2, training.batch_size, training.standardize,
+                training.seed, lab.device,
+            )  # fmt: skip
+        else:
+            solver = NewtonSolver(
+                *about_probes, training.l2, training.tolerance, training.standardize, lab.shared, lab.device
+            )
+        fits.append(Fit(solver, BestProbes(solver.bank(), training.patience if name == "adam" else None)))
     if not checkpoint:
         return fits, (0, 0)
     parts, about = checkpoint

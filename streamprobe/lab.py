@@ -12,7 +12,7 @@ from streamprobe import backbone, chains, preflight
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
-from streamprobe.newton import curvature_bytes
+from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
 from streamprobe.reading import read_rows
 from streamprobe.stream import ActivationMemory, Plan, TokenBatch, memory_room, plan_memory, stream
@@ -99,11 +99,12 @@ class Lab:
         shape = (len(probes.layers), self.hidden_size, len(self.columns))
         token_bytes = shape[0] * shape[1] * dtype.itemsize + 2 * shape[2] + 8
         cap = self.config.training.memory_cap
-        self.shared, curvature = self._curvature(memory_room(cap, self.device))
+        needed = (n_train + n_validation) * token_bytes
+        self.shared, curvature = self._curvature(memory_room(cap, self.device), needed, before)
         plan = plan_memory(
             cap, token_bytes, n_train, n_validation, self.config.training.batch_size, self.device, curvature
         )
-        if before and [*plan[:3], self.shared] != before:  # the plan decides the order of the tokens
+        if before and list(plan[:3]) != before[:3]:  # the plan decides the order of the tokens
             raise InputError(
                 f"room for {plan.rows:,} training tokens",
                 f"{before[0]:,}, as when the run began",
@@ -125,14 +126,22 @@ class Lab:
         train = ActivationMemory(plan.rows, plan.keep_train, shape, dtype, self.device, plan.home)
         return plan, train, ActivationMemory(kept, plan.keep_validation, shape, dtype, self.device, plan.home)
 
-    def _curvature(self, room: int) -> tuple[bool, int]:
-        """Whether Newton's columns must share a matrix per layer (else they would take over a quarter), and bytes."""
+    def _curvature(self, room: int, activations: int, before: list[int] | None) -> tuple[bool, int]:
+        """Whether Newton's columns must share a matrix per layer, and the bytes that the solver takes.
+
+        They share it where one for each would take over a quarter of the room, or the place of activations that could
+        else be kept; a resumed run does as it did.
+        """
         if "newton" not in self.config.training.solvers:
             return False, 0
+        if self.device.type == "mps":
+            raise InputError("solver newton on mps", "a device with float64", "give --device_map cpu or --solvers adam")
         n_layers, n_columns = len(self.config.probes.layers), len(self.columns)
+        vectors = vector_bytes(n_layers, n_columns, self.hidden_size)
         all_columns, one = (curvature_bytes(n_layers, n, self.hidden_size) for n in (n_columns, 1))
-        shared = all_columns > room / 4
-        taken = one if shared else all_columns + one
+        spare = room - activations - vectors - one
+        shared = bool(before[3]) if before else all_columns > room / 4 or 0 <= spare < all_columns
+        taken = vectors + one + (0 if shared else all_columns)
         kind = f"one per layer: {all_columns / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
         print(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}", flush=True)
         return shared, taken

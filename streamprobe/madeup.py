@@ -1,4 +1,4 @@
-"""A lab for measurements of time: models, chains and grids that are real in every size and random in content.
+"""A workbench for measurements of time: models, chains and grids that are real in every size and random in content.
 
 Shapes: T tokens in a chain, C labels, K columns.
 """
@@ -105,7 +105,7 @@ def make_model(shape: Shape, blocks: int, device: torch.device) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-class Lab:
+class Workbench:
     """The truncated model, the made-up chains, and the grids of 70, 700 and 7,000 probes."""
 
     def __init__(self, shape: Shape, n_chains: int, max_batch_tokens: int, device: torch.device):

@@ -24,6 +24,11 @@ def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
     return n_layers * n_columns * (hidden_size + 1) ** 2 * 8
 
 
+def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
+    """What a NewtonSolver takes beside the matrices."""
+    return n_layers * n_columns * (hidden_size + 1) * 8 * (5 + 2 * PAIRS)
+
+
 class NewtonSolver:
     """Class-weighted logistic regression with an L2 penalty, solved to a gradient that is as good as zero.
 
@@ -87,8 +92,7 @@ class NewtonSolver:
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
         """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass."""
         if self.grams is None and self.factor is None:
-            if self.standardize:
-                self.mean, self.scale = first_scaling(acts)
+            self.mean, self.scale = first_scaling(acts)  # until the pass is over: it keeps the sums precise
             self.grams = Grams(self.mean, self.scale, self.positive_weight, self.shared)
         if self.grams is not None:
             self.grams.add(acts, targets, valid)
@@ -117,11 +121,11 @@ class NewtonSolver:
         """H of every column under the final map, in the memory of its Gram."""
         grams = self.grams
         assert grams is not None, "a pass without tokens"
-        mean, scale = self.mean.double(), self.scale.double()
-        if self.standardize:
-            mean, scale = grams.final_scaling()
-            move = (self.scale / scale, (self.mean - mean) / scale)
-            self.gradient_ = mapped_vector(self.gradient_, *(part[:, None] for part in move))
+        mean, scale = grams.final_scaling()
+        if not self.standardize:
+            mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
+        move = (self.scale / scale, (self.mean - mean) / scale)
+        self.gradient_ = mapped_vector(self.gradient_, *(part[:, None] for part in move))
         self.mean, self.scale = mean.float(), scale.float()
         ridge = self.penalty.clamp_min(1e-6 * (self.l2 == 0))  # a constant feature has no curvature of its own
         store = grams.common_[:, None] if grams.shared else grams.rest_
@@ -134,7 +138,7 @@ class NewtonSolver:
                     raise InputError(
                         f"activations of layer {self.layers[i]} whose Gram matrix cannot be factorised",
                         "finite activations, and a penalty that outweighs rounding",
-                        "use another --dtype, or raise --l2",
+                        "use another --dtype, raise --l2, or leave --standardize on",
                     )
         self.factor, self.grams = store, None
 
@@ -149,8 +153,9 @@ class NewtonSolver:
         keep = better[..., None]
         self.best, self.best_gradient = self.point.where(keep, self.best), gradient.where(keep, self.best_gradient)
         self.natural, self.best_loss = natural.where(keep, self.natural), loss.where(better, self.best_loss)
-        self.gradient_norm = self.best_gradient.norm(dim=-1)
-        self.converged = self.converged | (better & (self.gradient_norm <= self.tolerance))
+        norm = self.best_gradient.norm(dim=-1)
+        self.converged = self.converged | (better & (norm <= self.tolerance))
+        self.gradient_norm = norm.where(self.converged | (self.passes > 0), math.nan)
         self.point = torch.where(keep, self.best - self._direction(), shorter)
         self.point = torch.where(self.converged[..., None], self.best, self.point)
 
@@ -185,20 +190,24 @@ class NewtonSolver:
         return q
 
     def _solve(self, gradient: Tensor) -> Tensor:
-        """H^-1 g for g [L, K, E]."""
+        """H^-1 g for g [L, K, E]; one matrix at a time, for a batched solve copies all of them."""
         assert self.factor is not None
-        if self.shared:
-            return torch.cholesky_solve(gradient.mT, self.factor[:, 0]).mT
-        return torch.cholesky_solve(gradient[..., None], self.factor)[..., 0]
+        solved = torch.empty_like(gradient)
+        for i, factors in enumerate(self.factor):
+            for k, factor in enumerate(factors):
+                columns = slice(None) if self.shared else slice(k, k + 1)
+                solved[i, columns] = torch.cholesky_solve(gradient[i, columns].mT, factor).mT
+        return solved
 
     @property
     def forgetful(self) -> bool:
-        """Whether the matrices of H are missing in a solver that has been loaded."""
-        return self.factor is None and int(self.passes) > 0
+        """Whether the matrices of H are missing in a solver that has been loaded and is to go on."""
+        return self.factor is None and int(self.passes) > 0 and not bool(self.converged.all())
 
     def bank(self) -> ProbeBank:
-        """The probes as they stand, in raw activation space."""
-        weight, bias = fold(self.point[..., :-1], self.point[..., -1], self.mean.double(), self.scale.double())
+        """The best probes so far, in raw activation space: after one pass its Newton step, whose J no pass has seen."""
+        probes = self.best if self.passes > 1 else self.point
+        weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), self.scale.double())
         return ProbeBank(self.layers, self.columns, weight.float(), bias.float())
 
     def loss(self) -> Tensor:

@@ -88,7 +88,7 @@ def describe(
     blind = [str(c) for c, hits in zip(columns, census["validation"][2].tolist(), strict=True) if not hits]
     if blind:
         lines.append(
-            f"no positive in validation for {', '.join(blind)}: the first pass counts as best, threshold and F1 are nan"
+            f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
         )
     lines += [
         "            (base rate of the label's tokens, in so many sections)",

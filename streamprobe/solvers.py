@@ -20,7 +20,7 @@ class Solver(Protocol):
 
     name: str
     converged: Tensor  # [L, K] bool: probes that no further pass would change
-    gradient_norm: Tensor  # [L, K] of the objective, where it was last taken; NaN from a solver that does not know it
+    gradient_norm: Tensor  # [L, K] of the objective at the probes of `bank`; NaN where it is not known
 
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
         """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool."""

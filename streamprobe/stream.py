@@ -198,7 +198,8 @@ def plan_memory(
             if rows >= least:
                 return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
     raise InputError(
-        f"{max(rooms.values()) / 1e6:,.2f} MB for activations",
+        f"{max(rooms.values()) / 1e6:,.2f} MB for activations"
+        + (f" beside {taken / 1e6:,.2f} MB for Newton's matrices" if taken else ""),
         f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",
         "raise --memory_gb, free memory, or probe fewer layers",
     )

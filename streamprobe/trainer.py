@@ -75,7 +75,8 @@ def train(
     """
     number, tokens = done
     if number and not finished(fits, number, max_passes):
-        recall([solver for solver, _ in fits if solver.forgetful], memory, partial(source, 1), batch_size, seed + 1)
+        forgetful = [fit.solver for fit in fits if fit.solver.forgetful]
+        recall(forgetful, memory, partial(source, 1), batch_size, seed + 1)
     while not finished(fits, number, max_passes):
         number += 1
         live = [fit for fit in fits if not fit.best.stopped.all()]

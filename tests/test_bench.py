@@ -9,14 +9,14 @@ import torch
 from streamprobe import baseline
 from streamprobe.bench import FORWARD, JOB, MANY, OFFLINE, PASSES, REPLAYS, main
 from streamprobe.lags import Column
-from streamprobe.madeup import BATCH, SHAPES, Lab, make_chains, make_model
+from streamprobe.madeup import BATCH, SHAPES, Workbench, make_chains, make_model
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def lab() -> Lab:
-    return Lab(SHAPES["tiny"], 5, 2048, CPU)
+def lab() -> Workbench:
+    return Workbench(SHAPES["tiny"], 5, 2048, CPU)
 
 
 def test_a_tiny_run_writes_every_row(tmp_path, capsys):

@@ -57,6 +57,8 @@ CASES = {
     "unknown key in the file": ({"lag": [1]}, [], "unknown key 'lag'", "--lags"),
     "unknown solver": ({}, ["--solvers", "lbfgs"], "lbfgs", "--solvers"),
     "a solver twice": ({"solvers": ["adam", "adam"]}, [], "adam", "each once"),
+    "too many resamples": ({}, ["--bootstrap", "1000000000000"], "bootstrap", "at most"),
+    "too much patience": ({}, ["--patience", "10000000000000000000000000"], "patience", "less than"),
     "no tolerance": ({}, ["--tolerance", "0"], "tolerance", "more than 0"),
     "word for a number": ({}, ["--layers", "two"], "--layers", "'two'"),
     "word for a number in the file": ({"learning_rate": "fast"}, [], "--learning_rate", "'fast'"),

@@ -159,7 +159,7 @@ def test_one_pass_is_the_newton_step_from_zero(lab, tokens, size) -> None:
 def test_control_one_pass_is_not_converged(lab, tokens) -> None:
     solver = trained(make(lab, tokens), tokens, 1)
     _, mean, std = standardised(tokens, 0)
-    assert not solver.converged.any() and solver.gradient_norm.min() > 0.01
+    assert not solver.converged.any() and solver.gradient_norm.isnan().all()  # no pass has seen it
     assert distance(in_features(solver.bank(), 0, 1, mean, std), by_sklearn(tokens, 0, 1)) > 0.1
 
 

@@ -107,7 +107,7 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.0005"]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.0008"]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
     assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
@@ -117,7 +117,8 @@ def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, cap
 def test_a_dry_run_beside_a_run_leaves_it_alone(config):
     assert main([config, "--max_passes", "1"]) == 0
     before = files()
-    assert main([config, "--dry_run", "--resume"]) == 0
+    assert main([config, "--dry_run"]) == 0
+    assert main([config, "--dry_run", "--resume"]) == 2, "which would be checked against the run"
     assert files() == before
     check_resume({"dry_run": False, "seed": 0}, {"seed": 0})  # a checkpoint from before there was such a key
 
