@@ -273,7 +273,7 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> dict[str, 
         measure_peer(bench, ledger, memory)
     del memory, held
     measure_offline(bench, ledger, options.offline_chains, options.offline_epochs)
-    about, rows = facts(bench, vars(options)), ledger.rows()
+    about, rows = facts(bench, {k: v for k, v in vars(options).items() if k != "json"}), ledger.rows()
     return {**about, **job, "headlines": headlines(rows, about["tokens"]), "rows": rows}
 
 
