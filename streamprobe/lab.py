@@ -15,7 +15,7 @@ from streamprobe.lags import make_columns
 from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
 from streamprobe.reading import read_rows
-from streamprobe.stream import ActivationMemory, Plan, TokenBatch, memory_room, plan_memory, stream
+from streamprobe.stream import ActivationMemory, Plan, TokenBatch, memory_room, plan_memory, stream, token_bytes
 
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 
@@ -97,13 +97,11 @@ class Lab:
         n_train, n_validation = self.census["train"][0], self.census["validation"][0]
         dtype = backbone.pick_dtype(self.config.model.dtype)
         shape = (len(probes.layers), self.hidden_size, len(self.columns))
-        token_bytes = shape[0] * shape[1] * dtype.itemsize + 2 * shape[2] + 8
+        one = token_bytes(*shape, dtype)
         cap = self.config.training.memory_cap
-        needed = (n_train + n_validation) * token_bytes
+        needed = (n_train + n_validation) * one
         self.shared, curvature = self._curvature(memory_room(cap, self.device), needed, before)
-        plan = plan_memory(
-            cap, token_bytes, n_train, n_validation, self.config.training.batch_size, self.device, curvature
-        )
+        plan = plan_memory(cap, one, n_train, n_validation, self.config.training.batch_size, self.device, curvature)
         if before and list(plan[:3]) != before[:3]:  # the plan decides the order of the tokens
             raise InputError(
                 f"room for {plan.rows:,} training tokens",
@@ -112,7 +110,7 @@ class Lab:
             )
         kept = n_validation * plan.keep_validation
         print(
-            f"memory    {(plan.rows + kept) * token_bytes / 1e9:.2f} GB on {plan.home} for "
+            f"memory    {(plan.rows + kept) * one / 1e9:.2f} GB on {plan.home} for "
             + (f"all {plan.rows + kept:,} training and validation tokens: the model reads them once" if plan.keep_train
                else f"a pool of {plan.rows:,} of {n_train:,} training tokens: the model reads them in every pass"),
             flush=True,

@@ -17,7 +17,16 @@ from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, Column, make_columns
 from streamprobe.newton import NewtonSolver, curvature_bytes
 from streamprobe.solvers import AdamSolver, Solver
-from streamprobe.stream import ActivationMemory, TokenBatch, count_tokens, forward, make_batches, memory_room, stream
+from streamprobe.stream import (
+    ActivationMemory,
+    TokenBatch,
+    count_tokens,
+    forward,
+    make_batches,
+    memory_room,
+    stream,
+    token_bytes,
+)
 
 LAGS = [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48]
 BATCH, L2 = 1024, 0.01
@@ -136,10 +145,9 @@ class Workbench:
             torch.cuda.empty_cache()  # what earlier measurements left
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
         sizes = (len(self.layers), self.shape.hidden, len(grid.columns))
-        token_bytes = sizes[0] * sizes[1] * dtype.itemsize + 2 * sizes[2] + 8
         matrices = 1 if len(grid.labels) > 1 else len(grid.columns) + 1
         taken = curvature_bytes(len(self.layers), matrices, self.shape.hidden)
-        size = (grid.n_train + grid.n_validation) * token_bytes
+        size = (grid.n_train + grid.n_validation) * token_bytes(*sizes, dtype)
         need = {self.device: size + taken, torch.device("cpu"): size + taken * (self.device.type == "cpu")}
         home = next((home for home, n in need.items() if n <= memory_room(None, home)), None)
         if home is None:

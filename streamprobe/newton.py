@@ -228,13 +228,7 @@ class NewtonSolver:
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
         names = (
-            "point",
-            "best",
-            "best_gradient",
-            "natural",
-            "past",
-            "best_loss",
-            "gradient_norm",
-            "scale_up",
-        )
-        return {name: getattr(self, name) for name in (*names, "passes", "converged")}
+            "point", "best", "best_gradient", "natural", "past", "best_loss", "gradient_norm", "scale_up", "passes",
+            "converged",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}

@@ -171,6 +171,11 @@ def memory_room(memory_gb: float | None, device: torch.device) -> int:
     return max(0, int(0.9 * free) - 3 * 2**30) if memory_gb is None else int(min(memory_gb * 1e9, free))
 
 
+def token_bytes(n_layers: int, hidden_size: int, n_columns: int, dtype: torch.dtype) -> int:
+    """What a token takes in an ActivationMemory: its activations, targets and validity, and its chain."""
+    return n_layers * hidden_size * dtype.itemsize + 2 * n_columns + 8
+
+
 def plan_memory(
     memory_gb: float | None,
     token_bytes: int,
