@@ -7,6 +7,8 @@ marks a sum that is not divided by its count.
 import torch
 from torch import Tensor
 
+REST_TOKENS = 4096
+
 
 class Moments:
     """Mean and standard deviation of features, summed over a stream and merged over shards.
@@ -59,8 +61,9 @@ class Grams:
         C_k = sum over valid tokens of (p_k y + 1 - y) x x^T = sum over all of x x^T + the rest,
 
     where the rest are its positives (p_k - 1 times each) and its invalid tokens (-1 times): few, so one Gram over all
-    tokens of a layer serves all columns.  `shared` sums the mean of all C_k instead, one matrix per layer.
-    Products of a chunk are float32, sums are float64.
+    tokens of a layer serves all columns.  They wait until they are REST_TOKENS, for each addition to K matrices costs
+    as much as many tokens.  `shared` sums the mean of all C_k instead, one matrix per layer.
+    Sums over a chunk are float32, over chunks float64.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor, positive_weight: Tensor, shared: bool = False):
@@ -71,27 +74,40 @@ class Grams:
         self.common_ = torch.zeros(n_layers, size, size, dtype=torch.float64, device=mean.device)  # [L, E, E]
         self.rest_ = torch.zeros(n_layers, n_columns, size, size, dtype=torch.float64, device=mean.device)
         self.sum_ = torch.zeros(n_layers, 2, size, dtype=torch.float64, device=mean.device)  # x and x^2, all tokens
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # x [L, n, E] of the rest, and what each counts [n, K]
 
-    def add(self, acts: Tensor, targets: Tensor, valid: Tensor) -> "Grams":
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K] (bool)."""
-        x = with_one(scaled(acts, self.mean, self.scale))  # [L, N, E]
-        self.sum_ += torch.stack([x.sum(1, dtype=torch.float64), x.square().sum(1, dtype=torch.float64)], dim=1)
+    def add(self, x: Tensor, targets: Tensor, valid: Tensor) -> "Grams":
+        """Adds x [L, N, E] = with_one(acts, mean, scale) of these, targets [N, K] and valid [N, K] (bool)."""
+        self.sum_ += torch.stack([x.sum(1), x.square().sum(1)], dim=1)
         if self.shared:
             weight = (valid * torch.where(targets, self.positive_weight, 1.0)).mean(1)  # [N]
             self.common_ += (x * weight[:, None]).mT @ x
             return self
         self.common_ += x.mT @ x
         extra = torch.where(targets, self.positive_weight - 1, 0.0).where(valid, -1.0)  # [N, K]
+        rest = (extra != 0).any(1).nonzero()[:, 0]
+        self.waiting.append((x[:, rest], extra[rest]))
+        if sum(len(part) for _, part in self.waiting) >= REST_TOKENS:
+            self.settle()
+        return self
+
+    def settle(self) -> None:
+        """Adds the tokens that wait."""
+        if not self.waiting:
+            return
+        x, extra = torch.cat([x for x, _ in self.waiting], dim=1), torch.cat([extra for _, extra in self.waiting])
+        self.waiting.clear()
         at = extra.T.nonzero()  # (column, token), by column
         counts = (extra != 0).sum(0).tolist()
         for k, rows in enumerate(at[:, 1].split(counts)):
             few = x[:, rows]
             self.rest_[:, k] += (few * extra[rows, k, None]).mT @ few
-        return self
 
     def merge(self, other: "Grams") -> "Grams":
         """Adds what `other` has summed, which may be under another affine map."""
         assert self.shared == other.shared
+        self.settle()
+        other.settle()
         move = (other.scale.double() / self.scale, (other.mean.double() - self.mean) / self.scale)
         self.common_ += mapped(other.common_, *move)
         for k in range(self.rest_.shape[1]):
@@ -113,19 +129,25 @@ class Grams:
 
     def curvature(self, layer: int, k: int, mean: Tensor, scale: Tensor) -> Tensor:
         """C_k (or their mean, if shared) of the layer at this place [E, E], under the map of mean, scale [L, D]."""
+        self.settle()
         gram = self.common_[layer] if self.shared else self.common_[layer] + self.rest_[layer, k]
         own_mean, own_scale = self.mean[layer].double(), self.scale[layer].double()
         return mapped(gram, own_scale / scale[layer], (own_mean - mean[layer]) / scale[layer])
 
 
 def scaled(acts: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """acts [N, L, D] of any float dtype -> (acts - mean) / scale in float32 [L, N, D], contiguous."""
-    return ((acts.float() - mean) / scale).transpose(0, 1).contiguous()
+    """acts [N, L, D] of any float dtype -> (acts - mean) / scale in float32 [L, N, D]."""
+    return with_one(acts, mean, scale)[..., :-1]
 
 
-def with_one(x: Tensor) -> Tensor:
-    """x [..., D] -> [..., E]."""
-    return torch.nn.functional.pad(x, (0, 1), value=1.0)
+def with_one(acts: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """acts [N, L, D] of any float dtype -> (acts - mean) / scale with a one behind, in float32 [L, N, E]."""
+    (n, n_layers, hidden_size) = acts.shape
+    x = torch.empty(n_layers, n, hidden_size + 1, device=acts.device)
+    torch.sub(acts.transpose(0, 1), mean[:, None], out=x[..., :-1])
+    x[..., :-1] /= scale[:, None]
+    x[..., -1] = 1
+    return x
 
 
 def mapped_vector(vector: Tensor, d: Tensor, c: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
-from streamprobe.moments import Grams, first_scaling, mapped_vector, scaled, with_one
+from streamprobe.moments import Grams, first_scaling, mapped_vector, with_one
 from streamprobe.probes import ProbeBank, fold
 
 PAIRS = 8  # steps that L-BFGS remembers
@@ -94,14 +94,14 @@ class NewtonSolver:
         if self.grams is None and self.factor is None:
             self.mean, self.scale = first_scaling(acts)  # until the pass is over: it keeps the sums precise
             self.grams = Grams(self.mean, self.scale, self.positive_weight, self.shared)
+        x = with_one(acts, self.mean, self.scale)  # [L, N, E]
         if self.grams is not None:
-            self.grams.add(acts, targets, valid)
-        x = scaled(acts, self.mean, self.scale)  # [L, N, D]
-        z = torch.baddbmm(self.point[..., -1:].mT.float(), x, self.point[..., :-1].mT.float())  # [L, N, K]
+            self.grams.add(x, targets, valid)
+        z = x @ self.point.mT.float()  # [L, N, K]
         weight = valid * torch.where(targets, self.positive_weight, 1.0)
         sign = torch.where(targets, -1.0, 1.0)  # softplus(z) - y z and sigmoid(z) - y, without their cancellation
         loss = (weight * softplus(sign * z)).sum(1, dtype=torch.float64)
-        self.gradient_ += (weight * sign * (sign * z).sigmoid()).mT @ with_one(x)
+        self.gradient_ += (weight * sign * (sign * z).sigmoid()).mT @ x
         n = valid.sum(0)
         self.loss_, self.n = self.loss_ + loss, self.n + n
         self.recent_loss_, self.recent_n = self.recent_loss_ + loss, self.recent_n + n

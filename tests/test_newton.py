@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from streamprobe.config import load_config
 from streamprobe.errors import InputError
 from streamprobe.lab import Lab
-from streamprobe.moments import Grams, first_scaling
+from streamprobe.moments import Grams, first_scaling, with_one
 from streamprobe.newton import NewtonSolver, curvature_bytes
 from streamprobe.probes import ProbeBank
 
@@ -254,8 +254,8 @@ def test_grams_are_the_plain_sums_and_shards_merge(tokens, shared) -> None:
     p, parts = weights(tokens), list(chunks(tokens, 1500))
     one, left, right = (Grams(*first_scaling(part.acts), p, shared) for part in (parts[0], parts[0], parts[2]))
     for number, part in enumerate(parts):
-        one.add(*part)
-        (left if number < 2 else right).add(*part)
+        for grams in (one, left if number < 2 else right):
+            grams.add(with_one(part.acts, grams.mean, grams.scale), part.targets, part.valid)
     assert not torch.equal(left.mean, right.mean)
     alone = left.curvature(0, 0, left.mean.double(), left.scale.double()).clone()
     left.merge(right)
