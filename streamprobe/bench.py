@@ -29,6 +29,7 @@ from streamprobe.errors import InputError
 from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, SHAPES, Workbench, count, make_model
 from streamprobe.metrics import measure
 from streamprobe.provenance import device_name, git_commit, peak_memory, versions
+from streamprobe.solvers import Solver
 from streamprobe.stream import ActivationMemory
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
@@ -49,6 +50,8 @@ MANY = {
     "pass 1, 7,000 probes: Newton, one matrix per layer": (100, ("newton",)),
 }
 REPLAYS = {"Adam, batch 64": ("adam", 64), f"Adam, batch {BATCH:,}": ("adam", BATCH), "Newton": ("newton", BATCH)}
+FIRST_STEP = "Newton on collected activations, 70 probes: first pass"
+LATER_STEPS = "Newton on collected activations, 70 probes: passes after it, to convergence"
 T = TypeVar("T")
 
 
@@ -111,13 +114,24 @@ def first_passes(bench: Workbench, ledger: Ledger, passes: Mapping[str, tuple[in
 
 
 def measure_replays(bench: Workbench, ledger: Ledger, repeats: int, memory: ActivationMemory) -> None:
-    """Later passes, which read the activation memory and leave the model alone."""
+    """Passes that read the activation memory and leave the model alone: later ones, and all that Newton makes."""
     grid = bench.grids[1]
     solvers = {name: bench.solver(kind, grid, batch_size) for name, (kind, batch_size) in REPLAYS.items()}
     bench.train_pass(grid, list(solvers.values()), memory)  # the first pass, which makes Newton's matrices
     for _ in range(repeats):
         for name, solver in solvers.items():
             ledger.time(f"replayed pass, 70 probes: {name}", partial(bench.train_pass, grid, [solver], memory))
+        fresh = bench.solver("newton", grid)
+        ledger.time(FIRST_STEP, partial(bench.train_pass, grid, [fresh], memory))
+        ledger.time(LATER_STEPS, partial(converge, bench, fresh, memory))
+
+
+def converge(bench: Workbench, solver: Solver, memory: ActivationMemory) -> None:
+    """Passes from memory until all probes have converged."""
+    for _ in range(MAX_PASSES):
+        if solver.converged.all():
+            return
+        bench.train_pass(bench.grids[1], [solver], memory)
 
 
 def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: ActivationMemory) -> None:
