@@ -36,6 +36,7 @@ class Chain:
     ids: Tensor  # [T] int64
     codes: Tensor  # [T, C] int8, see `lags`
     support: Tensor  # [T] bool: may this token be a sample?
+    start: int = 0  # the first token of the response
 
 
 @dataclass
@@ -148,12 +149,14 @@ def tokenize(
 
     codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
     sample = np.zeros(len(ids), dtype=bool)
-    seen = -1
+    seen, first = -1, len(ids)
     for t, (token, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
         if token in special or start >= end:
             continue
         last = start + (len(text[start:end].rstrip()) or end - start) - 1
-        if last < len(head) and support == "response":
+        if last >= len(head):
+            first = min(first, t)
+        elif support == "response":
             continue
         sample[t] = True
         number = of_char[last]
@@ -164,7 +167,7 @@ def tokenize(
         if label in labels:
             codes[t, labels.index(label)] = INSIDE if number == seen else ONSET
         seen = number if number >= 0 else seen
-    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample))
+    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first)
 
 
 def load_chains(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamprobe.backbone import pick_dtype
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, Column, make_columns
@@ -44,13 +45,13 @@ class Shape(NamedTuple):
     intermediate: int
     vocabulary: int
     layers: tuple[int, ...]
-    dtype: str
+    dtype: str  # as in the config
 
 
 SHAPES = {
     "tiny": Shape(32, 6, 4, 2, 64, 400, (0, 1, 2, 3, 4), "float32"),
-    "smollm2-135m": Shape(576, 30, 9, 3, 1536, 49_152, (7, 9, 11, 13, 15), "float32"),
-    "llama-3.1-8b": Shape(4096, 32, 32, 8, 14_336, 128_256, (8, 10, 12, 14, 16), "bfloat16"),
+    "smollm2-135m": Shape(576, 30, 9, 3, 1536, 49_152, (7, 9, 11, 13, 15), "auto"),
+    "llama-3.1-8b": Shape(4096, 32, 32, 8, 14_336, 128_256, (8, 10, 12, 14, 16), "auto"),
 }
 
 
@@ -118,6 +119,7 @@ class Workbench:
     """The truncated model, the made-up chains, and the grids of 70, 700 and 7,000 probes."""
 
     def __init__(self, shape: Shape, n_chains: int, max_batch_tokens: int, device: torch.device):
+        shape = shape._replace(dtype=str(pick_dtype(shape.dtype)).removeprefix("torch."))
         self.shape, self.layers, self.max_batch_tokens, self.device = shape, shape.layers, max_batch_tokens, device
         chains = make_chains(n_chains, 100, shape.vocabulary)
         self.grids = {n: make_grid(chains, n) for n in (1, 10, 100)}
