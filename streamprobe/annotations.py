@@ -102,3 +102,14 @@ def annotate(annotated: str, original: str) -> Annotation:
         found.append(Section(label, first, last))
         floor = last
     return Annotation(found, edited, lost, unbalanced)
+
+
+def rejoin(annotated: str) -> tuple[str, Annotation]:
+    """The sections alone, without the white space around them, joined by single spaces: a text that nobody wrote."""
+    copy, sections, unbalanced = parse_annotations(annotated)
+    text, found = "", []
+    for label, start, end in sections:
+        text += " " if text else ""
+        found.append(Section(label, len(text), len(text) + len(copy[start:end].strip())))
+        text += copy[start:end].strip()
+    return text, Annotation(found, 0, 0, unbalanced)

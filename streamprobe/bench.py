@@ -26,13 +26,13 @@ import torch
 from streamprobe import baseline
 from streamprobe.checkpoint import BestProbes, save_run, write_atomic
 from streamprobe.errors import InputError
-from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, SHAPES, Workbench, count, make_model
+from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, SHAPES, Grid, Workbench, count, make_model
+from streamprobe.memory import ActivationMemory
 from streamprobe.metrics import measure
 from streamprobe.provenance import device_name, git_commit, peak_memory, versions
 from streamprobe.solvers import Solver
-from streamprobe.stream import ActivationMemory
 from streamprobe.tracking import Tracker
-from streamprobe.trainer import Fit, evaluate, train
+from streamprobe.trainer import Fit, Share, evaluate, train
 
 MAX_PASSES = 50
 FORWARD = "bare forward of the truncated model"
@@ -144,7 +144,9 @@ def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: Act
     for _ in range(repeats):
         ledger.time(
             f"validation, 70 probes: scores and metrics of {grid.n_validation:,} tokens",
-            lambda: measure(*evaluate([bank], held.in_order(partial(bench.read, grid, grid.validation)))[0][:3]),
+            lambda: measure(
+                *evaluate([(bank, everything(grid))], held.in_order(partial(bench.read, grid, grid.validation)))[0][:3]
+            ),
         )
         ledger.time(f"metrics of 70 probes on {tokens:,} tokens", lambda: measure(scores, targets, targets | True))
 
@@ -153,14 +155,14 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     """All that a run does between the loaded model and its test, TensorBoard and checkpoints among it."""
     grid = bench.grids[1]
     solver = bench.solver("newton", grid)
-    fit = Fit(solver, BestProbes(solver.bank(), None))
+    fit = Fit(solver, BestProbes(solver.bank(), None), everything(grid))
     memory, held = bench.memories(grid)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        tracker = Tracker(folder, ["newton"], list(bench.layers), grid.columns)
+        tracker = Tracker(folder, [solver])
 
         def save(number: int, tokens: int) -> None:
-            save_run(folder, {"newton": solver.state(), "newton-best": fit.best.state()}, {"pass": number})
+            save_run(folder, {fit.name: solver.state(), f"{fit.name}-best": fit.best.state()}, {"pass": number})
 
         validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
         passes = ledger.time(
@@ -179,6 +181,11 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
         )
         tracker.close()
     return {"passes": passes, "converged": int(solver.converged.sum())}
+
+
+def everything(grid: Grid) -> Share:
+    """All layers and columns."""
+    return Share("layers", lambda batch: batch.acts, torch.arange(len(grid.columns)))
 
 
 def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int) -> None:
@@ -210,7 +217,7 @@ def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory) -> 
     if not baseline.has_probelab():
         print("peer      probelab is not installed, so it has no row: pip install probelab", flush=True)
         return
-    acts, targets, valid, _ = memory.pool
+    acts, _, targets, valid, _ = memory.pool
     one = acts[:, len(bench.layers) // 2].to(bench.device)
     ledger.time(
         f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer",

@@ -4,16 +4,17 @@ Shapes: T tokens in a chain, C labels.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamprobe.annotations import Annotation, Section, annotate
+from streamprobe.annotations import Annotation, Section, annotate, rejoin
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
@@ -37,6 +38,8 @@ class Chain:
     codes: Tensor  # [T, C] int8, see `lags`
     support: Tensor  # [T] bool: may this token be a sample?
     start: int = 0  # the first token of the response
+    category: str = ""  # the kind of problem, to which results can be split
+    side: Tensor | None = None  # [T, P] float32, what is known of each token without a model
 
 
 @dataclass
@@ -70,39 +73,81 @@ class Counts:
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
 
-def make_record(id: str, problem: object, response: object, annotated: object) -> tuple[Record, Annotation] | str:
-    """One row as a Record beside what was found of its annotation, or the reason why the row is refused."""
+class Reading(NamedTuple):
+    """How a chain is read."""
+
+    prompt: str = "{problem}\n\n"  # see `format_prompt`
+    support: str = "response"  # see `tokenize`, as for the next two
+    unlabelled: str = "ignore"
+    bos: bool = True
+    response: str = "original"  # or `rejoined`, see `make_record`
+
+
+class Division(NamedTuple):
+    """Which chains are for what."""
+
+    test_share: float = 0.2
+    validation_share: float = 0.1
+    seed: int = 42
+    test_categories: Sequence[str] | None = None  # the test chains are those of these categories
+    validate_on_test: bool = False  # no validation chains but the test chains
+
+
+READ, DIVIDED = Reading(), Division()
+
+
+def make_record(
+    id: str, problem: object, response: object, annotated: object, kind: str = "original"
+) -> tuple[Record, Annotation] | str:
+    """One row as a Record beside what was found of its annotation, or the reason why the row is refused.
+
+    kind: the response as it was written (`original`), or the annotated sections joined by spaces (`rejoined`).
+    """
     if not (isinstance(problem, str) and isinstance(response, str) and isinstance(annotated, str)):
         return "with a field that is missing or not text"
     if any("\ud800" <= c <= "\udfff" for c in problem + response):
         return "with text that is not Unicode"
     if not response.strip():
         return "with an empty response"
-    found = annotate(annotated, response)
+    if kind == "rejoined":
+        response, found = rejoin(annotated)
+    else:
+        found = annotate(annotated, response)
     if not found.sections:
         return "without a section that is found in the response"
     return Record(id, problem, response, found.sections), found
 
 
+def category_of(id: str) -> str:
+    """The kind of problem that an id names: the part before its number, all of it where it has none."""
+    return re.sub(r"[\W_]*\d+$", "", id) or id
+
+
 def split_chains(
-    problems: Sequence[str], test_share: float = 0.2, validation_share: float = 0.1, seed: int = 42
+    problems: Sequence[str],
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+    seed: int = 42,
+    test: Sequence[bool] | None = None,
 ) -> list[str]:
     """`train`, `validation`, `test` or `duplicate` for each chain.
 
     The test chains are the first `test_share` of numpy's `RandomState(seed).permutation`, as in the original
     experiment; the next ones, until `validation_share` of the rest is reached, are validation.  Chains that share a
     problem never cross: a twin of a validation problem is validation too, and a twin of a test problem is left out
-    (`duplicate`), since the test set is the original's.
+    (`duplicate`), since the test set is the original's.  With `test`, the test chains are those where it is True.
     """
-    order = np.random.RandomState(seed).permutation(len(problems))
+    order = np.random.RandomState(seed).permutation(len(problems)).tolist()
     n_test = int(len(problems) * test_share)
+    first = order[:n_test] if test is None else [i for i in order if test[i]]
     where = [""] * len(problems)
-    held_out = {problems[i] for i in order[:n_test]}
-    for i in order[:n_test]:
+    for i in first:
         where[i] = "test"
-    rest = [i for i in order[n_test:] if problems[i] not in held_out]
+    held_out = {problems[i] for i in first}
+    others = [i for i in order if not where[i]]
+    rest = [i for i in others if problems[i] not in held_out]
     validation = {problems[i] for i in rest[: round(len(rest) * validation_share)]}
-    for i in order[n_test:]:
+    for i in others:
         where[i] = "duplicate" if problems[i] in held_out else "validation" if problems[i] in validation else "train"
     return where
 
@@ -122,7 +167,13 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any) -> str:
 
 
 def tokenize(
-    record: Record, tokenizer: Any, labels: Sequence[str], prompt: str, support: str, unlabelled: str
+    record: Record,
+    tokenizer: Any,
+    labels: Sequence[str],
+    prompt: str,
+    support: str,
+    unlabelled: str,
+    with_bos: bool = True,
 ) -> Chain:
     """One record as token ids and label codes.
 
@@ -130,7 +181,7 @@ def tokenize(
     where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
     (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.  Where the tokenizer
-    has a BOS token the ids start with exactly one.
+    has a BOS token the ids start with exactly one, or with none if not `with_bos`.
     """
     head = format_prompt(record.problem, prompt, tokenizer)
     text = head + record.response
@@ -139,7 +190,7 @@ def tokenize(
     bos = tokenizer.bos_token_id
     if bos is not None:
         lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        ids, offsets = [bos, *ids[lead:]], [(0, 0), *offsets[lead:]]
+        ids, offsets = [bos] * with_bos + ids[lead:], [(0, 0)] * with_bos + offsets[lead:]
 
     special = set(tokenizer.all_special_ids)
     of_char = np.full(len(text), -1 if unlabelled == "ignore" else -2, dtype=np.int64)  # which section, -2: negative
@@ -176,39 +227,59 @@ def load_chains(
     tokenizer: Any,
     labels: Sequence[str],
     context: int,
-    prompt: str = "{problem}\n\n",
-    support: str = "response",
-    unlabelled: str = "ignore",
-    shares: tuple[float, float] = (0.2, 0.1),
-    split_seed: int = 42,
+    reading: Reading = READ,
+    division: Division = DIVIDED,
+    category_column: str | None = None,
 ) -> tuple[dict[str, list[Chain]], Counts]:
     """Rows -> the chains of `train`, `validation` and `test`, and what became of each row.
 
-    `fields` names the columns of id, problem, response and annotation; `shares` are those of `split_chains`.  The split
-    is drawn over all rows, so that a refused chain moves no other.  Chains of more than `context` tokens are refused.
+    `fields` names the columns of id, problem, response and annotation; the category of a chain is in `category_column`,
+    or else in its id.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than
+    `context` tokens are refused.  Raises InputError for a test category that no row has.
     """
     counts = Counts(read=len(rows))
     id_column, problem_column, response_column, annotation_column = fields
     problems = [row.get(problem_column) for row in rows]  # a missing one is nobody's twin
     names = [p if isinstance(p, str) else f"row {i} has no problem" for i, p in enumerate(problems)]
-    where = split_chains(names, *shares, split_seed)
+    ids = [str(row.get(id_column)) for row in rows]
+    kinds = [str(row.get(category_column)) for row in rows] if category_column else [category_of(id) for id in ids]
+    where = split_chains(
+        names,
+        division.test_share,
+        0.0 if division.validate_on_test else division.validation_share,
+        division.seed,
+        None if division.test_categories is None else _in_categories(kinds, division.test_categories),
+    )
     splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
-    for row, split in zip(rows, where, strict=True):
+    for row, id, kind, split in zip(rows, ids, kinds, where, strict=True):
         if split == "duplicate":
             counts.refused["with a problem of the test split"] += 1
             continue
-        texts = (row.get(name) for name in (problem_column, response_column, annotation_column))
-        made = make_record(str(row.get(id_column)), *texts)
+        problem, response, annotated = (row.get(name) for name in (problem_column, response_column, annotation_column))
+        made = make_record(id, problem, response, annotated, reading.response)
         if isinstance(made, str):
             counts.refused[made] += 1
             continue
-        chain = tokenize(made[0], tokenizer, labels, prompt, support, unlabelled)
+        chain = tokenize(made[0], tokenizer, labels, *reading[:4])
+        chain.category = kind
         if len(chain.ids) > context:
             counts.refused[f"longer than the model's context of {context:,} tokens"] += 1
             continue
         counts.use(*made)
         splits[split].append(chain)
+    if division.validate_on_test:
+        splits["validation"] = splits["test"]
     return splits, counts
+
+
+def _in_categories(kinds: Sequence[str], chosen: Sequence[str]) -> list[bool]:
+    strange = sorted(set(chosen) - set(kinds))
+    if strange:
+        known = ", ".join(sorted(set(kinds))[:20])
+        raise InputError(
+            f"test_categories {' '.join(strange)}, which no chain has", f"of {known}", "mend --test_categories"
+        )
+    return [kind in chosen for kind in kinds]
 
 
 def fingerprint(splits: dict[str, list[Chain]]) -> str:

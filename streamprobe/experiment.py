@@ -9,26 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprobe import backbone, preflight, report
-from streamprobe.checkpoint import BestProbes, load_run, save_run
+from streamprobe import backbone, preflight, report, results
+from streamprobe.checkpoint import load_run, save_run
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
+from streamprobe.fits import Checkpoint, make_fits, standing
 from streamprobe.lab import Lab, Memories
 from streamprobe.metrics import measure
-from streamprobe.newton import NewtonSolver
-from streamprobe.provenance import (
-    choose_folder,
-    peak_memory,
-    write_config,
-)
-from streamprobe.solvers import AdamSolver, Solver
+from streamprobe.probes import ProbeBank
+from streamprobe.provenance import choose_folder, peak_memory, write_config
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
 
 FREE_ON_RESUME = (
     "output_dir", "resume", "dry_run", "max_passes", "memory_gb", "bootstrap", "config", "git_commit", "device"
 )  # fmt: skip
-Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 def run(config: RunConfig) -> Path | None:
@@ -66,15 +61,16 @@ def _run(config: RunConfig) -> Path:
     memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
     write_config(folder, facts)
     fits, thresholds, passes = fit(lab, folder, memories, checkpoint, facts)
-    rows = test(lab, folder, fits, thresholds, facts)
+    judged = test(lab, folder, fits, thresholds, facts)
+    rows, verdicts = [each.row for each in judged], results.verdicts(judged)
     plan = f"{memories[0].rows} tokens on {memories[0].home}, {'kept' if memories[0].keep_train else 'streamed'}"
     cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), "activations": plan, **lab.cost()}
     if "newton" in config.training.solvers:
         cost["newton_matrices"] = "one per layer" if lab.shared else "one per layer and column"
-    report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict()})
+    report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict(), "verdicts": verdicts})
     lines = "\n".join(f"{name:<22}{value}" for name, value in cost.items())
-    report.write_report(folder, rows, lab.preflight, lines)
-    print(f"\n{report.table(rows)}{lines}\nwrote                 {folder}/", flush=True)
+    report.write_report(folder, rows, verdicts, lab.preflight, lines)
+    print(f"\n{report.table(rows)}", *verdicts, "", f"{lines}\nwrote                 {folder}/", sep="\n", flush=True)
     return folder
 
 
@@ -91,44 +87,14 @@ def _dry_run(config: RunConfig) -> None:
     print(needs, flush=True)
 
 
-def start(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple[int, int]]:
-    """The solvers with their best probes so far, and the passes and tokens behind them: new, or from the checkpoint."""
-    training, layers = lab.config.training, lab.config.probes.layers
-    _, valid, positive = lab.census["train"]
-    positive_weight = (valid - positive) / positive
-    about_probes = (layers, lab.columns, lab.hidden_size, positive_weight)
-    fits = []
-    for name in training.solvers:
-        solver: Solver
-        if name == "adam":
-            solver = AdamSolver(
-                *about_probes, training.learning_rate, training.l2, training.batch_size, training.standardize,
-                training.seed, lab.device,
-            )  # fmt: skip
-        else:
-            solver = NewtonSolver(
-                *about_probes, training.l2, training.tolerance, training.standardize, lab.shared, lab.device
-            )
-        fits.append(Fit(solver, BestProbes(solver.bank(), training.patience if name == "adam" else None)))
-    if not checkpoint:
-        return fits, (0, 0)
-    parts, about = checkpoint
-    for solver, best in fits:
-        solver.load(parts[solver.name])
-        best.load(parts[f"{solver.name}-best"])
-    print(f"resumed   after pass {about['pass']}", flush=True)
-    return fits, (about["pass"], about["tokens"])
-
-
 def fit(
     lab: Lab, folder: Path, memories: Memories, checkpoint: Checkpoint | None, facts: dict[str, Any]
 ) -> tuple[list[Fit], list[Tensor], int]:
     """Trains the banks; returns the solvers' best probes, their thresholds [L, K] and the passes made."""
-    training, probes = lab.config.training, lab.config.probes
+    training = lab.config.training
     plan, memory, held_out = memories
-    fits, done = start(lab, checkpoint)
-    purge_step = done[1] + 1 if lab.config.output.resume else None
-    tracker = Tracker(folder, training.solvers, probes.layers, lab.columns, purge_step)
+    fits, done = make_fits(lab, checkpoint)
+    tracker = Tracker(folder, [fit.solver for fit in fits], done[1] + 1 if lab.config.output.resume else None)
     tracker.text("preflight", lab.preflight)
     tracker.text("run", json.dumps(facts, indent=1))
     lap = time.perf_counter()
@@ -136,12 +102,12 @@ def fit(
     def save(number: int, tokens: int) -> None:
         nonlocal lap
         about = {"facts": facts, "pass": number, "tokens": tokens, "plan": [*plan[:3], lab.shared]}
-        states = {solver.name: solver.state() for solver, _ in fits}
-        save_run(folder, states | {f"{solver.name}-best": best.state() for solver, best in fits}, about)
+        states = {fit.name: fit.solver.state() for fit in fits}
+        save_run(folder, states | {f"{fit.name}-best": fit.best.state() for fit in fits}, about)
         seconds, lap = time.perf_counter() - lap, time.perf_counter()
         tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
         tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)
-        print(f"pass {number:<4}{seconds:>8.1f} s   {'   '.join(map(standing, fits))}", flush=True)
+        print(f"pass {number:<4}{seconds:>8.1f} s   {standing(fits)}", flush=True)
 
     validation = partial(held_out.in_order, lambda: lab.read("validation"))
     passes = train(
@@ -149,36 +115,62 @@ def fit(
         training.max_passes, training.batch_size, training.seed, done,
     )  # fmt: skip
     tracker.close()
-    scored = evaluate([best.bank for _, best in fits], validation())
+    scored = evaluate([(natural(lab, fit), fit.share) for fit in fits], validation())
     return fits, [measure(*each[:3])["threshold"] for each in scored], passes
 
 
-def standing(fit: Fit) -> str:
-    """A solver's place on the line that ends a pass."""
-    solver, best = fit
-    f1, final = best.score, f"{int(best.stopped.sum())} of {best.stopped.numel()} probes"
-    if solver.name == "newton":
-        return f"newton: validation F1 {f1.min():.3f} .. {f1.max():.3f}, {final} converged"
-    return f"adam: best validation F1 {f1.min():.3f} .. {f1.max():.3f}, {final} stopped"
-
-
-def test(lab: Lab, folder: Path, fits: list[Fit], thresholds: list[Tensor], facts: dict[str, Any]) -> list[report.Row]:
-    """Scores the held-out chains once with the best probes; writes probes.safetensors and results.csv."""
+def test(
+    lab: Lab, folder: Path, fits: list[Fit], thresholds: list[Tensor], facts: dict[str, Any]
+) -> list[results.Judged]:
+    """Scores the held-out chains once with the best probes; writes all but the summary and the report."""
     training = lab.config.training
-    banks = {solver.name: best.bank for solver, best in fits}
-    rows: list[report.Row] = []
-    scores = evaluate(list(banks.values()), (batch.to(lab.device) for batch in lab.read("test")))
-    for (solver, best), threshold, scored in zip(fits, thresholds, scores, strict=True):
-        metrics = measure(*scored[:3], threshold) | report.intervals(
-            *scored, len(lab.splits["test"]), training.bootstrap, training.seed
+    banks = [natural(lab, fit) for fit in fits]
+    batches = (batch.to(lab.device) for batch in lab.read("test"))
+    scored = evaluate([(bank, fit.share) for bank, fit in zip(banks, fits, strict=True)], batches)
+    halves = [-lab.positive_weight[fit.share.columns.cpu()].log() for fit in fits]
+    parts = [
+        results.Part(
+            fit.solver.name, bank.layers, bank.columns, own, threshold, half, fit.best.best_pass,
+            fit.solver.gradient_norm,
         )
-        norms = solver.gradient_norm
-        rows += report.make_rows(solver.name, best.bank, metrics, best.best_pass, norms, *scored[1:])
+        for fit, bank, own, threshold, half in zip(fits, banks, scored, thresholds, halves, strict=True)
+    ]  # fmt: skip
+    judged = results.judge(parts, training.bootstrap, training.seed)
     about = {name: facts[name] for name in ("data_fingerprint", "model_fingerprint")}
     about["config"] = {name: value for name, value in facts["config"].items() if name not in FREE_ON_RESUME}
-    report.write_probes(folder, banks, dict(zip(banks, thresholds, strict=True)), about)
-    report.write_results(folder, rows)
-    return rows
+    probes = {
+        fit.solver.name: without_controls(bank, threshold)
+        for fit, bank, threshold in zip(fits, banks, thresholds, strict=True)
+        if fit.share.name == "layers"
+    }
+    report.write_probes(folder, probes, about)
+    report.write_rows(folder / "results.csv", results.FIELDS, [each.row for each in judged])
+    categories = [chain.category for chain in lab.splits["test"]]
+    for name, rows in (
+        ("categories.csv", results.by_category(parts, categories, training.bootstrap, training.seed)),
+        ("differences.csv", results.differences(judged)),
+        ("reliability.csv", results.reliability(parts)),
+    ):
+        if rows:
+            report.write_rows(folder / name, list(rows[0]), rows)
+    return judged
+
+
+def natural(lab: Lab, fit: Fit) -> ProbeBank:
+    """The best probes with their class weighting undone, so that the sigmoid of a logit is the probability they mean.
+
+    Training counts each positive `positive_weight` times, which adds the logarithm of that to the logits.
+    """
+    bank = fit.best.bank
+    added = lab.positive_weight.to(bank.bias)[fit.share.columns.to(bank.bias.device)].log()
+    return ProbeBank(bank.layers, bank.columns, bank.weight, bank.bias - added)
+
+
+def without_controls(bank: ProbeBank, threshold: Tensor) -> tuple[ProbeBank, Tensor]:
+    """The probes that are no controls, of the first seed, and their thresholds [L, k]."""
+    real = [k for k, column in enumerate(bank.columns) if not (column.control or column.seed)]
+    columns = [bank.columns[k] for k in real]
+    return ProbeBank(bank.layers, columns, bank.weight[:, real], bank.bias[:, real]), threshold[:, real]
 
 
 def check_resume(now: dict[str, Any], then: dict[str, Any]) -> None:

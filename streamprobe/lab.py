@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from streamprobe import backbone, chains, preflight
+from streamprobe import backbone, chains, controls, preflight
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
+from streamprobe.memory import ActivationMemory, Plan, Sizes, memory_room, plan_memory
 from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
 from streamprobe.reading import read_rows
-from streamprobe.stream import ActivationMemory, Plan, TokenBatch, memory_room, plan_memory, stream, token_bytes
+from streamprobe.stream import TokenBatch, stream
 
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 
@@ -33,16 +35,23 @@ class Lab:
         model_config = self.model_config = backbone.read_config(model.model, **self.source)
         backbone.check_layers(model_config, probes.layers)
         fields = (data.id_column, data.problem_column, data.response_column, data.annotation_column)
-        rows = read_rows(data.data, data.data_split, fields, data.data_sha256)
+        columns = (*fields, data.category_column) if data.category_column else fields
+        rows = read_rows(data.data, data.data_split, columns, data.data_sha256)
         if data.max_chains and data.max_chains < len(rows):
             rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
         tokenizer = backbone.load_tokenizer(model.model, **self.source)
         self.splits, self.counts = chains.load_chains(
-            rows, fields, tokenizer, probes.labels, backbone.context(model_config), data.prompt, data.support,
-            data.unlabelled, (data.test_share, data.validation_share), data.split_seed,
+            rows, fields, tokenizer, probes.labels, backbone.context(model_config),
+            chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response),
+            chains.Division(
+                data.test_share, data.validation_share, data.split_seed, data.test_categories,
+                data.validation == "test",
+            ),
+            data.category_column,
         )  # fmt: skip
         self.columns = make_columns(probes.labels, probes.targets, probes.lags)
-        self.census = preflight.take_census(self.splits, self.columns, probes.labels, self.counts)
+        self._add_controls()
+        self.census = preflight.take_census(self.splits, self.columns, self.arrays, self.counts)
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
         backbone.check_vocabulary(model_config, highest)
         if max(len(c.ids) for split in self.splits.values() for c in split) > model.max_batch_tokens:
@@ -52,6 +61,23 @@ class Lab:
         )
         self.forwards = self.tokens = self.padded = 0
         self.seconds = 0.0
+
+    def _add_controls(self) -> None:
+        """Permuted labels behind those of every chain, and what is known of its tokens without a model."""
+        probes, training = self.config.probes, self.config.training
+        n_permuted = training.seeds if "permuted" in probes.controls else 0
+        self.n_real = len(self.columns)
+        self.columns = controls.with_permuted(self.columns, n_permuted)
+        self.arrays = list(dict.fromkeys(column.array for column in self.columns))
+        self.side: dict[str, slice] = {}
+        random = np.random.default_rng(training.seed)
+        for chain in {id(c): c for split in self.splits.values() for c in split}.values():
+            side = controls.side_features(len(chain.ids), chain.start, chain.codes, probes.controls)
+            ends = np.cumsum([0, *(features.shape[1] for features in side.values())]).tolist()
+            self.side = {name: slice(*ends[i : i + 2]) for i, name in enumerate(side)}
+            chain.side = torch.cat(list(side.values()), dim=1) if side else None
+            permuted = [controls.permute_labels(chain.codes, chain.support, random) for _ in range(n_permuted)]
+            chain.codes = torch.cat([chain.codes, *permuted], dim=1)
 
     def load_model(self) -> None:
         """Puts the truncated model into memory."""
@@ -67,11 +93,17 @@ class Lab:
         )
         self.device: torch.device = self.model.device  # type: ignore[assignment]
         self.hidden_size: int = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
+        self.surface_layers = [name for name in controls.Surface.LAYERS if name in self.config.probes.controls]
+        self.surface: controls.Surface | None = None
+        if self.surface_layers:
+            ids = torch.cat([chain.ids for chain in self.splits["train"]])
+            self.surface = controls.Surface(self.model.get_input_embeddings(), ids, self.surface_layers)  # type: ignore[operator]
 
     def stream(self, chosen: list[chains.Chain], *order: Any) -> Iterator[TokenBatch]:
         """One trip over chains through the model; `order`: seed and on_forward of `stream`."""
-        probes, most = self.config.probes, self.config.model.max_batch_tokens
-        return stream(chosen, self.model, probes.layers, self.columns, probes.labels, most, *order)
+        layers, most = self.config.probes.layers, self.config.model.max_batch_tokens
+        seed, on_forward = (*order, None, None)[:2]
+        return stream(chosen, self.model, layers, self.columns, self.arrays, most, seed, on_forward, self.surface)
 
     def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
         """One trip over a split through the model, with a progress bar in a terminal."""
@@ -88,17 +120,18 @@ class Lab:
                 yield batch
                 start = time.perf_counter()
 
-    def plan(self, before: list[int] | None) -> tuple[Plan, tuple[int, int, int], torch.dtype]:
-        """Where the train and validation tokens will lie, with their shape (L, D, K) and dtype; prints it.
+    def plan(self, before: list[int] | None) -> tuple[Plan, Sizes]:
+        """Where the train and validation tokens will lie, and what each has; prints it.
 
         `before` is the plan of the run that is resumed.
         """
-        probes = self.config.probes
         n_train, n_validation = self.census["train"][0], self.census["validation"][0]
-        dtype = backbone.pick_dtype(self.config.model.dtype)
-        shape = (len(probes.layers), self.hidden_size, len(self.columns))
-        one = token_bytes(*shape, dtype)
-        cap = self.config.training.memory_cap
+        n_layers, n_side = len(self.config.probes.layers), sum(s.stop - s.start for s in self.side.values())
+        sizes = Sizes(
+            n_layers + len(self.surface_layers), self.hidden_size, len(self.columns), n_side,
+            backbone.pick_dtype(self.config.model.dtype),
+        )  # fmt: skip
+        one, cap = sizes.token_bytes(), self.config.training.memory_cap
         needed = (n_train + n_validation) * one
         self.shared, curvature = self._curvature(memory_room(cap, self.device), needed, before)
         plan = plan_memory(cap, one, n_train, n_validation, self.config.training.batch_size, self.device, curvature)
@@ -115,34 +148,41 @@ class Lab:
                else f"a pool of {plan.rows:,} of {n_train:,} training tokens: the model reads them in every pass"),
             flush=True,
         )  # fmt: skip
-        return plan, shape, dtype
+        return plan, sizes
 
     def memories(self, before: list[int] | None) -> Memories:
         """Room for the train and the validation tokens, as planned."""
-        plan, shape, dtype = self.plan(before)
+        plan, sizes = self.plan(before)
         kept = self.census["validation"][0] * plan.keep_validation
-        train = ActivationMemory(plan.rows, plan.keep_train, shape, dtype, self.device, plan.home)
-        return plan, train, ActivationMemory(kept, plan.keep_validation, shape, dtype, self.device, plan.home)
+        train = ActivationMemory(plan.rows, plan.keep_train, sizes, self.device, plan.home)
+        return plan, train, ActivationMemory(kept, plan.keep_validation, sizes, self.device, plan.home)
 
     def _curvature(self, room: int, activations: int, before: list[int] | None) -> tuple[bool, int]:
         """Whether Newton's columns must share a matrix per layer, and the bytes that the solver takes.
 
-        They share it where one for each would take over a quarter of the room, or the place of activations that could
-        else be kept; a resumed run does as it did.
+        They share it where one for each would take over half of the room, or the place of activations that could else
+        be kept; a resumed run does as it did.  The few features on the side do not count.
         """
         if "newton" not in self.config.training.solvers:
             return False, 0
         if self.device.type == "mps":
             raise InputError("solver newton on mps", "a device with float64", "give --device_map cpu or --solvers adam")
-        n_layers, n_columns = len(self.config.probes.layers), len(self.columns)
-        vectors = vector_bytes(n_layers, n_columns, self.hidden_size)
-        all_columns, one = (curvature_bytes(n_layers, n, self.hidden_size) for n in (n_columns, 1))
+        n_layers, n_surface = len(self.config.probes.layers), len(self.surface_layers)
+        n_probes = n_layers * len(self.columns) + n_surface * self.n_real
+        vectors = vector_bytes(1, n_probes, self.hidden_size)
+        all_probes, one = (curvature_bytes(1, n, self.hidden_size) for n in (n_probes, n_layers + n_surface))
         spare = room - activations - vectors - one
-        shared = bool(before[3]) if before else all_columns > room / 4 or 0 <= spare < all_columns
-        taken = vectors + one + (0 if shared else all_columns)
-        kind = f"one per layer: {all_columns / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
+        shared = bool(before[3]) if before else all_probes > room / 2 or 0 <= spare < all_probes
+        taken = vectors + one + (0 if shared else all_probes)
+        kind = f"one per layer: {all_probes / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
         print(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}", flush=True)
         return shared, taken
+
+    @property
+    def positive_weight(self) -> Tensor:
+        """Negatives over positives [K] among the training tokens of each column."""
+        _, valid, positive = self.census["train"]
+        return (valid - positive) / positive
 
     def facts(self) -> dict[str, Any]:
         """What defines the numbers of this run."""

@@ -26,14 +26,25 @@ class Column(NamedTuple):
     target `token`: token t + lag is inside a section of `label`.
     target `onset`: token t + lag is the first token of one; for lag > 0 asked only at tokens t outside the label.
     target `within`: a section begins in t + 1 .. t + lag (lag > 0); asked only where all of these have a label.
+
+    A `control` asks the same of another label array, such as the permuted one.  Columns that differ in their seed alone
+    differ in what is random about them: how a control was made, and where a solver starts.
     """
 
     label: str
     target: str
     lag: int
+    control: str = ""
+    seed: int = 0
 
     def __str__(self) -> str:
-        return f"{self.label}/{self.target}/lag{self.lag:+03d}"
+        start = f"/seed{self.seed}" if self.seed and not self.control else ""
+        return f"{self.array}/{self.target}/lag{self.lag:+03d}{start}"
+
+    @property
+    def array(self) -> str:
+        """The name of the label array that it reads."""
+        return f"{self.label}/{self.control}{self.seed}" if self.control else self.label
 
 
 class Pairs(NamedTuple):
@@ -42,6 +53,7 @@ class Pairs(NamedTuple):
     acts: Tensor  # [N, ...]
     targets: Tensor  # [N, K] bool, False where not valid
     valid: Tensor  # [N, K] bool: False where t is no sample, and where t + lag falls off the chain or has no label
+    token: Tensor  # [N] int64: t, counted from the chain's first token
 
 
 class LagBuffer:
@@ -53,8 +65,8 @@ class LagBuffer:
     """
 
     def __init__(self, columns: Sequence[Column], labels: Sequence[str]):
-        """`labels` names the C label arrays; every column's label is among them."""
-        self.label_of = torch.tensor([labels.index(c.label) for c in columns])  # [K]
+        """`labels` names the C label arrays; every column's array is among them."""
+        self.label_of = torch.tensor([labels.index(c.array) for c in columns])  # [K]
         self.lags = torch.tensor([c.lag for c in columns])  # [K]
         self.onset = torch.tensor([c.target == "onset" for c in columns])  # [K]
         self.within = torch.tensor([c.target == "within" for c in columns])  # [K]
@@ -67,6 +79,7 @@ class LagBuffer:
         self.waiting: Tensor | None = None  # [W, ...] activations whose furthest label has not arrived
         self.codes: Tensor | None = None  # [P + W, C] their label codes, and those of the P tokens before them
         self.support: Tensor | None = None  # [W]
+        self.returned = 0  # tokens of the chain
 
     def push(self, acts: Tensor, codes: Tensor, support: Tensor, last: bool = False) -> Pairs:
         """Takes the next n tokens; returns the pairs that they complete.
@@ -82,10 +95,11 @@ class LagBuffer:
         done = len(acts) if last else max(0, len(acts) - self.ahead)
         targets, valid = self._look_up(codes, torch.arange(past, past + done))
         valid &= support[:done, None]
-        pairs = Pairs(acts[:done], targets & valid, valid)
+        pairs = Pairs(acts[:done], targets & valid, valid, torch.arange(self.returned, self.returned + done))
         if last:
             self._reset()
         else:
+            self.returned += done
             self.waiting, self.support = acts[done:].clone(), support[done:].clone()  # not a view of the whole chunk
             self.codes = codes[max(0, past + done - self.behind) :].clone()
         return pairs

@@ -16,18 +16,10 @@ from streamprobe.backbone import pick_dtype
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, Column, make_columns
+from streamprobe.memory import ActivationMemory, Sizes, memory_room
 from streamprobe.newton import NewtonSolver, curvature_bytes
 from streamprobe.solvers import AdamSolver, Solver
-from streamprobe.stream import (
-    ActivationMemory,
-    TokenBatch,
-    count_tokens,
-    forward,
-    make_batches,
-    memory_room,
-    stream,
-    token_bytes,
-)
+from streamprobe.stream import TokenBatch, count_tokens, forward, make_batches, stream
 
 LAGS = [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48]
 BATCH, L2 = 1024, 0.01
@@ -146,16 +138,16 @@ class Workbench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what earlier measurements left
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
-        sizes = (len(self.layers), self.shape.hidden, len(grid.columns))
+        sizes = Sizes(len(self.layers), self.shape.hidden, len(grid.columns), 0, dtype)
         matrices = 1 if len(grid.labels) > 1 else len(grid.columns) + 1
         taken = curvature_bytes(len(self.layers), matrices, self.shape.hidden)
-        size = (grid.n_train + grid.n_validation) * token_bytes(*sizes, dtype)
+        size = (grid.n_train + grid.n_validation) * sizes.token_bytes()
         need = {self.device: size + taken, torch.device("cpu"): size + taken * (self.device.type == "cpu")}
         home = next((home for home, n in need.items() if n <= memory_room(None, home)), None)
         if home is None:
             raise InputError(f"{size / 1e9:.1f} GB of activations", "room for them in memory", "lower --chains")
         training, validation = (
-            ActivationMemory(n, True, sizes, dtype, self.device, home) for n in (grid.n_train, grid.n_validation)
+            ActivationMemory(n, True, sizes, self.device, home) for n in (grid.n_train, grid.n_validation)
         )
         return training, validation
 

@@ -9,11 +9,22 @@ counted half; and no threshold between two positives can beat the one at the upp
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 100  # resamples at once: bounds the memory of the bootstrap
+
+
+class Scored(NamedTuple):
+    """Tokens as L x K probes see them, on the CPU."""
+
+    scores: Tensor  # [N, L, K] logits, float32
+    targets: Tensor  # [N, K] bool
+    valid: Tensor  # [N, K] bool
+    chain: Tensor  # [N] int64
 
 
 @dataclass
@@ -79,37 +90,48 @@ def tpr_at_fpr(ranking: Ranking, fpr: float = 0.05) -> Tensor:
     return (ranking.tp.double() * allowed).amax(0) / ranking.n_positive
 
 
-def chain_bootstrap(
-    scores: Tensor, targets: Tensor, chain: Tensor, weights: Tensor, level: float = 0.95
-) -> tuple[Tensor, Tensor]:
-    """Percentile intervals of AUROC and average precision over resampled chains: two tensors [P, 2] (low, high).
+def draw_chains(n_chains: int, resamples: int, seed: int) -> Tensor:
+    """How often each resample draws each chain, with replacement: [R, C] int64."""
+    random = np.random.default_rng(seed)
+    return torch.from_numpy(random.multinomial(n_chains, np.full(n_chains, 1 / n_chains), size=resamples))
+
+
+def percentiles(resampled: Tensor, level: float = 0.95) -> Tensor:
+    """The interval [..., 2] (low, high) that holds the middle `level` of resampled [R, ...]; NaNs are left out."""
+    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    if not len(resampled):
+        return torch.full((*resampled.shape[1:], 2), float("nan"), dtype=resampled.dtype)
+    return resampled.nanquantile(levels, dim=0).movedim(0, -1)
+
+
+def chain_bootstrap(scores: Tensor, targets: Tensor, chain: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """AUROC and average precision over resampled chains: two tensors [R, P], float64.
 
     scores [N, P], targets [N] bool, chain [N] int in 0 .. C - 1, weights [R, C]: how often resample r drew chain c.
     Tokens of a chain are not independent, so chains are the unit that is drawn (cluster bootstrap: Davison & Hinkley
     1997, section 3.8).  Both statistics of a resample follow from counts at the positives, so one table of how many
-    negatives of each chain stand at or above each positive serves all R resamples exactly.
-    Resamples without both classes are left out; NaN where all are.
+    negatives of each chain stand at or above each positive serves all R resamples exactly.  Probes that share the
+    weights are paired: their difference in a resample is one draw of their difference.
+    NaN in a resample without both classes.
     """
     n_chains = weights.shape[1]
     w = weights.to(torch.float32).T.contiguous()  # [C, R]
     n_negative = torch.bincount(chain[~targets], minlength=n_chains).float() @ w  # [R]
     n_positive = torch.bincount(chain[targets], minlength=n_chains).float() @ w
-    draws = torch.arange(w.shape[1])
     usable = (n_negative > 0) & (n_positive > 0)
-    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    intervals = torch.full((2, scores.shape[1], 2), float("nan"), dtype=torch.float64)
-    if not usable.any():
-        return intervals[0], intervals[1]
-    for p in range(scores.shape[1]):
+    both = torch.full((2, len(weights), scores.shape[1]), float("nan"), dtype=torch.float64)
+    for p in range(scores.shape[1]) if usable.any() else ():
         order = scores[:, p].argsort(descending=True)
         s, y, c = scores[order, p], targets[order], chain[order]
         above, tied = _negatives_per_chain(s, y, c, n_chains)  # [M, C] each
         end = torch.searchsorted(-s[y], -s[y], right=True) - 1  # the last positive that ties with each
-        blocks = [_resample(above, tied, w[:, r], n_negative[r], c[y], end) for r in draws.split(BLOCK)]
+        blocks = [
+            _resample(above, tied, w[:, r], n_negative[r], c[y], end) for r in torch.arange(len(weights)).split(BLOCK)
+        ]
         areas, precisions = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        intervals[0, p] = (areas / (n_positive.double() * n_negative))[usable].quantile(levels)
-        intervals[1, p] = (precisions / n_positive)[usable].quantile(levels)
-    return intervals[0], intervals[1]
+        both[0, :, p] = (areas / (n_positive.double() * n_negative)).where(usable, float("nan"))
+        both[1, :, p] = (precisions / n_positive).where(usable, float("nan"))
+    return both[0], both[1]
 
 
 def _resample(
@@ -147,12 +169,20 @@ def _negatives_per_chain(s: Tensor, y: Tensor, c: Tensor, n_chains: int) -> tupl
     return at_least, at_least - counts(torch.searchsorted(falling, positives))
 
 
-def measure(scores: Tensor, targets: Tensor, valid: Tensor, threshold: Tensor | None = None) -> dict[str, Tensor]:
+def measure(
+    scores: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    threshold: Tensor | None = None,
+    half: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Every point metric of every probe: name -> float64 [L, K] (NaN where a class is absent).
 
-    scores [N, L, K] are logits, so `f1_at_half` cuts at 0; `f1` cuts at `threshold` [L, K] (a logit), which without one
-    given is the best for these very tokens and is returned as `threshold`.
+    scores [N, L, K] are logits.  `f1` cuts at `threshold` [L, K], which without one given is the best for these very
+    tokens and is returned as `threshold`.  `f1_at_half` cuts at `half` [K], where a probability of one half lies: at 0,
+    unless the logits have been shifted.
     """
+    half = torch.zeros(targets.shape[1]) if half is None else half
     columns: list[dict[str, Tensor]] = []
     for k in range(targets.shape[1]):
         s, y = scores[valid[:, k], :, k], targets[valid[:, k], k]
@@ -164,7 +194,7 @@ def measure(scores: Tensor, targets: Tensor, valid: Tensor, threshold: Tensor | 
                 "average_precision": average_precision(ranking),
                 "f1": f1_at(s, y, cut),
                 "threshold": cut,
-                "f1_at_half": f1_at(s, y, 0.0),
+                "f1_at_half": f1_at(s, y, half[k]),
                 "tpr_at_5fpr": tpr_at_fpr(ranking),
             }
         )

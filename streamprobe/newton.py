@@ -52,7 +52,7 @@ class NewtonSolver:
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[int | str],
         columns: Sequence[Column],
         hidden_size: int,
         positive_weight: Tensor,

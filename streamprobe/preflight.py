@@ -9,16 +9,17 @@ from torch import Tensor
 from streamprobe.chains import Chain, Counts
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
-from streamprobe.stream import Plan, TokenBatch, count_tokens, make_batches
+from streamprobe.memory import Plan
+from streamprobe.stream import TokenBatch, count_tokens, make_batches
 
 Census = dict[str, tuple[int, Tensor, Tensor]]  # split -> tokens, and valid and positive ones of each column [K]
 MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
 
 
 def take_census(
-    splits: Mapping[str, Sequence[Chain]], columns: Sequence[Column], labels: Sequence[str], counts: Counts
+    splits: Mapping[str, Sequence[Chain]], columns: Sequence[Column], arrays: Sequence[str], counts: Counts
 ) -> Census:
-    """What `stream` will yield for the training and the validation chains.
+    """What `stream` will yield for the training and the validation chains; `arrays` names their label arrays.
 
     Raises InputError for an empty split, a label that never occurs, a lag longer than every chain, and a column without
     a positive or a negative training token or without any validation token.
@@ -31,12 +32,12 @@ def take_census(
                 "at least one in every split",
                 "mend the data, or use more or a larger share",
             )
-    for label in labels:
+    for label in dict.fromkeys(column.label for column in columns):
         if not counts.labels[label]:
             known = ", ".join(name for name, _ in counts.labels.most_common())
             raise InputError(f"label {label!r}, which never occurs", f"one of {known}", "mend --labels")
     longest = max(int(c.support.sum()) for c in splits["train"])
-    census = {name: count_tokens(splits[name], columns, labels) for name in ("train", "validation")}
+    census = {name: count_tokens(splits[name], columns, arrays) for name in ("train", "validation")}
     for name, (_, valid, positive) in census.items():
         for column, n, hits in zip(columns, valid.tolist(), positive.tolist(), strict=True):
             if not n and abs(column.lag) >= longest:
@@ -85,7 +86,8 @@ def describe(
             begun = sum(int((x.codes[:, c] == ONSET).sum()) for x in chains)
             rates += f"{f'{hits / max(1, labelled[name]):.2%} in {begun:,}':>24}"
         lines.append(f"{name:<12}{len(chains):>8,}{tokens[name]:>10,}{labelled[name]:>10,}{rates}")
-    blind = [str(c) for c, hits in zip(columns, census["validation"][2].tolist(), strict=True) if not hits]
+    positive = census["validation"][2].tolist()
+    blind = [str(c) for c, n in zip(columns, positive, strict=True) if not (n or c.control)]
     if blind:
         lines.append(
             f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
@@ -166,6 +168,6 @@ def example(chains: Sequence[Chain], labels: Sequence[str], tokenizer: Any, arou
         if t != before + 1:
             lines.append(f"{'...':>8}")
         word = repr(tokenizer.decode([int(chain.ids[t])]))[1:-1]
-        marks = [MARKS[int(code)] if chain.support[t] else "." for code in chain.codes[t]]
+        marks = [MARKS[int(code)] if chain.support[t] else "." for code in chain.codes[t, : len(labels)]]
         lines.append(f"{t:>8}  {word[:18]:<18}" + "".join(f"{mark:>24}" for mark in marks))
     return "\n".join(lines)

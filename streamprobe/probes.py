@@ -18,7 +18,7 @@ from streamprobe.lags import Column
 class ProbeBank:
     """The L x K probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
 
-    layers: list[int]
+    layers: list[int | str]  # numbers of layers, or names of controls
     columns: list[Column]
     weight: Tensor  # [L, K, D] float32
     bias: Tensor  # [L, K] float32

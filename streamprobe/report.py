@@ -1,6 +1,6 @@
 """The results of a run: results.csv, summary.json, probes.safetensors, report.html and the table in the terminal.
 
-Shapes: N tokens, L layers, K columns, C chains, R resamples.
+Shapes: L layers, K columns, D hidden size.
 """
 
 import csv
@@ -12,135 +12,96 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from streamprobe.checkpoint import save_tensors, write_atomic
-from streamprobe.metrics import chain_bootstrap
 from streamprobe.probes import ProbeBank, bank_tensors
-
-FIELDS = (
-    "solver,layer,label,target,lag,control,split,auroc,auroc_low,auroc_high,average_precision,average_precision_low,"
-    "average_precision_high,f1,threshold,f1_at_half,tpr_at_5fpr,base_rate,n_tokens,n_positive,n_chains,best_pass,"
-    "gradient_norm"
-).split(",")
-Row = dict[str, Any]
+from streamprobe.results import FIELDS, Row
 
 
-def intervals(
-    scores: Tensor, targets: Tensor, valid: Tensor, chain: Tensor, n_chains: int, resamples: int, seed: int
-) -> dict[str, Tensor]:
-    """95% intervals over resampled chains of each probe: name -> [L, K]; NaN without resamples.
-
-    scores [N, L, K], targets and valid [N, K], chain [N] in 0 .. n_chains - 1.  All probes share the same
-    resamples, so that differences between them can be compared.
-    """
-    drawn = np.random.default_rng(seed).multinomial(n_chains, np.full(n_chains, 1 / n_chains), size=resamples)
-    weights = torch.from_numpy(drawn)
-    names = ("auroc_low", "auroc_high", "average_precision_low", "average_precision_high")
-    result = {name: torch.full(scores.shape[1:], float("nan"), dtype=torch.float64) for name in names}
-    for k in range(targets.shape[1]) if resamples else ():
-        v = valid[:, k]
-        areas, precisions = chain_bootstrap(scores[v][:, :, k], targets[v, k], chain[v], weights)
-        for name, values in zip(names, (*areas.T, *precisions.T), strict=True):
-            result[name][:, k] = values
-    return result
-
-
-def make_rows(
-    solver: str,
-    bank: ProbeBank,
-    metrics: Mapping[str, Tensor],
-    best_pass: Tensor,
-    gradient_norm: Tensor,
-    targets: Tensor,
-    valid: Tensor,
-    chain: Tensor,
-) -> list[Row]:
-    """A row per probe, in the order layer, column.
-
-    metrics: name -> [L, K]; best_pass and gradient_norm [L, K]; targets, valid [N, K]; chain [N].
-    """
-    rows = []
-    for i, layer in enumerate(bank.layers):
-        for k, column in enumerate(bank.columns):
-            n, hits = int(valid[:, k].sum()), int(targets[:, k].sum())
-            rows.append(
-                {
-                    "solver": solver, "layer": layer, **column._asdict(), "control": "", "split": "test",
-                    **{name: float(values[i, k]) for name, values in metrics.items()},
-                    "base_rate": hits / n if n else math.nan, "n_tokens": n, "n_positive": hits,
-                    "n_chains": int(chain[valid[:, k]].unique().numel()), "best_pass": int(best_pass[i, k]),
-                    "gradient_norm": float(gradient_norm[i, k]),
-                }
-            )  # fmt: skip
-    return rows
-
-
-def write_results(folder: Path, rows: Sequence[Row]) -> None:
-    """results.csv: six significant digits; `nan` where a class is absent."""
+def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
+    """A CSV file: six significant digits; `nan` where a class is absent."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{v:.6g}" if isinstance(v := row[name], float) else v for name in FIELDS})
-    write_atomic(folder / "results.csv", text.getvalue().encode())
+        writer.writerow({name: f"{v:.6g}" if isinstance(v := row[name], float) else v for name in fields})
+    write_atomic(path, text.getvalue().encode())
 
 
 def write_summary(folder: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> None:
-    """summary.json: what the run cost (`run`), and results nested solver > label > target > lag > layer."""
+    """summary.json: what the run cost (`run`), and results nested solver > label > target > lag > layer or control."""
     nested: dict[str, Any] = {}
     for row in rows:
-        place = nested
+        at = nested
         for name in ("solver", "label", "target"):
-            place = place.setdefault(row[name], {})
+            at = at.setdefault(row[name], {})
         cell = {n: None if isinstance(v := row[n], float) and math.isnan(v) else v for n in FIELDS[6:]}
-        place.setdefault(f"lag{row['lag']:+03d}", {})[f"layer{row['layer']:02d}"] = cell
+        at.setdefault(f"lag{row['lag']:+03d}", {})[place(row)] = cell
     write_atomic(folder / "summary.json", json.dumps({"run": run, "results": nested}, indent=1).encode())
 
 
-def write_probes(
-    folder: Path, banks: Mapping[str, ProbeBank], thresholds: Mapping[str, Tensor], about: Mapping[str, Any]
-) -> None:
-    """probes.safetensors: `<solver>.weight` [L, K, D] and `.bias` [L, K] for raw activations, and what they mean."""
+def write_probes(folder: Path, probes: Mapping[str, tuple[ProbeBank, Tensor]], about: Mapping[str, Any]) -> None:
+    """probes.safetensors, of each solver's probes and thresholds [L, K], and what they mean.
+
+    `<solver>.weight` [L, K, D] and `.bias` [L, K] are for raw activations.
+    """
     tensors: dict[str, Tensor] = {}
-    for solver, bank in banks.items():
-        tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": thresholds[solver]}
-    first = next(iter(banks.values()))
-    layout = {"solvers": list(banks), "layers": first.layers, "columns": [list(c) for c in first.columns]}
+    for solver, (bank, threshold) in probes.items():
+        tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": threshold}
+    first = next(iter(probes.values()))[0]
+    layout = {"solvers": list(probes), "layers": first.layers, "columns": [list(c) for c in first.columns]}
     save_tensors(folder / "probes.safetensors", tensors, {**about, **layout})
 
 
-def _grids(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[tuple[int, int], Row]]:
-    """The rows by (solver, label, target) and then by (layer, lag)."""
-    grids: dict[tuple[str, str, str], dict[tuple[int, int], Row]] = {}
-    for row in rows:
-        grids.setdefault((row["solver"], row["label"], row["target"]), {})[row["layer"], row["lag"]] = row
+def place(row: Row) -> str:
+    """Where a row stands in its lag: layer12, embed, permuted layer12."""
+    return " ".join(filter(None, (row["control"], f"layer{row['layer']:02d}" if row["layer"] != "" else "")))
+
+
+def _grids(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, dict[int, Row]]]:
+    """The rows by (solver, label, target), then by their place, then by lag; layers before controls."""
+    grids: dict[tuple[str, str, str], dict[str, dict[int, Row]]] = {}
+    for row in sorted(rows, key=lambda row: bool(row["control"])):
+        grid = grids.setdefault((row["solver"], row["label"], row["target"]), {})
+        grid.setdefault(place(row), {})[row["lag"]] = row
     return grids
 
 
+def _best(grid: Mapping[str, Mapping[int, Row]]) -> dict[int, Row]:
+    """The layer with the highest AUROC at each lag."""
+    best: dict[int, Row] = {}
+    for line in grid.values():
+        for lag, row in line.items():
+            if not row["control"] and (lag not in best or _by_auroc(row) > _by_auroc(best[lag])):
+                best[lag] = row
+    return dict(sorted(best.items()))
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Test AUROC by layer and lag, and the best layer of each lag with its interval, as text."""
+    """Test AUROC by layer or control and lag, and the best layer of each lag with its lift, as text."""
     lines = []
     for (solver, label, target), grid in _grids(rows).items():
-        layers, lags = sorted({at[0] for at in grid}), sorted({at[1] for at in grid})
+        best = _best(grid)
         lines += [f"test AUROC   {label}, target {target}, solver {solver}", ""]
-        lines.append(
-            f"{'layer':<10}" + "".join(f"{f'lag {lag:+d}' if lag == lags[0] else f'{lag:+d}':>8}" for lag in lags)
-        )
-        for layer in layers:
-            lines.append(f"{layer:<10}" + "".join(f"{grid[layer, lag]['auroc']:>8.3f}" for lag in lags))
-        best = [max((grid[layer, lag] for layer in layers), key=_by_auroc) for lag in lags]
+        head = (f"{'lag ' if lag == min(best) else ''}{lag:+d}" for lag in best)
+        lines.append(f"{'':<18}" + "".join(f"{name:>8}" for name in head))
+        for name, line in grid.items():
+            cells = (f"{line[lag]['auroc']:>8.3f}" if lag in line else f"{'':>8}" for lag in best)
+            lines.append(f"{name:<18}" + "".join(cells))
         for name, key, form in (
-            ("best", "layer", "d"), ("low 95%", "auroc_low", ".3f"), ("high 95%", "auroc_high", ".3f"),
+            ("best layer", "layer", "d"), ("low 95%", "auroc_low", ".3f"), ("high 95%", "auroc_high", ".3f"),
+            ("lift", "lift", ".3f"), ("low 95%", "lift_low", ".3f"), ("high 95%", "lift_high", ".3f"),
             ("AP", "average_precision", ".3f"), ("F1", "f1", ".3f"), ("base rate", "base_rate", ".3f"),
         ):  # fmt: skip
-            lines.append(f"{name:<10}" + "".join(f"{row[key]:>8{form}}" for row in best))
-        blank = sum(math.isnan(row["auroc"]) for row in grid.values())
+            lines.append(f"{name:<18}" + "".join(f"{row[key]:>8{form}}" for row in best.values()))
+        controls = (row["best_control"][:7] for row in best.values())
+        lines.append(f"{'lift is over':<18}" + "".join(f"{control:>8}" for control in controls))
+        flat = [row for line in grid.values() for row in line.values()]
+        blank = sum(math.isnan(row["auroc"]) for row in flat)
         if blank:
             lines.append(f"{blank} probes have nan: their test tokens lack a class")
-        norms = sorted(row["gradient_norm"] for row in grid.values() if not math.isnan(row["gradient_norm"]))
+        norms = sorted(row["gradient_norm"] for row in flat if not math.isnan(row["gradient_norm"]))
         if norms:
             lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
         lines.append("")
@@ -161,15 +122,15 @@ pre { overflow-x: auto; padding: 1rem; border: 1px solid #8886; font-size: 12px;
 """
 
 
-def write_report(folder: Path, rows: Sequence[Row], preflight: str, summary: str) -> None:
+def write_report(folder: Path, rows: Sequence[Row], verdicts: Sequence[str], preflight: str, summary: str) -> None:
     """report.html: one self-contained page; text from the data is escaped."""
-    parts = []
+    parts = [f"<p class=verdict>{html.escape(sentence)}</p>" for sentence in verdicts]
     for (solver, label, target), grid in _grids(rows).items():
-        layers, lags = sorted({at[0] for at in grid}), sorted({at[1] for at in grid})
+        lags = list(_best(grid))
         head = "".join(f"<th scope=col>{lag:+d}</th>" for lag in lags)
         body = "".join(
-            f"<tr><th scope=row>layer {layer}</th>{''.join(_cell(grid[layer, lag]) for lag in lags)}</tr>"
-            for layer in layers
+            f"<tr><th scope=row>{html.escape(name)}</th>{''.join(_cell(line.get(lag)) for lag in lags)}</tr>"
+            for name, line in grid.items()
         )
         title = html.escape(f"{label}, target {target}, solver {solver}")
         parts.append(f"<h2>{title}</h2><table><tr><th>lag</th>{head}</tr>{body}</table>")
@@ -183,8 +144,10 @@ def write_report(folder: Path, rows: Sequence[Row], preflight: str, summary: str
     write_atomic(folder / "report.html", page.encode())
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row | None) -> str:
     """A heat-map cell: white at chance, deeper blue towards 1."""
+    if row is None:
+        return "<td class=plain></td>"
     value = row["auroc"]
     if math.isnan(value):
         return "<td class=plain>nan</td>"

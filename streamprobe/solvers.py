@@ -19,6 +19,8 @@ class Solver(Protocol):
     """Fits L x K probes, one chunk of shuffled tokens after another."""
 
     name: str
+    layers: list[int | str]  # numbers of layers, and names of controls
+    columns: list[Column]
     converged: Tensor  # [L, K] bool: probes that no further pass would change
     gradient_norm: Tensor  # [L, K] of the objective at the probes of `bank`; NaN where it is not known
 
@@ -68,7 +70,7 @@ class AdamSolver:
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[int | str],
         columns: Sequence[Column],
         hidden_size: int,
         positive_weight: Tensor,

@@ -1,13 +1,12 @@
-"""Chains through the backbone to shuffled, labelled token activations, in bounded memory and never in a file.
+"""Chains through the backbone to labelled token activations.
 
-Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size.
+Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +16,12 @@ from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column, LagBuffer
 
-MIXING_TOKENS = 65_536  # tokens that pass 1, or a pass that streams, mixes before it trains on any of them
-CHUNK_TOKENS = 4_096  # tokens handed on at once
-LEAST_TOKENS = 1_024  # fewer in the pool would not be mixed
-
 
 class TokenBatch(NamedTuple):
     """The only thing that crosses from the model to the probes."""
 
-    acts: Tensor  # [N, L, D] in the backbone's dtype
+    acts: Tensor  # [N, L, D] in the backbone's dtype; behind the probed layers those of the surface, if it is asked for
+    side: Tensor  # [N, P] float32: what is known of each token without a model
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64: which chain of the stream
@@ -37,6 +33,14 @@ class TokenBatch(NamedTuple):
     def to(self, device: torch.device) -> "TokenBatch":
         """The batch on `device`."""
         return TokenBatch(*(x.to(device, non_blocking=True) for x in self))
+
+
+class Rows(Protocol):
+    """Layers that need no forward pass, such as `controls.Surface`."""
+
+    def rows(self, ids: Tensor, part: slice) -> Tensor:
+        """Their activations [n, S, D] at the tokens ids[part] of a chain."""
+        ...
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> list[list[int]]:
@@ -66,13 +70,14 @@ def stream(
     labels: Sequence[str],
     max_batch_tokens: int = 8192,
     seed: int | None = None,
-    on_forward: Callable[[int, int], None] = lambda tokens, padded: None,
+    on_forward: Callable[[int, int], None] | None = None,
+    surface: Rows | None = None,
 ) -> Iterator[TokenBatch]:
     """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
 
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
-    pass `on_forward` is told the tokens in it and those with padding.  Chains are padded on the right, where causal
-    attention makes padding invisible, and the mask says so as well.
+    pass `on_forward` is told the tokens in it and those with padding.  The layers of `surface` stand behind the probed
+    ones.  Chains are padded on the right, where causal attention makes padding invisible, and the mask says so as well.
 
     A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own, so that
     it takes no more memory than others do, bar its keys and values.  What it yields is the same for every size of the
@@ -93,8 +98,9 @@ def stream(
                 part = slice(start, start + max_batch_tokens)
                 ids = [chains[i].ids[part] for i in batch]
                 forward(backbone, ids, cache)
-                on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
-                yield _label(chains, batch, part, [taken[layer] for layer in layers], buffer)
+                if on_forward:
+                    on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
+                yield _label(chains, batch, part, [taken[layer] for layer in layers], buffer, surface)
 
 
 @torch.no_grad()
@@ -119,23 +125,36 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _label(
-    chains: Sequence[Chain], index: Sequence[int], part: slice, acts: Sequence[Tensor], buffer: LagBuffer
+    chains: Sequence[Chain],
+    index: Sequence[int],
+    part: slice,
+    acts: Sequence[Tensor],
+    buffer: LagBuffer,
+    surface: Rows | None,
 ) -> TokenBatch:
     """Activations [B, T, D] of each layer for a part of the chains at `index` -> the valid tokens, in order."""
     device = acts[0].device
     paired = []
     for b, i in enumerate(index):
         codes, support = chains[i].codes[part], chains[i].support[part]
-        rows = torch.stack([a[b, : len(codes)].to(device) for a in acts], dim=1)  # [T, L, D]
-        paired.append(buffer.push(rows, codes, support, last=part.stop >= len(chains[i].ids)))
+        rows = [a[b, : len(codes)].to(device) for a in acts]
+        if surface is not None:
+            rows += surface.rows(chains[i].ids, part).to(rows[0]).unbind(1)
+        paired.append(buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chains[i].ids)))
     some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
+    side = [_side(chains[i], pairs.token[at]) for i, pairs, at in zip(index, paired, some, strict=True)]
     # From here on the host waits for the device, which has been computing while the labels were looked up.
     return TokenBatch(
         torch.cat([pairs.acts.index_select(0, send(at, device)) for pairs, at in zip(paired, some, strict=True)]),
+        torch.cat(side),
         torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
         torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
         torch.cat([torch.full((len(at),), i) for i, at in zip(index, some, strict=True)]),
     )
+
+
+def _side(chain: Chain, tokens: Tensor) -> Tensor:
+    return torch.empty(len(tokens), 0) if chain.side is None else chain.side[tokens]
 
 
 def count_tokens(
@@ -154,149 +173,3 @@ def count_tokens(
         valid += pairs.valid.sum(0)
         positive += pairs.targets.sum(0)
     return tokens, valid, positive
-
-
-class Plan(NamedTuple):
-    """Where the tokens of the train and validation splits lie."""
-
-    rows: int  # tokens that the train pool holds
-    keep_train: bool  # the whole train split fits: the model runs over it once
-    keep_validation: bool
-    home: torch.device  # where the kept tokens or the pool lie
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that is free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def memory_room(memory_gb: float | None, device: torch.device) -> int:
-    """Bytes that a run may fill on `device`: `memory_gb` 10^9 bytes, or what is free less 3 GiB and a tenth."""
-    free = free_bytes(device)
-    return max(0, int(0.9 * free) - 3 * 2**30) if memory_gb is None else int(min(memory_gb * 1e9, free))
-
-
-def token_bytes(n_layers: int, hidden_size: int, n_columns: int, dtype: torch.dtype) -> int:
-    """What a token takes in an ActivationMemory: its activations, targets and validity, and its chain."""
-    return n_layers * hidden_size * dtype.itemsize + 2 * n_columns + 8
-
-
-def plan_memory(
-    memory_gb: float | None,
-    token_bytes: int,
-    n_train: int,
-    n_validation: int,
-    batch_size: int,
-    device: torch.device,
-    taken: int = 0,
-) -> Plan:
-    """Device memory first, then host RAM, if both splits fit there; else a mixing pool, in device memory if it can be.
-
-    `memory_gb` as in `memory_room`; `taken` bytes of the device's are spoken for.  Raises InputError if there is not
-    even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that is more.
-    """
-    rooms = {device: max(0, memory_room(memory_gb, device) - taken)}
-    if device.type != "cpu":
-        rooms[torch.device("cpu")] = memory_room(memory_gb, torch.device("cpu"))
-    for home, space in rooms.items():
-        if (n_train + n_validation) * token_bytes <= space:
-            return Plan(n_train, True, True, home)
-    least = max(LEAST_TOKENS, batch_size)
-    for home, space in rooms.items():
-        for keep_validation in (n_validation * token_bytes <= space / 2, False):
-            rows = space // token_bytes - n_validation * keep_validation
-            if rows >= least:
-                return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
-    raise InputError(
-        f"{max(rooms.values()) / 1e6:,.2f} MB for activations"
-        + (f" beside {taken / 1e6:,.2f} MB for Newton's matrices" if taken else ""),
-        f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",
-        "raise --memory_gb, free memory, or probe fewer layers",
-    )
-
-
-class ActivationMemory:
-    """Bounded room for the tokens of a split: a shuffled pass over it, and no second run of the model if it all fits.
-
-    With `keep`, `rows` holds the whole split: the first trip fills it and later trips only read it.  Without, each trip
-    runs the model again and `rows` is the pool in which tokens of many chains are mixed.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        keep: bool,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        home: torch.device | None = None,
-    ):
-        """`shape` is (L, D, K); tokens lie on `home` (default `device`) in `dtype` and are handed out on `device`."""
-        self.home = home or device
-        self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0
-        n_layers, hidden_size, n_columns = shape
-        self.pool = TokenBatch(
-            torch.empty(rows, n_layers, hidden_size, dtype=dtype, device=self.home),
-            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home),
-            torch.empty(rows, n_columns, dtype=torch.bool, device=self.home),
-            torch.empty(rows, dtype=torch.int64, device=self.home),
-        )
-
-    def shuffled(self, source: Callable[[], Iterable[TokenBatch]], multiple: int, seed: int) -> Iterator[TokenBatch]:
-        """One pass in random order, in chunks of at most CHUNK_TOKENS, multiples of `multiple` bar the last.
-
-        `source()` is one trip over the split; it is not called if the split is in memory.  The first pass trains on
-        tokens while later ones are still on their way: whenever the pool holds MIXING_TOKENS (or all it can hold)
-        untrained ones, a random half of them is handed out.
-        """
-        random = torch.Generator().manual_seed(seed)
-        if self.filled:
-            yield from self._hand_out(torch.randperm(self.used, generator=random), multiple)
-            return
-        window = min(self.rows, max(MIXING_TOKENS, multiple))
-        free = torch.arange(self.rows)
-        waiting = torch.empty(0, dtype=torch.int64)
-        for batch in source():
-            while len(batch.chain):
-                room = min(len(batch.chain), window - len(waiting), len(free))
-                assert room or len(waiting) == window, "more tokens than were counted"
-                index, free = free[:room], free[room:]
-                self._put(index, batch.rows(slice(room)))
-                waiting, batch = torch.cat([waiting, index]), batch.rows(slice(room, None))
-                if len(waiting) == window:
-                    waiting = waiting[torch.randperm(window, generator=random)]
-                    half = max(multiple, window // 2 // multiple * multiple)
-                    yield from self._hand_out(waiting[:half], multiple)
-                    free = free if self.keep else torch.cat([free, waiting[:half]])
-                    waiting = waiting[half:]
-        yield from self._hand_out(waiting[torch.randperm(len(waiting), generator=random)], multiple)
-        self.used = self.rows - len(free)
-        self.filled = self.keep
-
-    def fill(self, source: Callable[[], Iterable[TokenBatch]]) -> None:
-        """Puts the split into memory as the first `shuffled` pass over the same source would, training on nothing."""
-        assert self.keep and not self.filled
-        self.used = 0
-        for batch in source():
-            self._put(torch.arange(self.used, self.used + len(batch.chain)), batch)
-            self.used += len(batch.chain)
-        self.filled = True
-
-    def in_order(self, source: Callable[[], Iterable[TokenBatch]]) -> Iterator[TokenBatch]:
-        """One trip in the order of the source; kept for the next one if there is room."""
-        if not self.keep:
-            yield from (batch.to(self.device) for batch in source())
-            return
-        if not self.filled:
-            self.fill(source)
-        for start in range(0, self.used, CHUNK_TOKENS):
-            yield self.pool.rows(slice(start, min(start + CHUNK_TOKENS, self.used))).to(self.device)
-
-    def _put(self, index: Tensor, batch: TokenBatch) -> None:
-        for store, new in zip(self.pool, batch, strict=True):
-            store.index_copy_(0, index.to(store.device), new.to(store))
-
-    def _hand_out(self, index: Tensor, multiple: int) -> Iterator[TokenBatch]:
-        size = max(multiple, CHUNK_TOKENS // multiple * multiple)
-        for part in index.split(size) if len(index) else ():
-            yield self.pool.rows(part.to(self.home)).to(self.device)

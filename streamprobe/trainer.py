@@ -12,42 +12,53 @@ from torch import Tensor
 
 from streamprobe.checkpoint import BestProbes
 from streamprobe.errors import InputError
-from streamprobe.metrics import measure
+from streamprobe.memory import ActivationMemory
+from streamprobe.metrics import Scored, measure
 from streamprobe.probes import ProbeBank
 from streamprobe.solvers import Solver
-from streamprobe.stream import ActivationMemory, TokenBatch
+from streamprobe.stream import TokenBatch
 from streamprobe.tracking import Tracker
 
 LOG_TOKENS = 65_536  # training tokens between two points of a loss curve; a pass ends with one too
 Source = Callable[[], Iterable[TokenBatch]]
 
 
-class Scored(NamedTuple):
-    """A split as the probes see it, on the CPU."""
+class Share(NamedTuple):
+    """The part of a TokenBatch that a solver is fed."""
 
-    scores: Tensor  # [N, L, K] logits, float32
-    targets: Tensor  # [N, K] bool
-    valid: Tensor  # [N, K] bool
-    chain: Tensor  # [N] int64
+    name: str
+    features: Callable[[TokenBatch], Tensor]  # -> [N, L, D], its own L and D
+    columns: Tensor  # [k] which of the batch's K columns
+
+    def of(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [N, L, D], targets [N, k] and valid [N, k]."""
+        return self.features(batch), batch.targets[:, self.columns], batch.valid[:, self.columns]
 
 
 class Fit(NamedTuple):
-    """A solver, and the best probes that it has found so far."""
+    """A solver, the best probes that it has found so far, and what both are fed."""
 
     solver: Solver
     best: BestProbes
+    share: Share
+
+    @property
+    def name(self) -> str:
+        """One of a kind."""
+        return f"{self.solver.name}-{self.share.name}"
 
 
-def evaluate(banks: Sequence[ProbeBank], batches: Iterable[TokenBatch]) -> list[Scored]:
+def evaluate(pairs: Sequence[tuple[ProbeBank, Share]], batches: Iterable[TokenBatch]) -> list[Scored]:
     """Every probe's logit for every token, for each bank.  Raises InputError where one is not a number."""
-    scores: list[list[Tensor]] = [[] for _ in banks]
+    scores: list[list[Tensor]] = [[] for _ in pairs]
     rest = []
     for batch in batches:
-        for bank, own in zip(banks, scores, strict=True):
-            own.append(bank.scores(batch.acts).cpu())
+        for (bank, share), own in zip(pairs, scores, strict=True):
+            own.append(bank.scores(share.features(batch)).cpu())
         rest.append((batch.targets.cpu(), batch.valid.cpu(), batch.chain.cpu()))
     targets, valid, chain = (torch.cat(part) for part in zip(*rest, strict=True))
-    result = [Scored(torch.cat(own), targets, valid, chain) for own in scores]
+    columns = [share.columns.cpu() for _, share in pairs]
+    result = [Scored(torch.cat(own), targets[:, k], valid[:, k], chain) for own, k in zip(scores, columns, strict=True)]
     if any(scored.scores.isnan().any() for scored in result):
         raise InputError(
             "scores that are not numbers", "finite activations and weights", "lower --learning_rate, or --dtype"
@@ -75,52 +86,58 @@ def train(
     """
     number, tokens = done
     if number and not finished(fits, number, max_passes):
-        forgetful = [fit.solver for fit in fits if fit.solver.forgetful]
+        forgetful = [fit for fit in fits if fit.solver.forgetful]
         recall(forgetful, memory, partial(source, 1), batch_size, seed + 1)
     while not finished(fits, number, max_passes):
         number += 1
         live = [fit for fit in fits if not fit.best.stopped.all()]
         for batch in memory.shuffled(partial(source, number), batch_size, seed + number):
-            for solver, _ in live:
-                solver.step(batch.acts, batch.targets, batch.valid)
+            for solver, _, share in live:
+                solver.step(*share.of(batch))
             tokens += len(batch.chain)
             if tokens % LOG_TOKENS < len(batch.chain):
                 log_losses(tracker, live, tokens)
         log_losses(tracker, live, tokens)
-        for solver, _ in live:
-            solver.end_pass()
-        banks = [solver.bank() for solver, _ in live]
-        for (solver, best), bank, scored in zip(live, banks, evaluate(banks, validation()), strict=True):
-            metrics = measure(*scored[:3])
-            best.update(metrics["f1_at_half"], number, bank, solver.converged)
-            for name in ("auroc", "average_precision", "f1", "f1_at_half"):
-                tracker.probes(f"val_{name}", solver.name, metrics[name], tokens)
-            tracker.probes("gradient_norm", solver.name, solver.gradient_norm, tokens)
-            tracker.number(f"progress/final_probes/{solver.name}", int(best.stopped.sum()), tokens)
+        for fit in live:
+            fit.solver.end_pass()
+        banks = [(fit.solver.bank(), fit.share) for fit in live]
+        for fit, (bank, _), scored in zip(live, banks, evaluate(banks, validation()), strict=True):
+            judge(fit, bank, scored, number, tracker, tokens)
         tracker.number("progress/pass", number, tokens)
         save(number, tokens)
         tracker.flush()
     return number
 
 
-def recall(solvers: Sequence[Solver], memory: ActivationMemory, first: Source, batch_size: int, seed: int) -> None:
+def judge(fit: Fit, bank: ProbeBank, scored: Scored, number: int, tracker: Tracker, tokens: int) -> None:
+    """Takes the probes of `bank` that are the best so far, by their validation scores after pass `number`."""
+    solver, best, _ = fit
+    metrics = measure(*scored[:3])
+    best.update(metrics["f1_at_half"], number, bank, solver.converged)
+    for name in ("auroc", "average_precision", "f1", "f1_at_half"):
+        tracker.probes(f"val_{name}", solver, metrics[name], tokens)
+    tracker.probes("gradient_norm", solver, solver.gradient_norm, tokens)
+    tracker.number(f"progress/final_probes/{fit.name}", int(best.stopped.sum()), tokens)
+
+
+def recall(fits: Sequence[Fit], memory: ActivationMemory, first: Source, batch_size: int, seed: int) -> None:
     """The first pass once more, for a resumed run: it fills the memory, and gives solvers what no checkpoint holds."""
-    if not (memory.keep or solvers):
+    if not (memory.keep or fits):
         return
     for batch in memory.shuffled(first, batch_size, seed):
-        for solver in solvers:
-            solver.step(batch.acts, batch.targets, batch.valid)
-    for solver in solvers:
+        for solver, _, share in fits:
+            solver.step(*share.of(batch))
+    for solver, _, _ in fits:
         solver.end_pass()
         solver.loss()
 
 
 def log_losses(tracker: Tracker, fits: Sequence[Fit], tokens: int) -> None:
     """A point on every loss curve."""
-    for solver, _ in fits:
-        tracker.probes("train_loss", solver.name, solver.loss(), tokens)
+    for solver, _, _ in fits:
+        tracker.probes("train_loss", solver, solver.loss(), tokens)
 
 
 def finished(fits: Sequence[Fit], number: int, max_passes: int) -> bool:
     """Whether nothing is left to train after pass `number`."""
-    return number >= max_passes or all(bool(best.stopped.all()) for _, best in fits)
+    return number >= max_passes or all(bool(fit.best.stopped.all()) for fit in fits)

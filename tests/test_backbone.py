@@ -294,8 +294,10 @@ def test_4bit(wide_folder):
         assert float((rounded - weight).norm() / weight.norm()) < 0.12  # NF4 on normal weights, blocks of 64: 0.09
         weight.data = rounded
     by_hand = outputs(reference, [0, 2])
-    assert relative(outputs(model, [0, 2]), by_hand) < 1e-5
-    assert 1e-3 < relative(by_hand, plain)  # negative control: rounding is seen
+    in_bfloat16 = bnb.functional.has_avx512bf16()  # there bitsandbytes multiplies in bfloat16, whatever it is asked for
+    limit = 2**-6 if in_bfloat16 else 1e-5
+    assert relative(outputs(model, [0, 2]), by_hand) < limit
+    assert limit < relative(by_hand, plain)  # negative control: rounding to NF4 is seen
 
 
 def nf4(weight: Tensor) -> Tensor:

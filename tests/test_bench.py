@@ -148,6 +148,6 @@ def test_wrong_input_ends_in_one_line(arguments, told, capsys):
 
 
 def test_chains_that_do_not_fit_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr("streamprobe.stream.free_bytes", lambda device: 0)
+    monkeypatch.setattr("streamprobe.memory.free_bytes", lambda device: 0)
     assert main("--shape tiny --chains 6 --repeats 1".split()) == 2
     assert "fix: lower --chains" in capsys.readouterr().err.splitlines()[-1]

@@ -345,7 +345,7 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, ProbeBank]]:
     """A run's folder with the probes of two solvers."""
     banks = {"newton": random_bank(1), "adam": random_bank(2)}
     thresholds = {"newton": torch.zeros(SHAPE), "adam": torch.ones(SHAPE)}
-    write_probes(tmp_path, banks, thresholds, {"config": {"seed": 0}})
+    write_probes(tmp_path, {name: (banks[name], thresholds[name]) for name in banks}, {"config": {"seed": 0}})
     return tmp_path, banks
 
 

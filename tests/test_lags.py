@@ -104,8 +104,10 @@ def test_the_activation_at_t_stands_beside_the_label_at_t_plus_lag() -> None:
 
 
 def a_column() -> st.SearchStrategy[Column]:
-    ahead = st.builds(Column, st.sampled_from(LABELS), st.sampled_from(["token", "onset", "within"]), st.integers(1, 6))
-    back = st.builds(Column, st.sampled_from(LABELS), st.sampled_from(["token", "onset"]), st.integers(-6, 0))
+    plain = {"control": st.just(""), "seed": st.just(0)}
+    every = st.sampled_from(["token", "onset", "within"])
+    ahead = st.builds(Column, st.sampled_from(LABELS), every, st.integers(1, 6), **plain)
+    back = st.builds(Column, st.sampled_from(LABELS), st.sampled_from(["token", "onset"]), st.integers(-6, 0), **plain)
     return ahead | back
 
 

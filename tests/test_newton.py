@@ -35,7 +35,7 @@ def lab() -> Lab:
     """The embedded model, 100 of its chains, two layers and columns of both targets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        grid = ["--layers", "1", "3", "--lags", "-4", "0", "8", "--max_chains", "100"]
+        grid = ["--layers", "1", "3", "--lags", "-4", "0", "8", "--max_chains", "100", "--controls", "none"]
         lab = Lab(load_config(["configs/demo.yaml", *grid]))
         lab.load_model()
     return lab

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,12 +28,14 @@ from streamprobe.checkpoint import BestProbes
 from streamprobe.cli import main
 from streamprobe.experiment import check_resume
 from streamprobe.lags import INSIDE, OUTSIDE, Column
+from streamprobe.memory import ActivationMemory, Sizes
 from streamprobe.metrics import measure
 from streamprobe.newton import PAIRS, NewtonSolver
 from streamprobe.probes import load_probes
-from streamprobe.report import FIELDS, table, write_report
+from streamprobe.report import table, write_report
+from streamprobe.results import FIELDS
 from streamprobe.solvers import AdamSolver
-from streamprobe.stream import ActivationMemory, count_tokens, stream
+from streamprobe.stream import count_tokens, stream
 from streamprobe.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
@@ -62,13 +65,19 @@ def test_a_run_writes_what_it_promises(config, capsys):
     events = [p.name for p in folder.glob("events.out.tfevents.*")]
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(events)
     assert files == {
-        "config.yaml", "results.csv", "summary.json", "probes.safetensors", "report.html", "checkpoint/state.safetensors"
+        "config.yaml", "results.csv", "categories.csv", "differences.csv", "reliability.csv", "summary.json",
+        "probes.safetensors", "report.html", "checkpoint/state.safetensors",
     }  # fmt: skip
     assert len(events) == 1 and [p.name for p in Path().iterdir()].count("runs") == 1
 
     rows = list(csv.DictReader((folder / "results.csv").open()))
     columns = 2 * (3 + 3 + 1)  # labels x (token, onset, within: positive lags only)
-    assert list(rows[0]) == FIELDS and len(rows) == 2 * 2 * columns
+    assert list(rows[0]) == FIELDS
+    by_control = {"": 2 * columns, "permuted": 2 * columns, "embed": columns, "text": columns, "position": columns}
+    by_control["persistence"] = 2 * 3  # where the label lies ahead
+    assert Counter((r["solver"], r["control"]) for r in rows) == {
+        (solver, control): n for solver in ("adam", "newton") for control, n in by_control.items()
+    }
     assert all(0 <= float(r["auroc_low"]) <= float(r["auroc"]) <= float(r["auroc_high"]) <= 1 for r in rows)
     assert all(r["split"] == "test" and int(r["n_chains"]) <= 12 for r in rows)
 
@@ -76,13 +85,21 @@ def test_a_run_writes_what_it_promises(config, capsys):
     assert summary["run"]["passes"] == 3 and summary["run"]["counts"]["read"] == 60
     assert set(summary["run"]["versions"]) >= {"python", "torch", "transformers"}
     nested = summary["results"]["newton"]["deduction"]["onset"]["lag+04"]["layer02"]
-    place = ("newton", "2", "deduction", "onset", "4")
-    row = next(r for r in rows if (r["solver"], r["layer"], r["label"], r["target"], r["lag"]) == place)
+    place = ("newton", "2", "deduction", "onset", "4", "")
+    row = next(r for r in rows if (r["solver"], r["layer"], r["label"], r["target"], r["lag"], r["control"]) == place)
     assert {r["gradient_norm"] for r in rows if r["solver"] == "adam"} == {"nan"}
     assert all(0 < float(r["gradient_norm"]) < 1 for r in rows if r["solver"] == "newton")
     assert nested["auroc"] == pytest.approx(float(row["auroc"]), rel=1e-5)
 
-    for told in ("chains    60 read", "1<", "memory", "pass 3", "test AUROC   backtracking, target within", "wrote"):
+    for told in (
+        "chains    60 read",
+        "1<",
+        "memory",
+        "pass 3",
+        "test AUROC   backtracking, target within",
+        "above every control",
+        "wrote",
+    ):
         assert told in printed
 
 
@@ -107,7 +124,7 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.0008"]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.003"]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
     assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
@@ -134,12 +151,13 @@ def test_a_dry_run_runs_the_model_for_two_batches_only(config, monkeypatch, caps
 
 
 def test_saved_probes_give_the_saved_results(config, model_dir):
-    assert main([config]) == 0
-    banks = [load_probes("runs/tiny", solver) for solver in ("adam", "newton")]
+    assert main([config, "--controls", "none"]) == 0
+    share = trainer.Share("layers", lambda batch: batch.acts, torch.arange(14))
+    banks = [(load_probes("runs/tiny", solver), share) for solver in ("adam", "newton")]
     from streamprobe.config import load_config
     from streamprobe.lab import Lab
 
-    lab = Lab(load_config([config]))
+    lab = Lab(load_config([config, "--controls", "none"]))
     lab.load_model()
     scored = trainer.evaluate(banks, lab.read("test"))
     aurocs = [area for each in scored for area in measure(*each[:3])["auroc"].flatten().tolist()]
@@ -163,7 +181,7 @@ def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
         "val_auroc/adam/backtracking/token/layer02/lag+04",
         "train_loss/newton/deduction/onset/layer00/lag-02",
     } <= set(scalars)
-    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/final_probes/newton"} <= set(scalars)
+    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/final_probes/newton-layers"} <= set(scalars)
     steps = [e.step for e in events.Scalars("val_f1/adam/backtracking/token/layer00/lag+00")]
     assert len(steps) == 3 and steps == sorted(steps)
     from tensorboard.plugins.custom_scalar import layout_pb2
@@ -171,7 +189,10 @@ def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {c.title: [k.title for k in c.chart] for c in layout.category}
-    assert charts["val_auroc newton backtracking token"] == ["layer 00", "layer 02"]
+    assert charts["val_auroc newton backtracking token"] == [
+        "layer00", "layer02", "layer00-permuted", "layer02-permuted", "embed", "text", "position",
+        "persistence",
+    ]  # fmt: skip
 
 
 SPY = """
@@ -206,10 +227,10 @@ def holds_nothing(path):
     return path.is_dir() or str(path) == "/dev/null" or (path.suffix == ".lock" and not path.stat().st_size)
 
 
-@pytest.mark.parametrize("memory", ["auto", "0.0005"], ids=["replayed", "streamed"])
+@pytest.mark.parametrize("memory", ["auto", "0.0008"], ids=["replayed", "streamed"])
 def test_no_activation_reaches_a_file(config, memory):
     """Every write is inside output_dir, and no file is larger than the probes and the curves explain."""
-    paths = spied(config, "--memory_gb", memory, "--output_dir", "out")
+    paths = spied(config, "--memory_gb", memory, "--output_dir", "out", "--controls", "none")
     out = Path("out").resolve()
     assert not [p for p in paths if not p.is_relative_to(out) and not holds_nothing(p)]
     probes, hidden, curves = 2 * 14, 32, 2 * 8
@@ -239,7 +260,7 @@ def launch(config, *argv):
     )
 
 
-@pytest.mark.parametrize("memory, stops", [("auto", "26"), ("0.0005", "3")], ids=["replayed", "streamed"])
+@pytest.mark.parametrize("memory, stops", [("auto", "26"), ("0.003", "3")], ids=["replayed", "streamed"])
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops, capsys):
     """kill -9 between passes, and before the test chains are scored: results and probes are byte-identical."""
     argv = ("--memory_gb", memory, "--max_passes", "6", "--patience", "9")
@@ -332,16 +353,19 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tm
     splits = [planted_chains(n, seed, permuted) for seed, n in enumerate((150, 30, 150))]
     read = partial(stream, backbone=model, layers=layers, columns=columns, labels=labels, max_batch_tokens=3000)
     n, valid, positive = count_tokens(splits[0], columns, labels)
-    memory = ActivationMemory(n, True, (2, 32, 4), torch.float32, torch.device("cpu"))
+    memory = ActivationMemory(n, True, Sizes(2, 32, 4, 0, torch.float32), torch.device("cpu"))
     weight = (valid - positive) / positive
     adam = AdamSolver(layers, columns, 32, weight, learning_rate=1e-2, batch_size=256)
     newton = NewtonSolver(layers, columns, 32, weight)
-    fits = [trainer.Fit(adam, BestProbes(adam.bank(), 3)), trainer.Fit(newton, BestProbes(newton.bank(), None))]
+    share = trainer.Share("layers", lambda batch: batch.acts, torch.arange(4))
+    fits = [
+        trainer.Fit(adam, BestProbes(adam.bank(), 3), share), trainer.Fit(newton, BestProbes(newton.bank(), None), share)
+    ]  # fmt: skip
     trainer.train(
         fits, memory, lambda number: read(splits[0], seed=number), lambda: read(splits[1]),
-        Tracker(tmp_path, ["adam", "newton"], layers, columns), lambda number, tokens: None, max_passes=5, batch_size=256, seed=0,
+        Tracker(tmp_path, [adam, newton]), lambda number, tokens: None, max_passes=5, batch_size=256, seed=0,
     )  # fmt: skip
-    for scored in trainer.evaluate([best.bank for _, best in fits], read(splits[2])):
+    for scored in trainer.evaluate([(fit.best.bank, share) for fit in fits], read(splits[2])):
         auroc = measure(*scored[:3])["auroc"]  # [L, K]
         if permuted:
             assert (auroc - 0.5).abs().max() < 0.05
@@ -353,9 +377,9 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tm
 def test_hostile_text_is_escaped_and_a_missing_class_is_told(tmp_path):
     row = dict.fromkeys(FIELDS, 0.5) | {
         "solver": "adam", "layer": 1, "label": "<script>alert(1)</script>", "target": "token", "lag": 0,
-        "auroc": float("nan"), "best_pass": 1,
+        "auroc": float("nan"), "best_pass": 1, "control": "", "best_control": "",
     }  # fmt: skip
-    write_report(tmp_path, [row], "<img src=x onerror=alert(2)>", "a & b")
+    write_report(tmp_path, [row], ["<b>"], "<img src=x onerror=alert(2)>", "a & b")
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
     assert "http" not in page and "src=" not in page.replace("&lt;img src=", "")

@@ -1,0 +1,241 @@
+"""The keys of a config, in groups, each with its unit, its default and its meaning."""
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Literal
+
+from streamprobe.errors import InputError
+
+
+def key(default: Any, help: str) -> Any:
+    """A config field with its help text."""
+    text = help.replace("%", "%%")
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(holds: bool, got: str, expected: str, fix: str) -> None:
+    """Raises InputError unless `holds`."""
+    if not holds:
+        raise InputError(got, expected, fix)
+
+
+@dataclass
+class ModelConfig:
+    """The frozen language model."""
+
+    _argument_group_name = "model"
+
+    model: str = key("", "Folder of a Hugging Face decoder model, or its id on the hub.")
+    gguf_file: str | None = key(None, "Name of a GGUF file in that folder; needs the extra `gguf`.")
+    revision: str | None = key(None, "Branch, tag or commit of the model on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "Number format of the model; auto is bfloat16 where the hardware multiplies it natively, else float32."
+    )
+    attn_implementation: str | None = key(
+        None, "Attention of transformers: sdpa, eager, flash_attention_2, ...; none is the library's choice."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = key(
+        "none", "Weights in 8 or 4 bits (bitsandbytes), for small cards."
+    )
+    device_map: str = key("auto", "Where the blocks lie (accelerate): auto, cpu, cuda, cuda:1, balanced, ...")
+    trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
+    max_batch_tokens: int = key(
+        8192, "Most tokens in one forward pass, padding included; a longer chain goes through in chunks of so many."
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.max_batch_tokens < 2**31,
+            f"max_batch_tokens {self.max_batch_tokens}",
+            "at least 1, less than 2**31",
+            "try 8192",
+        )
+
+
+@dataclass
+class DataConfig:
+    """The annotated chains."""
+
+    _argument_group_name = "data"
+
+    data: str = key("", "JSON, JSON-lines or parquet file, a URL of one, or the id of a data set on the hub.")
+    data_sha256: str | None = key(None, "SHA-256 that the data file must have.")
+    data_split: str = key("train", "Split of a data set on the hub.")
+    problem_column: str = key("problem", "Column with the problem.")
+    response_column: str = key("reasoning_chain", "Column with the text that the model wrote.")
+    annotation_column: str = key("annotated_chain", 'Column with that text in ["label"]...["end-section"] sections.')
+    id_column: str = key("task_id", "Column with the chain's name.")
+    prompt: str = key(
+        r"{problem}\n\n",
+        r"Text before the response: a string that holds {problem} (\n is a line end), or chat for the chat template.",
+    )
+    support: Literal["response", "all"] = key(
+        "response", "Tokens that count: the response's, or all, with the problem as negatives."
+    )
+    unlabelled: Literal["ignore", "negative"] = key("ignore", "Response text in no section: left out, or negative.")
+    response: Literal["original", "rejoined"] = key(
+        "original", "The response as it was written, or the annotated sections alone, joined by spaces."
+    )
+    bos: bool = key(True, "Begin every chain with the BOS token, where the tokenizer has one.")
+    category_column: str | None = key(None, "Column with the kind of problem; none is the id without its number.")
+    max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")
+    test_share: float = key(0.2, "Share of all chains held out for results.csv.")
+    validation_share: float = key(0.1, "Share of the other chains that stops training and picks thresholds.")
+    split_seed: int = key(42, "Seed of the split.")
+    split: Literal["random", "category"] = key(
+        "random", "Test chains are a random test_share of all, or those of test_categories: does a probe transfer?"
+    )
+    test_categories: list[str] | None = key(None, "With split category: the kinds of problem that are held out.")
+    validation: Literal["own", "test"] = key(
+        "own", "Chains that stop training and pick thresholds: a validation_share, or the test chains (which flatters)."
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.split_seed < 2**32, f"split_seed {self.split_seed}", "0 .. 2**32 - 1", "mend --split_seed")
+        for name in ("test_share", "validation_share"):
+            share = getattr(self, name)
+            require(0 < share < 1, f"{name} {share}", "a share between 0 and 1", "try 0.2")
+        require(
+            self.prompt == "chat" or "{problem}" in self.prompt,
+            f"prompt {self.prompt!r}",
+            "chat or a string that holds {problem}",
+            "write {problem} where the problem goes",
+        )
+        self.prompt = self.prompt.replace(r"\n", "\n")
+        require(
+            (self.split == "category") == bool(self.test_categories),
+            f"split {self.split} with test_categories {' '.join(self.test_categories or ['none'])}",
+            "split category with test_categories, or neither",
+            "give both --split category and --test_categories, or drop both",
+        )
+        require(
+            self.max_chains is None or self.max_chains > 0, f"max_chains {self.max_chains}", "at least 1", "drop it"
+        )
+
+
+@dataclass
+class ProbeConfig:
+    """The grid of probes: layers x (labels x targets x lags)."""
+
+    _argument_group_name = "probes"
+
+    labels: list[str] = key(["backtracking"], "Labels to probe, all at once.")
+    targets: list[str] = key(
+        ["token"],
+        "What is predicted at token t: token (is t + lag inside a section?), onset (is it the first of one?), "
+        "within (does one begin in t + 1 .. t + lag?).",
+    )  # fmt: skip
+    layers: list[int] = key([], "Decoder blocks whose output is probed, counted from 0.")
+    lags: list[int] = key(
+        [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48],
+        "Tokens between activation and label; positive looks ahead.",
+    )
+    controls: list[str] = key(
+        ["embed", "text", "position", "persistence", "permuted"],
+        "What every probe is compared with, trained in the same passes: embed (the token), text (the last 8, 32 and "
+        "128 tokens), position (place in the response), persistence (label at t and time since the last section), "
+        "permuted (labels shifted within their chain); or none.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "targets", "layers", "lags", "controls"):
+            values = getattr(self, name)
+            require(len(values) > 0, f"no {name}", "at least one", f"give --{name}")
+            require(
+                len(set(values)) == len(values), f"{name} {values} with a repetition", "each once", f"mend --{name}"
+            )
+        for target in self.targets:
+            require(
+                target in ("token", "onset", "within"), f"targets {target}", "token, onset or within", "mend --targets"
+            )
+        require(
+            self.targets != ["within"] or max(self.lags) > 0,
+            f"targets within with lags {self.lags}",
+            "a positive lag, since `within` looks ahead",
+            "add one to --lags",
+        )
+        require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "mend --lags")
+        self.layers, self.lags = sorted(self.layers), sorted(self.lags)
+        for control in self.controls:
+            known = ("embed", "text", "position", "persistence", "permuted", "none")
+            require(control in known, f"controls {control}", f"one of {', '.join(known)}", "mend --controls")
+        require(
+            self.controls == ["none"] or "none" not in self.controls,
+            f"controls {' '.join(self.controls)}",
+            "none alone, or none of it",
+            "mend --controls",
+        )
+
+
+@dataclass
+class TrainingConfig:
+    """How the probes are fitted; Adam's defaults are the original experiment's, with features standardised."""
+
+    _argument_group_name = "training"
+
+    solvers: list[str] = key(
+        ["newton"], "newton (exact, a few passes), adam (the original recipe) or both, all fed by the same passes."
+    )
+    l2: float = key(0.01, "Penalty on the sum of squared weights.")
+    tolerance: float = key(1e-4, "Norm of a probe's gradient at which Newton calls it converged.")
+    learning_rate: float = key(1e-3, "Adam's learning rate.")
+    batch_size: int = key(64, "Tokens per Adam step.")
+    standardize: bool = key(
+        True,
+        "Train on (x - mean) / std, without which Newton may not converge; saved probes take raw ones either way.",
+    )
+    max_passes: int = key(50, "Most trips over the training tokens.")
+    patience: int = key(3, "Passes without a better validation F1 after which a probe of Adam's is stopped.")
+    memory_gb: str = key(
+        "auto",
+        "Most GB (10^9 bytes) of activations and of Newton's matrices; auto is what is free, less a reserve.",
+    )
+    bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
+    seed: int = key(0, "Seed of weights, of the order of tokens and of permuted labels.")
+    seeds: int = key(1, "Starts of every Adam probe, and permutations of every label, whose spread is reported.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_passes", "patience"):
+            require(getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"mend --{name}")
+        require(self.bootstrap <= 10**6, f"bootstrap {self.bootstrap}", "at most 1,000,000", "try 1000")
+        for solver in self.solvers:
+            require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "mend --solvers")
+        require(
+            0 < len(self.solvers) == len(set(self.solvers)), f"solvers {self.solvers}", "each once", "mend --solvers"
+        )
+        require(self.seeds <= 1000, f"seeds {self.seeds}", "at most 1,000", "try 5")
+        for name in ("learning_rate", "batch_size", "max_passes", "patience", "tolerance", "seeds"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"mend --{name}")
+        require(0 <= self.seed < 2**31, f"seed {self.seed}", "0 .. 2**31 - 1", "mend --seed")
+        for name in ("learning_rate", "l2", "tolerance"):
+            require(isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"mend --{name}")
+        for name in ("l2", "bootstrap"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"mend --{name}")
+        try:
+            holds = self.memory_gb == "auto" or 0 < float(self.memory_gb) < float("inf")
+        except ValueError:
+            holds = False
+        require(holds, f"memory_gb {self.memory_gb}", "auto or a number of GB above 0", "mend --memory_gb")
+
+    @property
+    def memory_cap(self) -> float | None:
+        """memory_gb as a number, None for auto."""
+        return None if self.memory_gb == "auto" else float(self.memory_gb)
+
+
+@dataclass
+class OutputConfig:
+    """Where the run writes."""
+
+    _argument_group_name = "output"
+
+    output_dir: str | None = key(
+        None, "Folder of this run; none is runs/<config name>, with -2, -3, ... where that one is taken."
+    )
+    resume: bool = key(False, "Go on with the run in output_dir (by default the newest of this config).")
+    dry_run: bool = key(False, "Print what the run would need, train nothing.")
+
+    def __post_init__(self) -> None:
+        require(not (self.resume and self.dry_run), "dry_run with resume", "one of them", "drop --dry_run or --resume")
