@@ -105,11 +105,14 @@ def annotate(annotated: str, original: str) -> Annotation:
 
 
 def rejoin(annotated: str) -> tuple[str, Annotation]:
-    """The sections alone, without the white space around them, joined by single spaces: a text that nobody wrote."""
+    """The sections alone, without the white space around them, joined by single spaces: a text that nobody wrote.
+
+    Each space belongs to the section behind it.
+    """
     copy, sections, unbalanced = parse_annotations(annotated)
     text, found = "", []
     for label, start, end in sections:
-        text += " " if text else ""
-        found.append(Section(label, len(text), len(text) + len(copy[start:end].strip())))
-        text += copy[start:end].strip()
+        piece = " " * bool(text) + copy[start:end].strip()
+        found.append(Section(label, len(text), len(text) + len(piece)))
+        text += piece
     return text, Annotation(found, 0, 0, unbalanced)

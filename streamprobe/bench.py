@@ -217,7 +217,7 @@ def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory) -> 
     if not baseline.has_probelab():
         print("peer      probelab is not installed, so it has no row: pip install probelab", flush=True)
         return
-    acts, _, targets, valid, _ = memory.pool
+    acts, _, targets, valid, *_ = memory.pool
     one = acts[:, len(bench.layers) // 2].to(bench.device)
     ledger.time(
         f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer",

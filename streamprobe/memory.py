@@ -48,8 +48,8 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
 
     def token_bytes(self) -> int:
-        """Bytes of a token: its activations and features on the side, targets and validity, and its chain."""
-        return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 8
+        """Bytes of a token: its activations and features on the side, targets and validity, and its place."""
+        return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 16
 
 
 def plan_memory(
@@ -102,6 +102,7 @@ class ActivationMemory:
             torch.empty(rows, sizes.side, device=self.home),
             torch.empty(rows, sizes.columns, dtype=torch.bool, device=self.home),
             torch.empty(rows, sizes.columns, dtype=torch.bool, device=self.home),
+            torch.empty(rows, dtype=torch.int64, device=self.home),
             torch.empty(rows, dtype=torch.int64, device=self.home),
         )
 

@@ -25,6 +25,7 @@ class Scored(NamedTuple):
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64
+    token: Tensor  # [N] int64: the token's place in its chain
 
 
 @dataclass

@@ -39,8 +39,8 @@ class Part(NamedTuple):
 
     def at(self, tokens: Tensor) -> "Part":
         """The same for the tokens [N] where `tokens` is True alone, their chains counted anew from 0."""
-        scores, targets, valid, chain = (x[tokens] for x in self.scored)
-        return self._replace(scored=Scored(scores, targets, valid, chain.unique(return_inverse=True)[1]))
+        chosen = Scored(*(x[tokens] for x in self.scored))
+        return self._replace(scored=chosen._replace(chain=chosen.chain.unique(return_inverse=True)[1]))
 
 
 class Judged(NamedTuple):

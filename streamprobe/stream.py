@@ -25,6 +25,7 @@ class TokenBatch(NamedTuple):
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64: which chain of the stream
+    token: Tensor  # [N] int64: which of its tokens
 
     def rows(self, index: Tensor | slice) -> "TokenBatch":
         """The tokens at `index`."""
@@ -150,6 +151,7 @@ def _label(
         torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
         torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
         torch.cat([torch.full((len(at),), i) for i, at in zip(index, some, strict=True)]),
+        torch.cat([pairs.token[at] for pairs, at in zip(paired, some, strict=True)]),
     )
 
 

@@ -55,10 +55,12 @@ def evaluate(pairs: Sequence[tuple[ProbeBank, Share]], batches: Iterable[TokenBa
     for batch in batches:
         for (bank, share), own in zip(pairs, scores, strict=True):
             own.append(bank.scores(share.features(batch)).cpu())
-        rest.append((batch.targets.cpu(), batch.valid.cpu(), batch.chain.cpu()))
-    targets, valid, chain = (torch.cat(part) for part in zip(*rest, strict=True))
+        rest.append((batch.targets.cpu(), batch.valid.cpu(), batch.chain.cpu(), batch.token.cpu()))
+    targets, valid, chain, token = (torch.cat(part) for part in zip(*rest, strict=True))
     columns = [share.columns.cpu() for _, share in pairs]
-    result = [Scored(torch.cat(own), targets[:, k], valid[:, k], chain) for own, k in zip(scores, columns, strict=True)]
+    result = [
+        Scored(torch.cat(own), targets[:, k], valid[:, k], chain, token) for own, k in zip(scores, columns, strict=True)
+    ]
     if any(scored.scores.isnan().any() for scored in result):
         raise InputError(
             "scores that are not numbers", "finite activations and weights", "lower --learning_rate, or --dtype"

@@ -14,7 +14,10 @@ from conftest import make_rows, make_tokenizer
 
 from streamprobe.annotations import Section
 from streamprobe.chains import (
+    Division,
+    Reading,
     Record,
+    category_of,
     fingerprint,
     format_prompt,
     load_chains,
@@ -476,3 +479,80 @@ def test_a_lone_surrogate_is_refused(tokenizer):
     rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30)]
     rows[3]["reasoning_chain"] += "\ud83d"
     assert load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused == {"with text that is not Unicode": 1}
+
+
+# --- the original experiment's way of reading, for comparison ---
+
+
+def original_reading(tokenizer: Any, row: dict[str, str], head: str) -> tuple[list[int], list[int]]:
+    """Token ids, and 1 for those in a backtracking section: each section stripped, and tokenised by itself."""
+    ids = tokenizer.encode(head, add_special_tokens=False)
+    marks = [0] * len(ids)
+    for number, tagged in enumerate(row["annotated_chain"].split('["end-section"]')[:-1]):
+        label, text = tagged.split('["', 1)[1].split('"]', 1)
+        piece = tokenizer.encode(" " * (number > 0) + text.strip(), add_special_tokens=False)
+        ids += piece
+        marks += [int(label == "backtracking")] * len(piece)
+    return ids, marks
+
+
+def test_rejoined_without_bos_and_with_the_problem_is_the_originals_reading(tokenizer):
+    reading = Reading("User: {problem}\n\nAssistant:", "all", "negative", False, "rejoined")
+    rows = make_rows(20, seed=9)
+    splits, counts = load_chains(rows, FIELDS, tokenizer, ["backtracking"], 512, reading)
+    chains = {chain.id: chain for split in splits.values() for chain in split}
+    assert len(chains) == 20 and counts.used == 20
+    plain = load_chains(rows, FIELDS, tokenizer, ["backtracking"], 512)[0]
+    differ = 0
+    for row in rows:
+        chain = chains[row["task_id"]]
+        ids, marks = original_reading(tokenizer, row, f"User: {row['problem']}\n\nAssistant:")
+        assert chain.ids.tolist() == ids
+        assert (chain.codes[:, 0] >= INSIDE).int().tolist() == marks and chain.support.all()
+        differ += ids not in [c.ids.tolist() for split in plain.values() for c in split]
+    assert differ == 20  # negative control
+
+
+def test_the_response_begins_behind_the_prompt(tokenizer):
+    for support in ("response", "all"):
+        rec = Record("x", "A puzzle", "okay then.", [Section("deduction", 0, 10)])
+        chain = tokenize(rec, tokenizer, LABELS, "{problem}\n\n", support, "ignore")
+        assert tokenizer.decode(chain.ids[chain.start :]) == "okay then."
+        assert tokenizer.decode(chain.ids[: chain.start]).endswith("A puzzle\n\n")
+
+
+@pytest.mark.parametrize(
+    ("id", "category"),
+    [("causal_12", "causal"), ("math_logic_0", "math_logic"), ("a-3", "a"), ("b", "b"), ("17", "17"), ("x2y", "x2y")],
+)
+def test_the_category_is_the_id_without_its_number(id, category):
+    assert category_of(id) == category
+
+
+def test_whole_categories_are_held_out(tokenizer):
+    rows = make_rows(40, seed=6)
+    division = Division(test_categories=["beta", "delta"])
+    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=division)
+    assert {c.category for c in splits["test"]} == {"beta", "delta"} and len(splits["test"]) == 20
+    assert {c.category for c in (*splits["train"], *splits["validation"])} == {"alpha", "gamma"}
+    assert len(splits["validation"]) == 2
+    mixed = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[0]  # negative control
+    assert len({c.category for c in mixed["test"]} & {c.category for c in mixed["train"]}) > 1
+    with pytest.raises(InputError, match="test_categories omega, which no chain has; expected of alpha, beta"):
+        load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=Division(test_categories=["omega"]))
+
+
+def test_categories_by_column(tokenizer):
+    rows = [row | {"kind": "even" if i % 2 == 0 else "odd"} for i, row in enumerate(make_rows(20, seed=6))]
+    division = Division(test_categories=["odd"])
+    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=division, category_column="kind")
+    assert {c.id for c in splits["test"]} == {row["task_id"] for row in rows if row["kind"] == "odd"}
+
+
+def test_validation_may_be_the_test_chains(tokenizer):
+    rows = make_rows(30, seed=6)
+    plain = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[0]
+    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=Division(validate_on_test=True))
+    assert splits["validation"] is splits["test"]
+    assert [c.id for c in splits["test"]] == [c.id for c in plain["test"]]
+    assert len(splits["train"]) == len(plain["train"]) + len(plain["validation"])

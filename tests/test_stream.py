@@ -226,11 +226,32 @@ def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, ma
         mine = got.rows((got.chain == i).nonzero()[:, 0])
         assert len(mine.chain) == len(tokens)
         assert torch.equal(mine.targets, targets) and torch.equal(mine.valid, valid)
+        assert mine.token.tolist() == tokens and mine.side.shape == (len(tokens), 0)
         acts = alone(full, chain.ids)
         torch.testing.assert_close(mine.acts, acts[tokens], rtol=0, atol=2e-5)
         if len(tokens) > 5:  # negative control: the rows of the tokens one further on
             late = [min(t + 1, len(acts) - 1) for t in tokens]
             assert (mine.acts - acts[late]).abs().amax((1, 2)).median() > 1e-2
+
+
+class Ids:
+    """A layer that holds each token's id and its place, as `Surface` holds its embedding."""
+
+    def rows(self, ids: Tensor, part: slice) -> Tensor:
+        place = torch.arange(len(ids))[part]
+        return torch.stack([ids[part], place], dim=1).float()[:, None].repeat(1, 1, 16)
+
+
+@pytest.mark.parametrize("max_tokens", [7, 10_000])
+def test_surface_and_side_stand_beside_the_activations_of_their_own_token(backbone, max_tokens):
+    chains = [replace(c, side=torch.stack([c.ids, -c.ids], dim=1).float()) for c in make_chains(9, seed=2)]
+    plain = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0)))
+    got = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0, None, Ids())))
+    ids = torch.stack([chains[c].ids[t] for c, t in zip(got.chain.tolist(), got.token.tolist(), strict=True)]).float()
+    assert got.acts.shape[1] == len(LAYERS) + 1 and torch.equal(got.acts[:, :-1], plain.acts)
+    assert torch.equal(got.acts[:, -1, 0], ids) and torch.equal(got.acts[:, -1, 1], got.token.float())
+    assert torch.equal(got.side, torch.stack([ids, -ids], dim=1))
+    assert not torch.equal(got.side[:, 0], ids.roll(1))  # negative control
 
 
 def test_real_chains_have_something_to_find(real_chains):
