@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from streamprobe import baseline
-from streamprobe.bench import FORWARD, JOB, MANY, OFFLINE, PASSES, REPLAYS, main
+from streamprobe.bench import main
+from streamprobe.clockwork import FORWARD, JOB, MANY, OFFLINE, PASSES, REPLAYS
 from streamprobe.lags import Column
 from streamprobe.madeup import BATCH, SHAPES, Workbench, make_chains, make_model
 

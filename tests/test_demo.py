@@ -302,6 +302,29 @@ def test_returns_are_foreseen_better_than_from_position_or_the_current_token(tmp
     assert plain["onset", 0, "position"] < 0.85  # the control is one that can lose
 
 
+def test_probabilities_mean_what_they_say(tmp_path, monkeypatch):
+    """Class weighting is undone: what the probes say adds up to what is there.  Negative control: with it, it does not."""
+    monkeypatch.chdir(ROOT)
+    argv = ["configs/demo.yaml", "--layers", "2", "--lags", "0", "8", "--bootstrap", "0", "--max_passes", "15"]
+    assert main([*argv, "--controls", "none", "--output_dir", str(tmp_path / "run")]) == 0
+    bins = list(csv.DictReader((tmp_path / "run" / "reliability.csv").open()))
+    for row in csv.DictReader((tmp_path / "run" / "results.csv").open()):
+        mine = [b for b in bins if (b["target"], b["lag"]) == (row["target"], row["lag"])]
+        weight = (1 - float(row["base_rate"])) / float(row["base_rate"])
+        n, said, true, weighted = 0, 0.0, 0.0, 0.0
+        for size, p, share in (
+            (int(b["n_tokens"]), float(b["mean_probability"]), float(b["share_positive"])) for b in mine
+        ):
+            n, said, true = n + size, said + size * p, true + size * share
+            weighted += size * p * weight / (p * weight + 1 - p)
+        assert n == int(row["n_tokens"]) and true == pytest.approx(int(row["n_positive"]), rel=1e-4)
+        assert said / true == pytest.approx(1, abs=0.12) and weighted / true > 1.15
+        assert (
+            float(row["brier"]) < 0.9 * float(row["base_rate"]) * (1 - float(row["base_rate"]))
+            or row["target"] == "onset"
+        )
+
+
 def peak_gb(folder: Path, n_chains: int, memory_gb: str) -> float:
     """Peak memory of a run over so many chains, in a process of its own."""
     argv = ["--targets", "token", "--lags", "0", "8", "--max_passes", "2", "--bootstrap", "0"]

@@ -13,8 +13,8 @@ FLOORS = [
     ["train", "solvers", "newton", "checkpoint", "stream", "results"],
     ["memory", "report", "provenance", "baseline"],
     ["trainer", "preflight", "madeup"],
-    ["lab", "bench"],
-    ["fits"],
+    ["lab", "clockwork"],
+    ["fits", "bench"],
     ["experiment"],
     ["cli"],
 ]

@@ -173,6 +173,20 @@ def test_the_config_that_a_run_wrote_runs_it_again(config):
     assert outputs("runs/tiny-2") != outputs("runs/tiny")
 
 
+def test_seeds_spread_what_is_random_and_nothing_else(config):
+    """Adam's starts and the permuted labels; Newton's probes have one solution."""
+    argv = ("--seeds", "3", "--targets", "token", "--labels", "backtracking", "--max_passes", "2")
+    assert main([config, *argv]) == 0
+    rows = list(csv.DictReader(Path("runs/tiny/results.csv").open()))
+    spread = {(r["solver"], r["control"]): float(r["auroc_spread"]) for r in rows}
+    assert {place for place, value in spread.items() if value == value} == {
+        ("newton", "permuted"), *(("adam", c) for c in ("", "embed", "text", "position", "persistence", "permuted"))
+    }  # fmt: skip
+    assert 0 < spread["adam", ""] < 0.1 < 10 * spread["newton", "permuted"]
+    assert len(rows) == 2 * (2 * 3 * 2 + 2 * 3 + 3 + 1), "one row for all seeds"
+    assert load_probes("runs/tiny", "adam").weight.shape == (2, 3, 32), "the first seed's probes are saved"
+
+
 def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
     assert main([config]) == 0
     events = EventAccumulator("runs/tiny").Reload()
