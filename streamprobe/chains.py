@@ -39,7 +39,6 @@ class Chain:
     support: Tensor  # [T] bool: may this token be a sample?
     start: int = 0  # the first token of the response
     category: str = ""  # the kind of problem, to which results can be split
-    side: Tensor | None = None  # [T, P] float32, what is known of each token without a model
 
 
 @dataclass

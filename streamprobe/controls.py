@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from streamprobe.lags import INSIDE, ONSET, UNKNOWN, Column
 
-CONTROLS = ("embed", "text", "position", "persistence", "permuted")
+BESIDE = ("position", "persistence")  # those that are features on the side
 WINDOWS = (8, 32, 128)  # tokens that `text` averages
 KNOTS = torch.tensor([0, 1, *(n << k for k in range(13) for n in (2, 3))]).float()  # 0, 1, 2, 3, 4, 6, 8, 12, ...
 
@@ -82,13 +82,10 @@ def persistence_features(codes: Tensor) -> Tensor:
     return torch.cat(features, dim=1)
 
 
-def side_features(n_tokens: int, start: int, codes: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Those of `position` and `persistence` that are in `names`: name -> [T, P], see there."""
-    make = {
-        "position": lambda: position_features(n_tokens, start),
-        "persistence": lambda: persistence_features(codes),
-    }
-    return {name: features() for name, features in make.items() if name in names}
+def side_features(n_tokens: int, start: int, codes: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Those of BESIDE that are in `names`, [T, P] each: see the functions of these names."""
+    position = [position_features(n_tokens, start)] if "position" in names else []
+    return position + ([persistence_features(codes)] if "persistence" in names else [])
 
 
 class Surface:

@@ -63,21 +63,27 @@ class Lab:
         self.seconds = 0.0
 
     def _add_controls(self) -> None:
-        """Permuted labels behind those of every chain, and what is known of its tokens without a model."""
+        """Permuted labels behind those of every chain, and the places of the features on the side."""
         probes, training = self.config.probes, self.config.training
         n_permuted = training.seeds if "permuted" in probes.controls else 0
         self.n_real = len(self.columns)
         self.columns = controls.with_permuted(self.columns, n_permuted)
         self.arrays = list(dict.fromkeys(column.array for column in self.columns))
-        self.side: dict[str, slice] = {}
         random = np.random.default_rng(training.seed)
-        for chain in {id(c): c for split in self.splits.values() for c in split}.values():
-            side = controls.side_features(len(chain.ids), chain.start, chain.codes, probes.controls)
-            ends = np.cumsum([0, *(features.shape[1] for features in side.values())]).tolist()
-            self.side = {name: slice(*ends[i : i + 2]) for i, name in enumerate(side)}
-            chain.side = torch.cat(list(side.values()), dim=1) if side else None
+        every = list({id(c): c for split in self.splits.values() for c in split}.values())
+        for chain in every:
             permuted = [controls.permute_labels(chain.codes, chain.support, random) for _ in range(n_permuted)]
             chain.codes = torch.cat([chain.codes, *permuted], dim=1)
+        widths = [features.shape[1] for features in self._side(every[0])]
+        ends = np.cumsum([0, *widths]).tolist()
+        names = [name for name in controls.BESIDE if name in probes.controls]
+        self.side = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names)}
+
+    def _side(self, chain: chains.Chain) -> list[Tensor]:
+        """What is known of the chain's tokens without a model, control by control: [T, P] each."""
+        probes = self.config.probes
+        codes = chain.codes[:, : len(probes.labels)]
+        return controls.side_features(len(chain.ids), chain.start, codes, probes.controls)
 
     def load_model(self) -> None:
         """Puts the truncated model into memory."""
@@ -103,7 +109,10 @@ class Lab:
         """One trip over chains through the model; `order`: seed and on_forward of `stream`."""
         layers, most = self.config.probes.layers, self.config.model.max_batch_tokens
         seed, on_forward = (*order, None, None)[:2]
-        return stream(chosen, self.model, layers, self.columns, self.arrays, most, seed, on_forward, self.surface)
+        return stream(
+            chosen, self.model, layers, self.columns, self.arrays, most, seed, on_forward, self.surface,
+            lambda chain: torch.cat([torch.empty(len(chain.ids), 0), *self._side(chain)], dim=1),
+        )  # fmt: skip
 
     def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
         """One trip over a split through the model, with a progress bar in a terminal."""

@@ -73,12 +73,14 @@ def stream(
     seed: int | None = None,
     on_forward: Callable[[int, int], None] | None = None,
     surface: Rows | None = None,
+    side: Callable[[Chain], Tensor] = lambda chain: torch.empty(len(chain.ids), 0),
 ) -> Iterator[TokenBatch]:
     """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
 
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
     pass `on_forward` is told the tokens in it and those with padding.  The layers of `surface` stand behind the probed
-    ones.  Chains are padded on the right, where causal attention makes padding invisible, and the mask says so as well.
+    ones, and `side` gives a chain's features [T, P].  Chains are padded on the right, where causal attention makes
+    padding invisible, and the mask says so as well.
 
     A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own, so that
     it takes no more memory than others do, bar its keys and values.  What it yields is the same for every size of the
@@ -101,7 +103,8 @@ def stream(
                 forward(backbone, ids, cache)
                 if on_forward:
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
-                yield _label(chains, batch, part, [taken[layer] for layer in layers], buffer, surface)
+                chosen = [chains[i] for i in batch]
+                yield _label(chosen, batch, part, [taken[layer] for layer in layers], buffer, surface, side)
 
 
 @torch.no_grad()
@@ -132,31 +135,28 @@ def _label(
     acts: Sequence[Tensor],
     buffer: LagBuffer,
     surface: Rows | None,
+    side: Callable[[Chain], Tensor],
 ) -> TokenBatch:
-    """Activations [B, T, D] of each layer for a part of the chains at `index` -> the valid tokens, in order."""
+    """Activations [B, T, D] of each layer for a part of B chains, numbered `index` -> the valid tokens, in order."""
     device = acts[0].device
     paired = []
-    for b, i in enumerate(index):
-        codes, support = chains[i].codes[part], chains[i].support[part]
+    for b, chain in enumerate(chains):
+        codes, support = chain.codes[part], chain.support[part]
         rows = [a[b, : len(codes)].to(device) for a in acts]
         if surface is not None:
-            rows += surface.rows(chains[i].ids, part).to(rows[0]).unbind(1)
-        paired.append(buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chains[i].ids)))
+            rows += surface.rows(chain.ids, part).to(rows[0]).unbind(1)
+        paired.append(buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chain.ids)))
     some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
-    side = [_side(chains[i], pairs.token[at]) for i, pairs, at in zip(index, paired, some, strict=True)]
+    beside = [side(chain)[pairs.token[at]] for chain, pairs, at in zip(chains, paired, some, strict=True)]
     # From here on the host waits for the device, which has been computing while the labels were looked up.
     return TokenBatch(
         torch.cat([pairs.acts.index_select(0, send(at, device)) for pairs, at in zip(paired, some, strict=True)]),
-        torch.cat(side),
+        torch.cat(beside),
         torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
         torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
         torch.cat([torch.full((len(at),), i) for i, at in zip(index, some, strict=True)]),
         torch.cat([pairs.token[at] for pairs, at in zip(paired, some, strict=True)]),
     )
-
-
-def _side(chain: Chain, tokens: Tensor) -> Tensor:
-    return torch.empty(len(tokens), 0) if chain.side is None else chain.side[tokens]
 
 
 def count_tokens(

@@ -242,11 +242,16 @@ class Ids:
         return torch.stack([ids[part], place], dim=1).float()[:, None].repeat(1, 1, 16)
 
 
+def side(chain: Chain) -> Tensor:
+    """Each token's id and its negative."""
+    return torch.stack([chain.ids, -chain.ids], dim=1).float()
+
+
 @pytest.mark.parametrize("max_tokens", [7, 10_000])
 def test_surface_and_side_stand_beside_the_activations_of_their_own_token(backbone, max_tokens):
-    chains = [replace(c, side=torch.stack([c.ids, -c.ids], dim=1).float()) for c in make_chains(9, seed=2)]
+    chains = make_chains(9, seed=2)
     plain = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0)))
-    got = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0, None, Ids())))
+    got = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0, None, Ids(), side)))
     ids = torch.stack([chains[c].ids[t] for c, t in zip(got.chain.tolist(), got.token.tolist(), strict=True)]).float()
     assert got.acts.shape[1] == len(LAYERS) + 1 and torch.equal(got.acts[:, :-1], plain.acts)
     assert torch.equal(got.acts[:, -1, 0], ids) and torch.equal(got.acts[:, -1, 1], got.token.float())
