@@ -10,10 +10,10 @@ FLOORS = [
     ["errors"],
     ["config", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
     ["model", "probes", "moments", "metrics", "tracking", "chains"],
-    ["train", "solvers", "newton", "checkpoint", "stream"],
+    ["generation", "train", "solvers", "newton", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance", "madeup", "baseline"],
-    ["lab"],
-    ["experiment", "bench"],
+    ["lab", "monitor"],
+    ["experiment", "bench", "overhead"],
     ["cli"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
