@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors"],
     ["config", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
-    ["model", "probes", "moments", "metrics", "tracking", "chains"],
+    ["model", "probes", "moments", "metrics", "tracking", "chains", "behaviour"],
     ["generation", "train", "solvers", "newton", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance", "madeup", "baseline"],
     ["lab", "monitor"],
-    ["experiment", "bench", "overhead"],
+    ["experiment", "bench", "steering", "overhead"],
     ["cli"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
