@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_probes", "steer", "tap", "watch"]
+__all__ = ["load_probes", "push_to_hub", "steer", "tap", "watch"]
 
-HOME = {"load_probes": "probes", "steer": "hooks", "tap": "hooks", "watch": "monitor"}
+HOME = {"load_probes": "probes", "push_to_hub": "hub", "steer": "hooks", "tap": "hooks", "watch": "monitor"}
 
 
 def __getattr__(name: str) -> Any:

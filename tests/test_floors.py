@@ -12,7 +12,7 @@ FLOORS = [
     ["model", "probes", "moments", "metrics", "tracking", "chains", "behaviour"],
     ["generation", "train", "solvers", "newton", "checkpoint", "stream"],
     ["trainer", "report", "preflight", "provenance", "madeup", "baseline"],
-    ["lab", "monitor"],
+    ["lab", "monitor", "hub"],
     ["experiment", "bench", "steering", "overhead"],
     ["cli"],
 ]
