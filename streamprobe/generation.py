@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamprobe import backbone
 from streamprobe.chains import format_prompt
+from streamprobe.checkpoint import write_atomic
 from streamprobe.config import RunConfig, load_config
 from streamprobe.errors import InputError
 from streamprobe.probes import ProbeBank, load_probes
@@ -48,12 +49,27 @@ def check(given: argparse.Namespace) -> None:
     """Raises InputError for a value of `make_parser`'s options that cannot be."""
     for holds, name, expected in (
         (given.max_new_tokens > 0, "max_new_tokens", "at least 1"),
-        (0 <= given.temperature < float("inf"), "temperature", "0 or more"),
+        (given.temperature == 0 or 1e-3 <= given.temperature <= 1e3, "temperature", "0, or 0.001 to 1000"),
         (0 < given.top_p <= 1, "top_p", "above 0, at most 1"),
         (0 <= given.seed < 2**63, "seed", "0 .. 2**63 - 1"),
     ):
         if not holds:
             raise InputError(f"{name} {getattr(given, name)}", expected, f"mend --{name}")
+
+
+def check_file(path: Path | None, name: str) -> None:
+    """Raises InputError for a file to write that cannot be one, before the work is done."""
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"{name} {path}", "a file in a folder that exists", f"mend --{name}")
+
+
+def write_file(path: Path, name: str, content: str) -> None:
+    """Writes what --`name` asked for; raises InputError where that cannot be."""
+    try:
+        write_atomic(path, content.encode())
+    except OSError as error:
+        raise InputError(f"{name} {path} ({error})", "a file that can be written", f"mend --{name}") from error
+    print(f"wrote {path}")
 
 
 def status(work: Callable[[], None]) -> int:

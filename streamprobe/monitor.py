@@ -27,7 +27,6 @@ from torch import Tensor
 
 from streamprobe import generation
 from streamprobe.backbone import context, decoder_layers
-from streamprobe.checkpoint import write_atomic
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column
@@ -197,8 +196,7 @@ def run(argv: Sequence[str] | None) -> None:
     generation.check(given)
     if not given.prompt.strip():
         raise InputError("an empty prompt", "some text", "mend --prompt")
-    if given.html and (given.html.is_dir() or not given.html.absolute().parent.is_dir()):
-        raise InputError(f"html {given.html}", "a file in a folder that exists", "mend --html")
+    generation.check_file(given.html, "html")
     config, bank = generation.open_run(given.run, given)
     place = pick(given.run, bank, given)
     model, tokenizer = generation.load_whole(config, bank)
@@ -223,8 +221,7 @@ def run(argv: Sequence[str] | None) -> None:
         shown.append(mark)
     print()
     if given.html:
-        write_atomic(given.html, page(f"{given.run.name}: {column}", legend, given.prompt, shown).encode())
-        print(f"wrote {given.html}")
+        generation.write_file(given.html, "html", page(f"{given.run.name}: {column}", legend, given.prompt, shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

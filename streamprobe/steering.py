@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from streamprobe import generation, monitor
 from streamprobe.backbone import context, decoder_layers
 from streamprobe.chains import Chain
-from streamprobe.checkpoint import write_atomic
 from streamprobe.demo import behaviour
 from streamprobe.errors import InputError
 from streamprobe.hooks import steer
@@ -163,6 +162,10 @@ def judge(marker: str | None, model: str) -> Judge:
         pattern = re.compile(MARKER if marker is None else marker, re.IGNORECASE)
     except re.error as error:
         raise InputError(f"marker {marker!r} ({error})", "a regular expression of Python", "mend --marker") from None
+    if pattern.search(""):
+        raise InputError(
+            f"marker {marker!r}, which matches no text at all", "a marker of some letters", "mend --marker"
+        )
     return lambda _prompt, text: {"events": sum(1 for _ in pattern.finditer(text))}
 
 
@@ -180,10 +183,9 @@ def parse(argv: Sequence[str] | None) -> Any:
     for name in ("problems", "batch"):
         if getattr(given, name) < 1:
             raise InputError(f"{name} {getattr(given, name)}", "at least 1", f"mend --{name}")
-    if not all(map(math.isfinite, given.strengths)):
-        raise InputError(f"strengths {given.strengths}", "finite numbers", "mend --strengths")
-    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
-        raise InputError(f"json {given.json}", "a file in a folder that exists", "mend --json")
+    if not all(abs(strength) <= 1e6 for strength in given.strengths):  # nan neither
+        raise InputError(f"strengths {given.strengths}", "finite numbers of at most 1,000,000", "mend --strengths")
+    generation.check_file(given.json, "json")
     return given
 
 
@@ -238,8 +240,7 @@ def run(argv: Sequence[str] | None) -> None:
     if given.json:
         about = {"layer": layer, "column": str(column), "std": scale.std, "norm": scale.norm, "cosine": cosine}
         content = {**about, "problems": [c.id for c in chosen], "rows": rows}
-        write_atomic(given.json, (json.dumps(content, indent=1) + "\n").encode())
-        print(f"wrote {given.json}")
+        generation.write_file(given.json, "json", json.dumps(content, indent=1) + "\n")
 
 
 def cell(value: float, low: float, high: float) -> str:

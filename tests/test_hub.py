@@ -269,13 +269,17 @@ def test_negative_control_other_probes_are_noticed(run_folder, endpoint, tmp_pat
     assert done.returncode == 1 and "AssertionError" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "token, repo, told", [("bad", "someone/probes", "hf auth login"), ("good", "some..one/x", "some..one/x")]
-)
-def test_what_the_hub_refuses_is_told_in_one_line(run_folder, endpoint, tmp_path, token, repo, told):
-    done = with_hub(endpoint, tmp_path, "-m", "streamprobe.hub", str(run_folder), repo, token=token)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr, done.stderr
+def test_what_the_hub_refuses_is_told_in_one_line(run_folder, endpoint, tmp_path):
+    argv = ["-m", "streamprobe.hub", str(run_folder), "someone/probes"]
+    done = with_hub(endpoint, tmp_path, *argv, token="bad")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "hf auth login" in done.stderr, done.stderr
     assert done.stderr.startswith("streamprobe: ") and "; expected " in done.stderr
+
+
+def test_a_name_that_is_none_is_told(run_folder, capsys):
+    assert hub.main([str(run_folder), "some..one/x"]) == 2
+    error = capsys.readouterr().err
+    assert "some..one/x" in error and error.count("\n") == 1
 
 
 def test_a_hub_that_cannot_be_reached_is_told(run_folder, tmp_path):

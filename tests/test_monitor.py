@@ -319,6 +319,7 @@ CASES = {
     "unknown option": ("", [*OK, "--colour", "red"], "--colour"),
     "no tokens": ("", [*OK, "--max_new_tokens", "0"], "max_new_tokens 0"),
     "cold": ("", [*OK, "--temperature", "-1"], "temperature -1"),
+    "all but cold": ("", [*OK, "--temperature", "1e-320"], "temperature 1e-320"),
     "temperature that is no number": ("", [*OK, "--temperature", "nan"], "temperature nan"),
     "mass": ("", [*OK, "--top_p", "0"], "top_p 0"),
     "seed": ("", [*OK, "--seed", "-1"], "seed -1"),

@@ -409,6 +409,8 @@ CASES = {
     "strength nan": ([*OK, "--strengths", "0", "nan"], "finite"),
     "no problems": ([*OK, "--problems", "0"], "problems 0"),
     "no batch": ([*OK, "--batch", "-1"], "batch -1"),
+    "huge strength": ([*OK, "--strengths", "1e300"], "1,000,000"),
+    "empty marker": ([*OK, "--marker", "x*"], "matches no text"),
     "marker": ([*OK, "--marker", "("], "marker"),
     "json in no folder": ([*OK, "--json", "gone/x.json"], "gone/x.json"),
     "unknown option": ([*OK, "--prompt", "x"], "--prompt"),
@@ -423,6 +425,14 @@ def test_what_the_user_got_wrong_is_told_in_one_line(run_folder, tmp_path, capsy
     error = capsys.readouterr().err.strip()
     assert error.startswith("streamprobe: ") and "\n" not in error and "; expected " in error and "; fix: " in error
     assert told in error and os.listdir(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_written_is_told(run_folder, tmp_path, capsys):
+    (tmp_path / "x.json.part").mkdir()  # in the way, also of root
+    options = "--problems 1 --max_new_tokens 1 --strengths 0".split()
+    assert steering.main([str(run_folder), *OK, *options, "--json", str(tmp_path / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert "x.json" in error and error.count("\n") == 1
 
 
 def test_data_that_is_gone_is_told(run_folder, tmp_path, capsys):
