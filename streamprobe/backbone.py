@@ -128,14 +128,14 @@ def truncate(config: Any, n_layers: int) -> Any:
 
 def load_backbone(
     model: str,
-    layers: Sequence[int],
+    layers: Sequence[int] | None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
     quantization: str = "none",
     device_map: str = "auto",
     **where: Any,
 ) -> nn.Module:
-    """The model's blocks 0 .. max(layers), frozen, in eval mode, without an LM head.
+    """The model's blocks 0 .. max(layers), frozen, in eval mode, without an LM head; all with it if None.
 
     quantization: `none`, `8bit` or `4bit` (bitsandbytes: LLM.int8, or NF4 that computes in `dtype`).  The blocks'
     outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
@@ -147,8 +147,9 @@ def load_backbone(
     if device_map.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "mend --device_map")
     config = read_config(model, **where)
-    check_layers(config, layers)
-    truncate(config, max(layers) + 1)
+    check_layers(config, layers or [])
+    if layers is not None:
+        truncate(config, max(layers) + 1)
     compute = pick_dtype(dtype)
     options: dict[str, Any] = {"config": config, "dtype": compute, "device_map": device_map, **where}
     if attn_implementation:
@@ -165,7 +166,8 @@ def load_backbone(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the weights that were cut off; missing ones are looked at below
     try:
-        backbone, info = _loader("AutoModel", model, output_loading_info=True, **options)
+        kind = "AutoModel" if layers is not None else "AutoModelForCausalLM"
+        backbone, info = _loader(kind, model, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:

@@ -166,11 +166,11 @@ def natural(lab: Lab, fit: Fit) -> ProbeBank:
     return ProbeBank(bank.layers, bank.columns, bank.weight, bank.bias - added)
 
 
-def without_controls(bank: ProbeBank, threshold: Tensor) -> tuple[ProbeBank, Tensor]:
-    """The probes that are no controls, of the first seed, and their thresholds [L, k]."""
+def without_controls(bank: ProbeBank, threshold: Tensor) -> ProbeBank:
+    """The probes that are no controls, of the first seed, with their thresholds."""
     real = [k for k, column in enumerate(bank.columns) if not (column.control or column.seed)]
     columns = [bank.columns[k] for k in real]
-    return ProbeBank(bank.layers, columns, bank.weight[:, real], bank.bias[:, real]), threshold[:, real]
+    return ProbeBank(bank.layers, columns, bank.weight[:, real], bank.bias[:, real], threshold[:, real])
 
 
 def check_resume(now: dict[str, Any], then: dict[str, Any]) -> None:

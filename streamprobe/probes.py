@@ -4,33 +4,63 @@ Shapes: N tokens, L layers, K columns, D hidden size.  One linear probe per (lay
 """
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from streamprobe.errors import InputError
 from streamprobe.lags import Column
+
+FILE = "probes.safetensors"
 
 
 @dataclass
 class ProbeBank:
     """The L x K probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
 
-    layers: list[int | str]  # numbers of layers, or names of controls
+    layers: list[Any]  # numbers; while a run trains its controls also names
     columns: list[Column]
     weight: Tensor  # [L, K, D] float32
     bias: Tensor  # [L, K] float32
+    threshold: Tensor | None = None  # [L, K] the logit from which on a probe says yes; None until validation chose it
+    solver: str = ""
 
     def scores(self, acts: Tensor) -> Tensor:
         """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype."""
         x = acts.to(self.weight.dtype).transpose(0, 1)  # [L, N, D]
         return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2)).transpose(0, 1)
 
+    def probabilities(self, acts: Tensor) -> Tensor:
+        """Probabilities [N, L, K], float32, of activations [N, L, D] of any float dtype."""
+        return self.scores(acts).sigmoid()
+
+    def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:
+        """Where a probe lies: (l, k), so that `bank.weight[l, k]` [D] is its direction, `scores[:, l, k]` its logits.
+
+        Without a label or a target: the first that the bank holds.  Raises InputError for a probe that it has not.
+        """
+        real = {k: column for k, column in enumerate(self.columns) if not getattr(column, "control", "")}
+        for name, value in (("label", label), ("target", target)):
+            held = _unique(getattr(column, name) for column in real.values())
+            value = held[0] if value is None else value
+            real = {k: column for k, column in real.items() if getattr(column, name) == value}
+            _require(value, held, name)
+        lags = {column.lag: k for k, column in real.items()}
+        _require(layer, self.layers, "layer")
+        _require(lag, sorted(lags), "lag")
+        return self.layers.index(layer), lags[lag]
+
     def clone(self) -> "ProbeBank":
         """A copy that shares no tensor with this bank."""
-        return ProbeBank(list(self.layers), list(self.columns), self.weight.clone(), self.bias.clone())
+        threshold = None if self.threshold is None else self.threshold.clone()
+        copies = self.weight.clone(), self.bias.clone(), threshold
+        return ProbeBank(list(self.layers), list(self.columns), *copies, self.solver)
 
     def take(self, where: Tensor, other: "ProbeBank") -> None:
         """Copies other's probes over this bank's where `where` [L, K] is True."""
@@ -39,7 +69,20 @@ class ProbeBank:
 
     def to(self, device: torch.device | str) -> "ProbeBank":
         """This bank with its tensors on `device`."""
-        return ProbeBank(self.layers, self.columns, self.weight.to(device), self.bias.to(device))
+        threshold = None if self.threshold is None else self.threshold.to(device)
+        moved = self.weight.to(device), self.bias.to(device), threshold
+        return ProbeBank(self.layers, self.columns, *moved, self.solver)
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _require(value: Any, held: list[Any], name: str) -> None:
+    if value not in held:
+        raise InputError(
+            f"{name} {value}", f"one of {' '.join(map(str, held))}, as in the run", f"choose another {name}"
+        )
 
 
 def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,16 +100,64 @@ def bank_tensors(name: str, bank: ProbeBank) -> dict[str, Tensor]:
     return {f"{name}.weight": bank.weight.cpu().contiguous(), f"{name}.bias": bank.bias.cpu().contiguous()}
 
 
-def load_probes(path: str | Path, solver: str | None = None) -> ProbeBank:
-    """The probes of a run: `path` is its folder or its `probes.safetensors`; `solver` picks one of several.
+def load_probes(source: str | Path, solver: str | None = None, revision: str | None = None) -> ProbeBank:
+    """The probes of a run: `source` is its folder, its `probes.safetensors`, or `user/name` on the Hugging Face hub.
 
-    Raises FileNotFoundError where there is no such file, KeyError where it has no such solver.  Nothing is unpickled.
+    `solver` picks one of several, `revision` a branch, tag or commit on the hub, which is asked only where no file or
+    folder has that name.  Nothing is unpickled.  Raises InputError for what is not there or holds no probes.
     """
-    path = Path(path)
-    with safe_open(path / "probes.safetensors" if path.is_dir() else path, framework="pt") as f:
-        about = json.loads(f.metadata()["streamprobe"])
-        name = solver or about["solvers"][0]
-        if name not in about["solvers"]:
-            raise KeyError(f"no probes of solver {name!r} in {path}; it holds {about['solvers']}")
-        columns = [Column(*c) for c in about["columns"]]
-        return ProbeBank(about["layers"], columns, f.get_tensor(f"{name}.weight"), f.get_tensor(f"{name}.bias"))
+    path = find_probes(source, revision)
+    about = read_about(path)
+    name = solver or about["solvers"][0]
+    if name not in about["solvers"]:
+        raise InputError(f"solver {name!r}", f"one whose probes {path} holds: {about['solvers']}", "choose another")
+    layers, columns = [int(layer) for layer in about["layers"]], [Column(*c) for c in about["columns"]]
+    with safe_open(path, framework="pt") as f:
+        weight, bias, threshold = (f.get_tensor(f"{name}.{part}") for part in ("weight", "bias", "threshold"))
+    grid = (len(layers), len(columns))
+    if not (weight.shape[:2] == bias.shape == threshold.shape == grid and weight.dim() == 3):
+        raise _broken(path, f"tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
+    return ProbeBank(layers, columns, weight, bias, threshold, name)
+
+
+def find_probes(source: str | Path, revision: str | None = None) -> Path:
+    """The safetensors file that `source` of `load_probes` stands for; fetched, if it is on the hub."""
+    path = Path(source)
+    if path.is_dir() and not (path / FILE).is_file():
+        raise InputError(f"{path}, a folder without {FILE}", "the folder of a finished run", "let it finish: --resume")
+    if path.exists():
+        return path / FILE if path.is_dir() else path
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise InputError(f"{path}, which does not exist", "the folder of a run, or user/name on the hub", "check it")
+    return _fetch(str(source), revision)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file of probes says about itself: solvers, layers, columns and config, as `report.write_probes` put it."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            about, names = json.loads((f.metadata() or {})["streamprobe"]), set(f.keys())
+        wanted = {f"{name}.{part}" for name in about["solvers"] for part in ("weight", "bias", "threshold")}
+        if not wanted or not about["layers"] or not about["columns"] or wanted - names:
+            raise KeyError(*sorted(wanted - names))
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise _broken(path, f"({type(error).__name__}: {error})") from error
+    return about
+
+
+def _broken(path: Path, why: str) -> InputError:
+    return InputError(f"{path}, which holds no probes {why}", f"a {FILE} that a run wrote", "check the path")
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        return Path(hf_hub_download(repo, FILE, revision=revision))
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise InputError(
+            f"{repo}, which is no folder here and was not found on the hub ({str(error).strip().splitlines()[0]})",
+            f"the folder of a run, or a repository on the hub that holds {FILE}",
+            "check the name and the connection; for a private one `hf auth login` or set HF_TOKEN",
+        ) from error

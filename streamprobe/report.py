@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamprobe.checkpoint import save_tensors, write_atomic
 from streamprobe.probes import ProbeBank, bank_tensors
-from streamprobe.results import FIELDS, Row
+from streamprobe.results import FIELDS, Row, place
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
@@ -41,22 +41,18 @@ def write_summary(folder: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> 
     write_atomic(folder / "summary.json", json.dumps({"run": run, "results": nested}, indent=1).encode())
 
 
-def write_probes(folder: Path, probes: Mapping[str, tuple[ProbeBank, Tensor]], about: Mapping[str, Any]) -> None:
-    """probes.safetensors, of each solver's probes and thresholds [L, K], and what they mean.
+def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[str, Any]) -> None:
+    """probes.safetensors: each solver's probes, and what they mean.
 
-    `<solver>.weight` [L, K, D] and `.bias` [L, K] are for raw activations.
+    `<solver>.weight` [L, K, D], `.bias` [L, K] and `.threshold` [L, K] are for raw activations.
     """
     tensors: dict[str, Tensor] = {}
-    for solver, (bank, threshold) in probes.items():
-        tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": threshold}
-    first = next(iter(probes.values()))[0]
-    layout = {"solvers": list(probes), "layers": first.layers, "columns": [list(c) for c in first.columns]}
+    for solver, bank in banks.items():
+        assert bank.threshold is not None
+        tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": bank.threshold}
+    first = next(iter(banks.values()))
+    layout = {"solvers": list(banks), "layers": first.layers, "columns": [list(c) for c in first.columns]}
     save_tensors(folder / "probes.safetensors", tensors, {**about, **layout})
-
-
-def place(row: Row) -> str:
-    """Where a row stands in its lag: layer12, embed, permuted layer12."""
-    return " ".join(filter(None, (row["control"], f"layer{row['layer']:02d}" if row["layer"] != "" else "")))
 
 
 def _grids(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, dict[int, Row]]]:

@@ -168,6 +168,12 @@ def verdicts(judged: Sequence[Judged]) -> list[str]:
     return sentences
 
 
+def place(row: Row) -> str:
+    """Where a row stands in its lag: layer12, embed, permuted layer12."""
+    layer = f"layer{int(row['layer']):02d}" if row["layer"] != "" else ""
+    return " ".join(filter(None, (row["control"], layer)))
+
+
 def differences(judged: Sequence[Judged]) -> list[Row]:
     """Paired differences of AUROC with 95% intervals: between layers at the same lag, and lags of the same layer."""
     rows: list[Row] = []

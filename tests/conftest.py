@@ -123,3 +123,45 @@ def chains_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "chains.json"
     path.write_text(json.dumps(make_rows(60, seed=7)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def bank() -> Any:
+    """Random probes of the tiny model: layers 0, 1 and 2, two targets, lags -2, 0 and 4."""
+    from streamprobe.lags import make_columns
+    from streamprobe.probes import ProbeBank
+
+    columns = make_columns(["backtracking"], ["token", "onset"], [-2, 0, 4])
+    random = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(3, 6, 32, generator=random) / 4, torch.randn(3, 6, generator=random)
+    threshold = torch.zeros(3, 6, dtype=torch.float64)
+    return ProbeBank([0, 1, 2], columns, weight, bias, threshold, "newton")
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_file: Path, bank: Any) -> Path:
+    """The folder of a finished run with these probes: config.yaml, probes.safetensors and results.csv."""
+    import yaml
+
+    from streamprobe.report import write_probes, write_rows
+    from streamprobe.results import FIELDS
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    keys = {
+        "model": model_dir, "dtype": "float32", "data": str(chains_file), "layers": bank.layers, "lags": [-2, 0, 4],
+        "targets": ["token", "onset"],
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(keys))
+    write_probes(folder, {"newton": bank}, {"config": keys})
+    rows = [
+        dict.fromkeys(FIELDS, 0.0)
+        | {
+            "solver": "newton", "layer": layer, "label": c.label, "target": c.target, "lag": c.lag, "control": "",
+            "auroc": (0.6, 0.9, 0.7)[layer], "auroc_low": 0.5, "auroc_high": 1.0,
+        }
+        for layer in bank.layers
+        for c in bank.columns
+    ]  # fmt: skip
+    write_rows(folder / "results.csv", FIELDS, rows)
+    return folder

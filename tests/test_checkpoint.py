@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamprobe import checkpoint
 from streamprobe.checkpoint import STATE, BestProbes, load_run, save_run, write_atomic
+from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.probes import ProbeBank, load_probes
 from streamprobe.report import write_probes
@@ -345,7 +346,9 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, ProbeBank]]:
     """A run's folder with the probes of two solvers."""
     banks = {"newton": random_bank(1), "adam": random_bank(2)}
     thresholds = {"newton": torch.zeros(SHAPE), "adam": torch.ones(SHAPE)}
-    write_probes(tmp_path, {name: (banks[name], thresholds[name]) for name in banks}, {"config": {"seed": 0}})
+    for name, bank in banks.items():
+        bank.threshold = thresholds[name]
+    write_probes(tmp_path, banks, {"config": {"seed": 0}})
     return tmp_path, banks
 
 
@@ -372,13 +375,13 @@ def test_control_the_two_solvers_probes_differ(written: tuple[Path, dict[str, Pr
 
 
 def test_an_unknown_solver_is_named(written: tuple[Path, dict[str, ProbeBank]]) -> None:
-    with pytest.raises(KeyError, match=r"'sgd'.*\['newton', 'adam'\]"):
+    with pytest.raises(InputError, match=r"'sgd'.*\['newton', 'adam'\]"):
         load_probes(written[0], "sgd")
 
 
 @pytest.mark.parametrize("name", ["", "probes.safetensors", "elsewhere"])
 def test_without_probes_there_is_no_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="probes.safetensors|exist"):
         load_probes(tmp_path / name)
 
 

@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics"],
     ["settings", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
-    ["config", "model", "probes", "moments", "tracking", "chains", "controls"],
+    ["config", "model", "probes", "moments", "tracking", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results"],
-    ["memory", "report", "provenance", "baseline"],
-    ["trainer", "preflight", "madeup"],
-    ["lab", "clockwork"],
-    ["fits", "bench"],
+    ["memory", "report", "provenance", "baseline", "generation"],
+    ["trainer", "preflight", "madeup", "monitor", "hub"],
+    ["lab", "clockwork", "overhead"],
+    ["fits", "bench", "steering"],
     ["experiment"],
     ["cli"],
 ]

@@ -159,7 +159,7 @@ def is_valid_trace(problem: Problem, text: str) -> bool:
     todo = list(numbers)
     if text != " ".join([opening, *steps]) or opening != f"i look for {target} .":
         return False
-    for step in map(_read, steps[:-1]):
+    for step in map(read_step, steps[:-1]):
         missing = target - sum(taken)
         if step is None or missing == 0:
             return False
@@ -177,13 +177,16 @@ def is_valid_trace(problem: Problem, text: str) -> bool:
     return steps[-1:] == [f"so {' + '.join(map(str, taken))} = {target} ."] and sum(taken) == target
 
 
-def _read(sentence: str) -> Step | None:
-    """The step that a sentence tells of (left is 0 where it does not say), or None."""
+def read_step(sentence: str, strict: bool = True) -> Step | None:
+    """The step that a sentence tells of (left is 0 where it does not say), or None.
+
+    If `strict`, its wording must be the one that belongs to its number.
+    """
     for kind, (_, wordings) in SENTENCES.items():
         for rest, wording in enumerate(wordings):
             pattern = wording.replace(".", r"\.").format(r"(?P<number>\d+)", r"(?P<left>\d+)")
             found = re.fullmatch(pattern, sentence)
-            if found and int(found["number"]) % 3 == rest:
+            if found and (not strict or int(found["number"]) % 3 == rest):
                 return Step(kind, int(found["number"]), int(found.groupdict().get("left", 0)))
     return None
 
