@@ -118,8 +118,8 @@ def make_record(
 
 
 def category_of(id: str) -> str:
-    """The kind of problem that an id names: the part before its number, all of it where it has none."""
-    return re.sub(r"[\W_]*\d+$", "", id) or id
+    """The kind of problem that an id names: the part before its number; nothing where it is a number alone."""
+    return re.sub(r"[\W_]*\d+$", "", id)
 
 
 def split_chains(

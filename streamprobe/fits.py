@@ -3,7 +3,7 @@
 Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def make_shares(lab: Lab) -> list[tuple[Share, list[int | str], int]]:
     return shares
 
 
-def _on_the_side(part: slice) -> Any:
+def _on_the_side(part: slice) -> Callable[[TokenBatch], Tensor]:
     def features(batch: TokenBatch) -> Tensor:
         return batch.side[:, None, part]
 
@@ -85,8 +85,7 @@ def make_fit(lab: Lab, name: str, share: Share, layers: list[int | str], n_featu
             lab.device,
         )  # fmt: skip
         return Fit(adam, BestProbes(adam.bank(), training.patience), share)
-    shared = lab.shared and n_features == lab.hidden_size
-    newton = NewtonSolver(*about, training.l2, training.tolerance, training.standardize, shared, lab.device)
+    newton = NewtonSolver(*about, training.l2, training.tolerance, training.standardize, lab.shared, lab.device)
     return Fit(newton, BestProbes(newton.bank(), None), share)
 
 

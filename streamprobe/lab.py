@@ -1,7 +1,7 @@
 """What a run works with: chains, grid, frozen model and room for activations."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from streamprobe import backbone, chains, controls, preflight
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
-from streamprobe.lags import make_columns
+from streamprobe.lags import Column, make_columns
 from streamprobe.memory import ActivationMemory, Plan, Sizes, memory_room, plan_memory
 from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
@@ -49,9 +49,9 @@ class Lab:
             ),
             data.category_column,
         )  # fmt: skip
-        self.columns = make_columns(probes.labels, probes.targets, probes.lags)
-        self._add_controls()
-        self.census = preflight.take_census(self.splits, self.columns, self.arrays, self.counts)
+        preflight.check_splits(self.splits, probes.labels, self.counts)
+        self.fingerprint = chains.fingerprint(self.splits)
+        self._add_controls(make_columns(probes.labels, probes.targets, probes.lags))
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
         backbone.check_vocabulary(model_config, highest)
         if max(len(c.ids) for split in self.splits.values() for c in split) > model.max_batch_tokens:
@@ -62,19 +62,28 @@ class Lab:
         self.forwards = self.tokens = self.padded = 0
         self.seconds = 0.0
 
-    def _add_controls(self) -> None:
-        """Permuted labels behind those of every chain, and the places of the features on the side."""
+    def _add_controls(self, real: list[Column]) -> None:
+        """Permuted labels behind those of every chain, and the columns and places of the features on the side.
+
+        A permuted column without both classes, as may happen with a rare label, is left out.
+        """
         probes, training = self.config.probes, self.config.training
         n_permuted = training.seeds if "permuted" in probes.controls else 0
-        self.n_real = len(self.columns)
-        self.columns = controls.with_permuted(self.columns, n_permuted)
-        self.arrays = list(dict.fromkeys(column.array for column in self.columns))
+        columns = controls.with_permuted(real, n_permuted)
+        self.arrays = list(dict.fromkeys(column.array for column in columns))
         random = np.random.default_rng(training.seed)
-        every = list({id(c): c for split in self.splits.values() for c in split}.values())
-        for chain in every:
+        for chain in {id(c): c for split in self.splits.values() for c in split}.values():
             permuted = [controls.permute_labels(chain.codes, chain.support, random) for _ in range(n_permuted)]
             chain.codes = torch.cat([chain.codes, *permuted], dim=1)
-        widths = [features.shape[1] for features in self._side(every[0])]
+        census = preflight.take_census(self.splits, columns, self.arrays)
+        preflight.check_census(census, real, self.splits)
+        kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
+        self.n_real, self.columns = len(real), [columns[k] for k in kept]
+        self.census = {name: (n, valid[kept], hits[kept]) for name, (n, valid, hits) in census.items()}
+        if len(kept) < len(columns):
+            print(f"permuted  {len(columns) - len(kept)} columns without both classes are left out", flush=True)
+        nothing = torch.zeros(1, len(probes.labels), dtype=torch.int8)
+        widths = [part.shape[1] for part in controls.side_features(1, 0, nothing, probes.controls)]
         ends = np.cumsum([0, *widths]).tolist()
         names = [name for name in controls.BESIDE if name in probes.controls]
         self.side = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names)}
@@ -103,12 +112,19 @@ class Lab:
         self.surface: controls.Surface | None = None
         if self.surface_layers:
             ids = torch.cat([chain.ids for chain in self.splits["train"]])
-            self.surface = controls.Surface(self.model.get_input_embeddings(), ids, self.surface_layers)  # type: ignore[operator]
+            embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+            self.surface = controls.Surface(embedding, ids, self.hidden_size, self.surface_layers)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # so that the plan sees what is free
 
-    def stream(self, chosen: list[chains.Chain], *order: Any) -> Iterator[TokenBatch]:
-        """One trip over chains through the model; `order`: seed and on_forward of `stream`."""
+    def stream(
+        self,
+        chosen: list[chains.Chain],
+        seed: int | None = None,
+        on_forward: Callable[[int, int], None] | None = None,
+    ) -> Iterator[TokenBatch]:
+        """One trip over chains through the model; `seed` and `on_forward` are those of `stream.stream`."""
         layers, most = self.config.probes.layers, self.config.model.max_batch_tokens
-        seed, on_forward = (*order, None, None)[:2]
         return stream(
             chosen, self.model, layers, self.columns, self.arrays, most, seed, on_forward, self.surface,
             lambda chain: torch.cat([torch.empty(len(chain.ids), 0), *self._side(chain)], dim=1),
@@ -170,7 +186,7 @@ class Lab:
         """Whether Newton's columns must share a matrix per layer, and the bytes that the solver takes.
 
         They share it where one for each would take over half of the room, or the place of activations that could else
-        be kept; a resumed run does as it did.  The few features on the side do not count.
+        be kept; a resumed run does as it did.
         """
         if "newton" not in self.config.training.solvers:
             return False, 0
@@ -180,6 +196,10 @@ class Lab:
         n_probes = n_layers * len(self.columns) + n_surface * self.n_real
         vectors = vector_bytes(1, n_probes, self.hidden_size)
         all_probes, one = (curvature_bytes(1, n, self.hidden_size) for n in (n_probes, n_layers + n_surface))
+        for part in self.side.values():
+            width = part.stop - part.start
+            vectors += vector_bytes(1, self.n_real, width)
+            all_probes, one = all_probes + curvature_bytes(1, self.n_real, width), one + curvature_bytes(1, 1, width)
         spare = room - activations - vectors - one
         shared = bool(before[3]) if before else all_probes > room / 2 or 0 <= spare < all_probes
         taken = vectors + one + (0 if shared else all_probes)
@@ -197,7 +217,7 @@ class Lab:
         """What defines the numbers of this run."""
         return {
             "config": self.config.flat(), "versions": versions(), "git_commit": git_commit(),
-            "data_fingerprint": chains.fingerprint(self.splits), "model_fingerprint": model_fingerprint(self.model),
+            "data_fingerprint": self.fingerprint, "model_fingerprint": model_fingerprint(self.model),
             "device": device_name(self.device), "dtype": str(backbone.pick_dtype(self.config.model.dtype)),
         }  # fmt: skip
 

@@ -16,14 +16,8 @@ Census = dict[str, tuple[int, Tensor, Tensor]]  # split -> tokens, and valid and
 MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
 
 
-def take_census(
-    splits: Mapping[str, Sequence[Chain]], columns: Sequence[Column], arrays: Sequence[str], counts: Counts
-) -> Census:
-    """What `stream` will yield for the training and the validation chains; `arrays` names their label arrays.
-
-    Raises InputError for an empty split, a label that never occurs, a lag longer than every chain, and a column without
-    a positive or a negative training token or without any validation token.
-    """
+def check_splits(splits: Mapping[str, Sequence[Chain]], labels: Sequence[str], counts: Counts) -> None:
+    """Raises InputError for an empty split and for a label that never occurs."""
     for name, chains in splits.items():
         if not chains:
             reasons = f" ({counts.refused.total()} chains refused: {refusals(counts)})" if counts.refused else ""
@@ -32,14 +26,29 @@ def take_census(
                 "at least one in every split",
                 "mend the data, or use more or a larger share",
             )
-    for label in dict.fromkeys(column.label for column in columns):
+    for label in labels:
         if not counts.labels[label]:
             known = ", ".join(name for name, _ in counts.labels.most_common())
             raise InputError(f"label {label!r}, which never occurs", f"one of {known}", "mend --labels")
+
+
+def take_census(splits: Mapping[str, Sequence[Chain]], columns: Sequence[Column], arrays: Sequence[str]) -> Census:
+    """What `stream` will yield for the training and the validation chains; `arrays` names their label arrays."""
+    return {name: count_tokens(splits[name], columns, arrays) for name in ("train", "validation")}
+
+
+def has_both(census: Census, k: int) -> bool:
+    """Whether column k has training tokens of both classes, and validation tokens."""
+    _, valid, positive = census["train"]
+    return 0 < int(positive[k]) < int(valid[k]) and int(census["validation"][1][k]) > 0
+
+
+def check_census(census: Census, columns: Sequence[Column], splits: Mapping[str, Sequence[Chain]]) -> None:
+    """Raises InputError for a lag longer than every chain, and a column that cannot be trained or validated."""
     longest = max(int(c.support.sum()) for c in splits["train"])
-    census = {name: count_tokens(splits[name], columns, arrays) for name in ("train", "validation")}
     for name, (_, valid, positive) in census.items():
-        for column, n, hits in zip(columns, valid.tolist(), positive.tolist(), strict=True):
+        for k, column in enumerate(columns):
+            n, hits = int(valid[k]), int(positive[k])
             if not n and abs(column.lag) >= longest:
                 raise InputError(
                     f"lag {column.lag}, which is longer than every chain", f"less than {longest} tokens", "mend --lags"
@@ -50,7 +59,6 @@ def take_census(
                     "tokens of both classes in the training chains and some in validation",
                     "use more chains, other labels or other lags",
                 )
-    return census
 
 
 def refusals(counts: Counts) -> str:

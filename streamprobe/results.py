@@ -4,6 +4,7 @@ Shapes: N tokens, L layers, K columns, C chains, R resamples.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, groupby
 from operator import itemgetter
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from streamprobe.lags import Column
-from streamprobe.lifts import lower_bounds
+from streamprobe.lifts import LEAST_CHAINS, lower_bounds
 from streamprobe.metrics import Scored, chain_bootstrap, draw_chains, measure, percentiles
 
 FIELDS = (
     "solver,layer,label,target,lag,control,split,auroc,auroc_low,auroc_high,average_precision,average_precision_low,"
     "average_precision_high,lift,lift_low,lift_high,lift_low_corrected,best_control,f1,threshold,f1_at_half,"
-    "tpr_at_5fpr,brier,base_rate,n_tokens,n_positive,n_chains,auroc_spread,best_pass,gradient_norm"
+    "tpr_at_5fpr,brier,base_rate,n_tokens,n_positive,n_chains,n_positive_chains,auroc_spread,best_pass,gradient_norm"
 ).split(",")
 BINS = 10  # of a reliability curve
 Row = dict[str, Any]
@@ -50,12 +51,12 @@ class Judged(NamedTuple):
     areas: Tensor
 
 
-def judge(parts: Sequence[Part], resamples: int, seed: int) -> list[Judged]:
-    """A row for every probe and control of each solver, with intervals and lifts.
+def judge(parts: Sequence[Part], n_chains: int, resamples: int, seed: int) -> list[Judged]:
+    """A row for every probe and control of each solver, with intervals over n_chains test chains, and lifts.
 
-    Probes that differ in their seed alone have one row, that of seed 0, with the spread of them all.
+    Probes that differ in their seed alone have one row, that of seed 0, with the spread of them all.  Where fewer than
+    two chains hold a positive there is no interval.
     """
-    n_chains = 1 + int(parts[0].scored.chain.max())
     weights = draw_chains(n_chains, resamples, seed)
     judged: list[Judged] = []
     for part in parts:
@@ -76,7 +77,9 @@ def _judge_column(part: Part, k: int, metrics: Mapping[str, Tensor], weights: Te
     """The rows of one column, one for each layer; metrics: name -> [L, K]."""
     column, valid = part.columns[k], part.scored.valid[:, k]
     targets, chain = part.scored.targets[valid, k], part.scored.chain[valid]
-    areas, precisions = chain_bootstrap(part.scored.scores[valid][:, :, k], targets, chain, weights)
+    n_positive_chains = int(chain[targets].unique().numel())
+    drawn = weights if n_positive_chains > 1 else weights[:0]
+    areas, precisions = chain_bootstrap(part.scored.scores[valid][:, :, k], targets, chain, drawn)
     seeds = [i for i, other in enumerate(part.columns) if other._replace(seed=0) == column]
     n, hits = len(targets), int(targets.sum())
     judged = []
@@ -89,7 +92,7 @@ def _judge_column(part: Part, k: int, metrics: Mapping[str, Tensor], weights: Te
             **_interval("auroc", areas[:, i]), **_interval("average_precision", precisions[:, i]),
             **dict.fromkeys(("lift", "lift_low", "lift_high", "lift_low_corrected"), math.nan), "best_control": "",
             "base_rate": hits / n if n else math.nan, "n_tokens": n, "n_positive": hits,
-            "n_chains": int(chain.unique().numel()),
+            "n_chains": int(chain.unique().numel()), "n_positive_chains": n_positive_chains,
             "auroc_spread": float(metrics["auroc"][i, seeds].std()) if len(seeds) > 1 else math.nan,
             "best_pass": int(part.best_pass[i, k]), "gradient_norm": float(part.gradient_norm[i, k]),
         }  # fmt: skip
@@ -116,20 +119,36 @@ def _by(judged: Iterable[Judged], key: Callable[[Row], Any]) -> list[tuple[Any, 
 
 
 def _add_lifts(family: Sequence[Judged]) -> None:
-    """Fills in the lifts of all probes of one solver, label and target, which are looked at together."""
+    """Fills in the lifts of all probes of one solver, label and target, which are looked at together.
+
+    The corrected low end is for probes that can be judged by enough chains.
+    """
     pairs = [(probe, control) for probe in family for control in _controls_of(probe, family)]
-    if not pairs:
+    for probe, control in pairs:
+        row, lift = probe.row, probe.row["auroc"] - control.row["auroc"]
+        if math.isnan(row["lift"]) or lift < row["lift"]:
+            low, high = _percentiles_of_difference(probe, control)
+            row |= {"lift": lift, "lift_low": low, "lift_high": high, "best_control": control.row["control"]}
+    counts = [min(probe.row["n_positive_chains"], control.row["n_positive_chains"]) for probe, control in pairs]
+    sound = [i for i, n in enumerate(counts) if n >= LEAST_CHAINS and len(pairs[i][0].areas)]
+    if not sound:
         return
-    points = torch.tensor([probe.row["auroc"] - control.row["auroc"] for probe, control in pairs], dtype=torch.float64)
-    resampled = torch.stack([probe.areas - control.areas for probe, control in pairs], dim=1)  # [R, Q]
-    intervals, bounds = percentiles(resampled).tolist(), lower_bounds(points, resampled).tolist()
-    for (probe, control), point, (low, high), bound in zip(pairs, points.tolist(), intervals, bounds, strict=True):
-        row, name = probe.row, control.row["control"]
-        if math.isnan(row["lift"]) or point < row["lift"]:
-            row |= {"lift": point, "lift_low": low, "lift_high": high, "best_control": name}
-        row["lift_low_corrected"] = (
-            bound if math.isnan(row["lift_low_corrected"]) else min(row["lift_low_corrected"], bound)
-        )
+    points = torch.tensor([pairs[i][0].row["auroc"] - pairs[i][1].row["auroc"] for i in sound], dtype=torch.float64)
+    resampled = torch.stack([pairs[i][0].areas - pairs[i][1].areas for i in sound], dim=1)  # [R, Q]
+    bounds = lower_bounds(points, resampled, min(counts[i] for i in sound)).tolist()
+    for i, bound in zip(sound, bounds, strict=True):
+        row = pairs[i][0].row
+        row["lift_low_corrected"] = min(bound, math.inf if math.isnan(was := row["lift_low_corrected"]) else was)
+    for i in set(range(len(pairs))) - set(sound):
+        pairs[i][0].row["lift_low_corrected"] = math.nan  # not above a control that cannot be judged
+
+
+def _percentiles_of_difference(a: Judged, b: Judged) -> tuple[float, float]:
+    """The 95% interval of a's AUROC less b's; NaN where one of them was not resampled."""
+    if len(a.areas) != len(b.areas):
+        return math.nan, math.nan
+    low, high = percentiles(a.areas - b.areas).tolist()
+    return low, high
 
 
 def _controls_of(probe: Judged, family: Sequence[Judged]) -> list[Judged]:
@@ -147,25 +166,35 @@ def _controls_of(probe: Judged, family: Sequence[Judged]) -> list[Judged]:
 
 def verdicts(judged: Sequence[Judged]) -> list[str]:
     """For each solver, label and target, the largest lag at which a layer is certainly above every control."""
-    sentences = []
-    for (solver, label, target), own in _by(judged, itemgetter("solver", "label", "target")):
-        probes = [each.row for each in own if not each.row["control"] and not math.isnan(each.row["lift"])]
-        head = f"{label}, target {target}, solver {solver}: "
-        if not probes or all(math.isnan(row["lift_low_corrected"]) for row in probes):
-            sentences.append(head + "no verdict, which takes controls and --bootstrap")
-            continue
-        looked = f"corrected for the {len(probes)} probes looked at"
-        clear = [row for row in probes if row["lift_low_corrected"] > 0]
-        if not clear:
-            sentences.append(head + f"at no lag is a layer certainly above every control ({looked})")
-            continue
-        far = max(clear, key=lambda row: (row["lag"], row["lift_low_corrected"]))
-        sentences.append(
-            head + f"lag {far['lag']:+d} is the largest at which a layer is certainly above every control: layer "
-            f"{far['layer']}, AUROC {far['auroc']:.3f}, {far['lift']:.3f} above {far['best_control']}, by at least "
-            f"{far['lift_low_corrected']:.3f} ({looked})"
-        )
-    return sentences
+    return [
+        f"{label}, target {target}, solver {solver}: {_verdict(own)}"
+        for (solver, label, target), own in _by(judged, itemgetter("solver", "label", "target"))
+    ]
+
+
+def _verdict(family: Sequence[Judged]) -> str:
+    rows = [each.row for each in family if not each.row["control"]]
+    looked = [row for row in rows if not math.isnan(row["lift_low_corrected"])]
+    beaten = ", ".join(dict.fromkeys(each.row["control"] for each in family if each.row["control"]))
+    if not looked:
+        most = max(row["n_positive_chains"] for row in rows)
+        if not beaten:
+            return "no verdict without controls"
+        if most < LEAST_CHAINS:
+            return f"no verdict, since at most {most} test chains hold a positive, and {LEAST_CHAINS} are needed"
+        if not any(len(each.areas) for each in family):
+            return "no verdict without resamples (--bootstrap)"
+        return "no verdict, since no control could be judged at the lags of a probe"
+    corrected = f"corrected for the {len(looked)} probes looked at"
+    clear = [row for row in looked if row["lift_low_corrected"] > 0]
+    if not clear:
+        return f"at no lag is a layer certainly above every control ({beaten}; {corrected})"
+    far = max(clear, key=lambda row: (row["lag"], row["lift_low_corrected"]))
+    return (
+        f"lag {far['lag']:+d} is the largest at which a layer is certainly above every control ({beaten}): layer "
+        f"{far['layer']}, AUROC {far['auroc']:.3f}, {far['lift']:.3f} above {far['best_control']}, by at least "
+        f"{far['lift_low_corrected']:.3f} ({corrected})"
+    )
 
 
 def place(row: Row) -> str:
@@ -181,7 +210,7 @@ def differences(judged: Sequence[Judged]) -> list[Row]:
     for between, other in (("layer", "lag"), ("lag", "layer")):
         for (solver, label, target, at), own in _by(probes, itemgetter("solver", "label", "target", other)):
             for a, b in combinations(sorted(own, key=lambda each: each.row[between]), 2):
-                low, high = percentiles(a.areas - b.areas).tolist()
+                low, high = _percentiles_of_difference(a, b)
                 rows.append(
                     {
                         "solver": solver, "label": label, "target": target, "between": between, "at": at,
@@ -195,15 +224,14 @@ def differences(judged: Sequence[Judged]) -> list[Row]:
 def by_category(parts: Sequence[Part], categories: Sequence[str], resamples: int, seed: int) -> list[Row]:
     """The rows of `judge` for the tokens of each category alone; categories [C] names that of each test chain.
 
-    None where all chains are of one category.
+    No rows for a category of a single chain, and none at all where all chains are of one category.
     """
     rows: list[Row] = []
-    names = sorted(set(categories))
-    for name in names if len(names) > 1 else ():
+    sizes = Counter(categories)
+    for name in sorted(name for name, n in sizes.items() if n > 1 and len(sizes) > 1):
         own = torch.tensor([category == name for category in categories])
         own_parts = [part.at(own[part.scored.chain]) for part in parts]
-        if len(own_parts[0].scored.chain):
-            rows += [{"category": name, **each.row} for each in judge(own_parts, resamples, seed)]
+        rows += [{"category": name, **each.row} for each in judge(own_parts, sizes[name], resamples, seed)]
     return rows
 
 

@@ -88,8 +88,10 @@ class AdamSolver:
         random = torch.Generator().manual_seed(seed)
         bound = hidden_size**-0.5
         shape = (len(layers), len(columns), hidden_size)
-        self.weight = torch.empty(shape).uniform_(-bound, bound, generator=random).to(device)  # [L, K, D]
-        self.bias = torch.empty(shape[:2]).uniform_(-bound, bound, generator=random).to(device)  # [L, K]
+        start = torch.empty(shape[1], shape[0], hidden_size + 1).uniform_(-bound, bound, generator=random)
+        start = start.transpose(0, 1).to(device)  # a column's start does not depend on those behind it
+        self.weight = start[..., :-1].contiguous()  # [L, K, D]
+        self.bias = start[..., -1].contiguous()  # [L, K]
         self.mean = torch.zeros(shape[0], hidden_size, device=device)
         self.scale = torch.ones_like(self.mean)
         self.started = torch.zeros((), dtype=torch.bool)  # mean and scale are final

@@ -39,8 +39,10 @@ class TokenBatch(NamedTuple):
 class Rows(Protocol):
     """Layers that need no forward pass, such as `controls.Surface`."""
 
-    def rows(self, ids: Tensor, part: slice) -> Tensor:
-        """Their activations [n, S, D] at the tokens ids[part] of a chain."""
+    before: int  # tokens that a token's row looks back on
+
+    def rows(self, ids: Tensor, n: int) -> Tensor:
+        """Activations [n, S, D] at the last n of these tokens, which begin `before` earlier, or with the chain."""
         ...
 
 
@@ -144,7 +146,8 @@ def _label(
         codes, support = chain.codes[part], chain.support[part]
         rows = [a[b, : len(codes)].to(device) for a in acts]
         if surface is not None:
-            rows += surface.rows(chain.ids, part).to(rows[0]).unbind(1)
+            seen = send(chain.ids[max(0, part.start - surface.before) : part.stop], device)
+            rows += surface.rows(seen, len(codes)).to(rows[0]).unbind(1)
         paired.append(buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chain.ids)))
     some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
     beside = [side(chain)[pairs.token[at]] for chain, pairs, at in zip(chains, paired, some, strict=True)]

@@ -17,6 +17,7 @@ from streamprobe.controls import (
     position_features,
     with_permuted,
 )
+from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, make_columns
 
 
@@ -169,8 +170,8 @@ def text_by_loop(embedding: nn.Embedding, surface: Surface, ids: Tensor) -> Tens
 
 def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(1))
-    surface = Surface(embedding, ids)
-    rows = surface.rows(ids, slice(0, 300))
+    surface = Surface(embedding, ids, 32)
+    rows = surface.rows(ids, 300)
     assert torch.equal(rows[:, 0], embedding(ids).detach())
     expected = text_by_loop(embedding, surface, ids)
     assert torch.allclose(rows[:, 1], expected, atol=1e-5)
@@ -180,24 +181,35 @@ def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Emb
 @pytest.mark.parametrize("size", [1, 50, 130, 299])
 def test_surface_is_the_same_in_chunks(embedding: nn.Embedding, size: int) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(2))
-    surface = Surface(embedding, ids)
-    whole = surface.rows(ids, slice(0, 300))
-    parts = torch.cat([surface.rows(ids, slice(i, i + size)) for i in range(0, 300, size)])
+    surface = Surface(embedding, ids, 32)
+    whole = surface.rows(ids, 300)
+    parts = torch.cat(
+        [surface.rows(ids[max(0, i - surface.before) : i + size], len(ids[i : i + size])) for i in range(0, 300, size)]
+    )
     assert torch.allclose(parts, whole, atol=1e-5)
-    alone = torch.cat([surface.rows(ids[i : i + size], slice(0, size)) for i in range(0, 300, size)])
+    alone = torch.cat([surface.rows(ids[i : i + size], len(ids[i : i + size])) for i in range(0, 300, size)])
     assert not torch.allclose(alone, whole, atol=1e-2)  # negative control: chunks that forget
 
 
 def test_surface_knows_the_past_only_and_may_be_one_layer(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(3))
-    surface = Surface(embedding, ids, ["text"])
-    whole, cut = surface.rows(ids, slice(0, 200)), surface.rows(ids[:90], slice(0, 90))
+    surface = Surface(embedding, ids, 32, ["text"])
+    whole, cut = surface.rows(ids, 200), surface.rows(ids[:90], 90)
     assert whole.shape == (200, 1, 32) and torch.allclose(whole[:90], cut, atol=1e-5)
+
+
+def test_narrow_embeddings_are_filled_up_and_wide_ones_refused(embedding: nn.Embedding) -> None:
+    ids = torch.arange(50)
+    rows = Surface(embedding, ids, 40).rows(ids, 50)
+    assert rows.shape == (50, 2, 40) and not rows[..., 32:].any()
+    assert torch.equal(rows[..., :32], Surface(embedding, ids, 32).rows(ids, 50))
+    with pytest.raises(InputError, match="embeddings of size 32 in a model of hidden size 16"):
+        Surface(embedding, ids, 16)
 
 
 def test_the_kept_directions_are_those_of_most_variance(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (500,), generator=torch.Generator().manual_seed(4))
-    surface = Surface(embedding, ids)
+    surface = Surface(embedding, ids, 32)
     rows = embedding.weight.detach()[ids]
     centred = (rows - rows.mean(0)).double()
     expected = torch.linalg.svd(centred, full_matrices=False).S.square()[: 32 // 3].sum()

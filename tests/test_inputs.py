@@ -156,6 +156,13 @@ def test_data_that_is_not_a_list_of_chains(base, capsys, content):
     assert "bad.json" in refused(capsys, write("config.yaml", base), "--data", "bad.json")
 
 
+def test_annotations_without_a_tag_are_refused_and_counted(base, capsys, chains_file):
+    rows = [row | {"annotated_chain": row["reasoning_chain"]} for row in json.loads(chains_file.read_text())]
+    Path("plain.json").write_text(json.dumps(rows))
+    error = refused(capsys, write("config.yaml", base), "--data", "plain.json")
+    assert "no train chains (60 chains refused" in error
+
+
 def test_data_in_which_every_field_is_wrong_is_refused_and_counted(base, capsys):
     rows = [{"task_id": i, "problem": "p", "reasoning_chain": None, "annotated_chain": "x"} for i in range(20)]
     Path("bad.json").write_text(json.dumps(rows))

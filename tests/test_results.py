@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
 
@@ -33,7 +34,8 @@ def part(
     """Scores that see the target with a strength [L, K] each, and noise that a chain's tokens share in part."""
     random = torch.Generator().manual_seed(seed)
     shape = (len(targets), len(layers), len(columns))
-    noise = torch.randn(shape, generator=random) + torch.randn((N_CHAINS, *shape[1:]), generator=random)[chain]
+    shared = torch.randn((1 + int(chain.max()), *shape[1:]), generator=random)
+    noise = torch.randn(shape, generator=random) + shared[chain]
     y = targets[:, None].expand(-1, len(columns))
     scores = noise + strength * y[:, None].float()
     valid = torch.rand(y.shape, generator=random) < 0.9
@@ -60,7 +62,7 @@ def parts() -> list[Part]:
 
 @pytest.fixture(scope="module")
 def judged(parts: list[Part]) -> list[Judged]:
-    return judge(parts, 100, 7)
+    return judge(parts, N_CHAINS, 100, 7)
 
 
 def find(judged: Sequence[Judged], layer: object, lag: int, control: str = "") -> dict[str, object]:
@@ -148,10 +150,10 @@ def test_the_verdict_names_the_furthest_lag_that_is_certain(judged: list[Judged]
 
 def test_the_verdict_says_no_lag_and_none_without_what_it_takes(parts: list[Part]) -> None:
     deaf = [each._replace(scored=each.scored._replace(scores=each.scored.scores.flip(0))) for each in parts]
-    assert "at no lag" in verdicts(judge(deaf, 100, 7))[0]
-    assert "no verdict" in verdicts(judge(parts, 0, 7))[0]
+    assert "at no lag" in verdicts(judge(deaf, N_CHAINS, 100, 7))[0]
+    assert "no verdict" in verdicts(judge(parts, N_CHAINS, 0, 7))[0]
     assert "no verdict" in verdicts(judge([parts[0].at(torch.ones(N_CHAINS * LENGTH, dtype=torch.bool))._replace(
-        columns=[Column("back", "token", lag) for lag in (0, 8, 9, 10)])], 100, 7))[0]  # fmt: skip
+        columns=[Column("back", "token", lag) for lag in (0, 8, 9, 10)])], N_CHAINS, 100, 7))[0]  # fmt: skip
 
 
 # --- corrected for how many probes are looked at ---
@@ -170,7 +172,7 @@ def test_false_alarms_of_a_whole_family_are_as_rare_as_promised() -> None:
     alarms = alone = 0
     for seed in range(200):
         points, resampled = null_family(seed)
-        alarms += bool((lower_bounds(points, resampled) > 0).any())
+        alarms += bool((lower_bounds(points, resampled, 60) > 0).any())
         alone += bool((percentiles(resampled)[:, 0] > 0).any())
     assert alarms <= 14  # 5 expected; 14 or more with a chance below 0.001
     assert alone > 40  # negative control
@@ -178,10 +180,48 @@ def test_false_alarms_of_a_whole_family_are_as_rare_as_promised() -> None:
 
 def test_one_look_is_an_ordinary_interval_and_a_fixed_difference_has_none() -> None:
     points, resampled = null_family(1, looks=1)
-    low = points - 1.96 * resampled.std(0)
-    assert torch.allclose(lower_bounds(points, resampled), low, atol=0.04)
-    assert torch.equal(lower_bounds(torch.tensor([0.5]), torch.full((10, 1), 0.5)), torch.tensor([0.5]))
-    assert lower_bounds(points, resampled[:0]).isnan().all()
+    low = points - t.ppf(0.975, 59) * (60 / 59) ** 0.5 * resampled.std(0)
+    assert torch.allclose(lower_bounds(points, resampled, 60), low, atol=0.04)
+    assert torch.equal(lower_bounds(torch.tensor([0.5]), torch.full((10, 1), 0.5), 60), torch.tensor([0.5]))
+    assert lower_bounds(points, resampled[:0], 60).isnan().all()
+    resampled[:150] = math.nan  # some resamples lack a class
+    assert torch.allclose(lower_bounds(points, resampled, 60), low, atol=0.08)
+    resampled[150:250] = math.nan
+    assert lower_bounds(points, resampled, 60).isnan().all()
+
+
+@pytest.mark.parametrize(("n_chains", "n_positive"), [(20, 20), (60, 12)])
+def test_false_alarms_are_rare_with_few_chains_too(n_chains: int, n_positive: int) -> None:
+    """200 families whose probes and control are noise that a chain's tokens share: 2.5% are promised."""
+    columns = [Column("back", "token", lag) for lag in LAGS]
+    chain = torch.arange(n_chains).repeat_interleave(20)
+    targets = (chain < n_positive) & (torch.arange(len(chain)) % 20 >= 15)
+    alarms = 0
+    for seed in range(200):
+        parts = [
+            part("newton", layers, columns, targets, chain, torch.zeros(len(layers), 2), 1000 * seed + number)
+            for number, layers in enumerate(([3, 5], ["embed"]))
+        ]
+        rows = [each.row for each in judge(parts, n_chains, 200, seed)]
+        alarms += any(row["lift_low_corrected"] > 0 for row in rows)
+    assert alarms <= 14  # 5 expected; 14 or more with a chance below 0.001
+
+
+def test_nothing_is_claimed_from_a_few_chains(parts: list[Part]) -> None:
+    """A probe that is right in all of three chains with a positive: no corrected bound, and the verdict says why."""
+    few = [each.at(each.scored.chain < 3) for each in parts]
+    judged = judge(few, 3, 100, 7)
+    assert all(math.isnan(each.row["lift_low_corrected"]) for each in judged)
+    assert "at most 3 test chains hold a positive, and 10 are needed" in verdicts(judged)[0]
+    one = judge([each.at(each.scored.chain < 1) for each in parts], 1, 100, 7)
+    assert all(math.isnan(each.row["auroc_low"]) and not math.isnan(each.row["auroc"]) for each in one)
+    assert all(math.isnan(row["low"]) for row in differences(one))
+
+
+def test_a_split_without_a_valid_token_is_nan(parts: list[Part]) -> None:
+    nothing = judge([each.at(each.scored.chain < 0) for each in parts], N_CHAINS, 20, 7)
+    assert all(math.isnan(each.row["auroc"]) and each.row["n_tokens"] == 0 for each in nothing)
+    assert "no verdict" in verdicts(nothing)[0]
 
 
 def test_intervals_cover_the_true_auroc() -> None:
@@ -229,6 +269,7 @@ def test_a_category_is_judged_by_its_own_tokens(parts: list[Part]) -> None:
     assert row["auroc_low"] < row["auroc"] < row["auroc_high"] and not math.isnan(row["lift"])
     assert row["auroc"] != pytest.approx(roc_auc_score(targets, scores))  # negative control
     assert by_category(parts, ["a"] * N_CHAINS, 50, 7) == []
+    assert by_category(parts, [str(i) for i in range(N_CHAINS)], 50, 7) == [], "ids that are no categories"
 
 
 def test_brier_and_reliability_are_those_of_the_probabilities(parts: list[Part], judged: list[Judged]) -> None:
@@ -247,9 +288,9 @@ def test_seeds_have_one_row_with_their_spread() -> None:
     targets, chain = source(1)
     columns = [Column("back", "token", 0), *(Column("back", "token", 0, "", seed) for seed in (1, 2))]
     three = part("adam", [3], columns, targets, chain, torch.ones(1, 3), 4)
-    [only] = judge([three], 20, 0)
+    [only] = judge([three], N_CHAINS, 20, 0)
     areas = [roc_auc_score(*reversed(scored([three], 0, 0, k)[:2])) for k in range(3)]
     assert only.row["auroc"] == pytest.approx(areas[0])
     assert only.row["auroc_spread"] == pytest.approx(np.std(areas, ddof=1)) and np.std(areas) > 0
     assert math.isnan(judge([three.at(chain >= 0)._replace(columns=[c._replace(lag=k) for k, c in enumerate(
-        [columns[0]] * 3)])], 0, 0)[0].row["auroc_spread"])  # fmt: skip
+        [columns[0]] * 3)])], N_CHAINS, 0, 0)[0].row["auroc_spread"])  # fmt: skip

@@ -26,7 +26,9 @@ from streamprobe import trainer
 from streamprobe.chains import Chain
 from streamprobe.checkpoint import BestProbes
 from streamprobe.cli import main
+from streamprobe.config import load_config
 from streamprobe.experiment import check_resume
+from streamprobe.lab import Lab
 from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.memory import ActivationMemory, Sizes
 from streamprobe.metrics import measure
@@ -154,9 +156,6 @@ def test_saved_probes_give_the_saved_results(config, model_dir):
     assert main([config, "--controls", "none"]) == 0
     share = trainer.Share("layers", lambda batch: batch.acts, torch.arange(14))
     banks = [(load_probes("runs/tiny", solver), share) for solver in ("adam", "newton")]
-    from streamprobe.config import load_config
-    from streamprobe.lab import Lab
-
     lab = Lab(load_config([config, "--controls", "none"]))
     lab.load_model()
     scored = trainer.evaluate(banks, lab.read("test"))
@@ -171,6 +170,45 @@ def test_the_config_that_a_run_wrote_runs_it_again(config):
     assert outputs("again") == outputs("runs/tiny")
     assert main([config, "--seed", "1"]) == 0, "a second run goes to a folder of its own"
     assert outputs("runs/tiny-2") != outputs("runs/tiny")
+
+
+def test_a_rare_label_runs_whatever_its_permuted_twin_loses(config, chains_file, capsys):
+    """One section in all training chains: some shifts leave no positive at the longest lag, and those are left out."""
+    rows = json.loads(chains_file.read_text())
+    lab = Lab(load_config([config, "--controls", "none"]))
+    once = {split[0].id for split in lab.splits.values()}
+    for row in rows:
+        tag = '["backtracking"]'
+        kept = 1 if row["task_id"] in once else 0
+        row["annotated_chain"] = (
+            row["annotated_chain"].replace(tag, "@", kept).replace(tag, '["deduction"]').replace("@", tag)
+        )
+    Path("rare.json").write_text(json.dumps(rows))
+    argv = [
+        "--data",
+        "rare.json",
+        "--labels",
+        "backtracking",
+        "--targets",
+        "onset",
+        "--lags",
+        "0",
+        "40",
+        "--solvers",
+        "newton",
+    ]
+    for seed in range(5):
+        assert main([config, *argv, "--seed", str(seed)]) == 0
+    printed = capsys.readouterr().out
+    assert "columns without both classes are left out" in printed and "at most 1 test chains hold a positive" in printed
+
+
+def test_the_data_keep_their_fingerprint(config):
+    """Seeds and controls are no part of the data."""
+    prints = set()
+    for argv in (["--seed", "1"], ["--seed", "2", "--seeds", "2"], ["--controls", "none"]):
+        prints.add(Lab(load_config([config, *argv])).fingerprint)
+    assert len(prints) == 1 and Lab(load_config([config, "--test_share", "0.3"])).fingerprint not in prints
 
 
 def test_seeds_spread_what_is_random_and_nothing_else(config):

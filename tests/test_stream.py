@@ -237,9 +237,11 @@ def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, ma
 class Ids:
     """A layer that holds each token's id and its place, as `Surface` holds its embedding."""
 
-    def rows(self, ids: Tensor, part: slice) -> Tensor:
-        place = torch.arange(len(ids))[part]
-        return torch.stack([ids[part], place], dim=1).float()[:, None].repeat(1, 1, 16)
+    before = 1000  # so that it sees the whole chain
+
+    def rows(self, ids: Tensor, n: int) -> Tensor:
+        place = torch.arange(len(ids))
+        return torch.stack([ids, place], dim=1).float()[-n:, None].repeat(1, 1, 16)
 
 
 def side(chain: Chain) -> Tensor:
