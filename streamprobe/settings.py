@@ -135,8 +135,8 @@ class ProbeConfig:
     controls: list[str] = key(
         ["embed", "text", "position", "persistence", "permuted"],
         "What every probe is compared with, trained in the same passes: embed (the token), text (the last 8, 32 and "
-        "128 tokens), position (place in the response), persistence (label at t and time since the last section; lags above 0), "
-        "permuted (labels shifted within their chain); or none.",
+        "128 tokens), position (place in the response), persistence (label at t and time since the last section; lags "
+        "above 0), permuted (labels shifted within their chain); or none.",
     )
 
     def __post_init__(self) -> None:
