@@ -175,7 +175,8 @@ def verdicts(judged: Sequence[Judged]) -> list[str]:
 def _verdict(family: Sequence[Judged]) -> str:
     rows = [each.row for each in family if not each.row["control"]]
     looked = [row for row in rows if not math.isnan(row["lift_low_corrected"])]
-    beaten = ", ".join(dict.fromkeys(each.row["control"] for each in family if each.row["control"]))
+    controls = sorted((each.row for each in family if each.row["control"]), key=lambda row: row["layer"] != "")
+    beaten = ", ".join(dict.fromkeys(row["control"] for row in controls))
     if not looked:
         most = max(row["n_positive_chains"] for row in rows)
         if not beaten:
