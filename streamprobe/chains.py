@@ -165,6 +165,20 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
+def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text that `format_prompt` began, and the characters start .. end that each covers.
+
+    Where the tokenizer has a BOS token the ids start with exactly one, or with none if not `with_bos`.
+    """
+    encoded = tokenizer(text, add_special_tokens=prompt != "chat", return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids, offsets
+    lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    return [bos] * with_bos + ids[lead:], [(0, 0)] * with_bos + offsets[lead:]
+
+
 def tokenize(
     record: Record,
     tokenizer: Any,
@@ -179,18 +193,11 @@ def tokenize(
     A token takes the label of the section that holds its last character that is not white space (its last character,
     where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
-    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.  Where the tokenizer
-    has a BOS token the ids start with exactly one, or with none if not `with_bos`.
+    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.
     """
     head = format_prompt(record.problem, prompt, tokenizer)
     text = head + record.response
-    encoded = tokenizer(text, add_special_tokens=prompt != "chat", return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    bos = tokenizer.bos_token_id
-    if bos is not None:
-        lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        ids, offsets = [bos] * with_bos + ids[lead:], [(0, 0)] * with_bos + offsets[lead:]
-
+    ids, offsets = encode(text, prompt, tokenizer, with_bos)
     special = set(tokenizer.all_special_ids)
     of_char = np.full(len(text), -1 if unlabelled == "ignore" else -2, dtype=np.int64)  # which section, -2: negative
     of_char[: len(head)] = -1 if support == "response" else -2

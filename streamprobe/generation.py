@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprobe import backbone
+from streamprobe import backbone, chains
 from streamprobe.chains import format_prompt
 from streamprobe.checkpoint import write_atomic
 from streamprobe.config import RunConfig, load_config
@@ -118,17 +118,13 @@ def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def encode(problem: str, prompt: str, tokenizer: Any) -> Tensor:
-    """The token ids [T] of a problem as `chains.tokenize` puts them before a response: one BOS, if any, first."""
-    head = format_prompt(problem, prompt, tokenizer)
-    ids = tokenizer(head, add_special_tokens=prompt != "chat")["input_ids"]
+def encode(problem: str, prompt: str, tokenizer: Any, with_bos: bool) -> Tensor:
+    """The token ids [T] of a problem as they stand before a response in a run of this `prompt` and `bos`."""
+    ids, _ = chains.encode(format_prompt(problem, prompt, tokenizer), prompt, tokenizer, with_bos)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if prompt != "chat" and eos not in (None, bos):  # some tokenizers end every text with it
         while ids and ids[-1] == eos:
             ids = ids[:-1]
-    if bos is not None:
-        lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        ids = [bos, *ids[lead:]]
     return torch.tensor(ids, dtype=torch.int64)
 
 

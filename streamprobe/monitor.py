@@ -200,7 +200,7 @@ def run(argv: Sequence[str] | None) -> None:
     config, bank = generation.open_run(given.run, given)
     place = pick(given.run, bank, given)
     model, tokenizer = generation.load_whole(config, bank)
-    ids = generation.encode(given.prompt, config.data.prompt, tokenizer)
+    ids = generation.encode(given.prompt, config.data.prompt, tokenizer, config.data.bos)
     room = context(model.config) - len(ids)
     if room <= 0:
         raise InputError(

@@ -251,7 +251,7 @@ def test_the_command_line_shows_what_watch_gives(run_folder, model, bank, tokeni
     assert monitor.main([*argv, "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "layer 1, backtracking/onset/lag+04" in out  # the best of results.csv
-    ids = generation.encode("which box?", "{problem}\n\n", tokenizer)
+    ids = generation.encode("which box?", "{problem}\n\n", tokenizer, True)
     assert ids.tolist() == tokenizer("which box?\n\n")["input_ids"] and ids[0] == tokenizer.bos_token_id
     steps = list(watch(model, bank, ids, 20, **GREEDY))
     shown = list(
@@ -359,7 +359,9 @@ def test_a_prompt_is_encoded_as_in_training(adds, style):
     template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}\n\n"
     tokenizer = make_tokenizer(adds, chat_template=template)
     chain = tokenize(Record("0", "which box?", "okay so one", []), tokenizer, [], style, "response", "ignore")
-    assert generation.encode("which box?", style, tokenizer).tolist() == chain.ids[: chain.start].tolist()
+    assert generation.encode("which box?", style, tokenizer, True).tolist() == chain.ids[: chain.start].tolist()
+    plain = generation.encode("which box?", style, tokenizer, False).tolist()
+    assert plain == [token for token in chain.ids[: chain.start].tolist() if token != tokenizer.bos_token_id]
 
 
 def test_the_cost_of_watching_is_measured_in_turns(capsys):
