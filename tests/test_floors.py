@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
-    ["errors", "lifts", "metrics"],
+    ["errors", "lifts", "metrics", "heatmap"],
     ["settings", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
-    ["config", "model", "probes", "moments", "tracking", "chains", "controls"],
-    ["train", "solvers", "newton", "checkpoint", "stream", "results"],
-    ["memory", "report", "provenance", "baseline"],
-    ["trainer", "preflight", "madeup"],
-    ["lab", "bench"],
-    ["fits"],
+    ["config", "model", "probes", "moments", "boards", "chains", "controls"],
+    ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
+    ["memory", "table", "transcripts", "provenance", "baseline"],
+    ["trainer", "preflight", "madeup", "charts"],
+    ["lab", "bench", "page"],
+    ["fits", "report"],
     ["experiment"],
     ["cli"],
 ]
