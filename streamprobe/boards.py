@@ -93,13 +93,13 @@ class Board:
         """Heat maps as PNG by their name, of what is known: AUROC, average precision and lift."""
         lags = [f"{lag:+d}" for lag in self.lags]
         shown = self.n_layers + self.n_aside
-        names, pictures = self.rows[:shown], {}
+        names, pictures = [name.removeprefix("control ") for name in self.rows[:shown]], {}
         for metric in SHOWN:
             values = self.values[metric][:shown]
             rows = names
             if self.n_permuted:
                 rows, values = (
-                    [*names, "control permuted"],
+                    [*names, "permuted"],
                     np.vstack([values, self.highest(metric)["control permuted"]]),
                 )
             low = 0.5 if metric == "val_auroc" else 0.0

@@ -71,7 +71,7 @@ def _run(config: RunConfig) -> Path:
     report.write_summary(folder, rows, {**facts, **cost, **told})
     report.write_report(folder)
     printed = f"{table.table(rows, verdicts)}\n{table.describe_cost(cost)}"
-    tracker.text("verdict", printed)
+    tracker.text("1 verdict", printed)
     tracker.outcome(config.flat(), table.headline(rows))
     tracker.close()
     print(f"\n{printed}\n{table.describe_files(folder)}", flush=True)
@@ -99,8 +99,8 @@ def fit(
     plan, memory, held_out = memories
     fits, done = make_fits(lab, checkpoint)
     tracker = Tracker(folder, [fit.solver for fit in fits], done[1] + 1 if lab.config.output.resume else None)
-    tracker.text("preflight", lab.preflight)
-    tracker.text("config", json.dumps(facts, indent=1))
+    tracker.text("2 preflight", lab.preflight)
+    tracker.text("3 config", json.dumps(facts, indent=1))
     lap, seen = time.perf_counter(), done[1]
 
     def save(number: int, tokens: int) -> None:

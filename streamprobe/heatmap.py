@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 LEVELS = 64  # colours of a scale
 DARK, LIGHT, PAPER, BLANK = range(LEVELS, LEVELS + 4)  # what else is in the palette
-CELL = (20, 38)  # height and width of a cell in pixels
+CELL = (18, 35)  # height and width of a cell in pixels; its text takes 11 x 30 of them
 SCALES = {  # both tell their ends apart for every kind of colour vision: viridis, and the red to blue of ColorBrewer
     "sequential": ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)),
     "diverging": ((178, 24, 43), (244, 165, 130), (247, 247, 247), (146, 197, 222), (33, 102, 172)),
@@ -37,10 +37,10 @@ def draw(
     letters = _letters()
     signed = "+" if scale == "diverging" else ""
     texts = [[f"{v:{signed}.3f}".replace("0.", ".", 1) if v == v else "" for v in row] for row in values.tolist()]
-    codes = np.array([[list(text.center(6).encode()) for text in row] for row in texts], dtype=np.uint8)
-    mask = letters[codes].transpose(0, 3, 1, 2, 4).reshape(len(rows), 11, len(columns), 36)
+    codes = np.array([[list(text.center(5).encode()) for text in row] for row in texts], dtype=np.uint8)
+    mask = letters[codes].transpose(0, 3, 1, 2, 4).reshape(len(rows), 11, len(columns), 30)
     ink = _colours(scale)[1][np.where(known, level, 0)]
-    inner = cells[:, 4:15, :, 1:37]
+    inner = cells[:, 3:14, :, 2:32]
     inner[mask] = np.broadcast_to(ink[:, None, :, None], mask.shape)[mask]
     side, top = _names(tuple(rows), tuple(columns))
     body = np.hstack([side, cells.reshape(len(rows) * height, -1)])
@@ -91,8 +91,8 @@ def _names(rows: tuple[str, ...], columns: tuple[str, ...]) -> tuple[NDArray[np.
     top = Image.new("L", (left + len(columns) * width, height), PAPER)
     pen = ImageDraw.Draw(side)
     for i, name in enumerate(rows):
-        pen.text((left - 6 - 6 * len(name), i * height + 4), name, fill=DARK, font=font)
+        pen.text((left - 6 - 6 * len(name), i * height + 3), name, fill=DARK, font=font)
     pen = ImageDraw.Draw(top)
     for k, name in enumerate(columns):
-        pen.text((left + k * width + (width - 6 * len(name)) // 2, 5), name, fill=DARK, font=font)
+        pen.text((left + k * width + (width - 6 * len(name)) // 2, 4), name, fill=DARK, font=font)
     return np.asarray(side), np.asarray(top)

@@ -81,10 +81,10 @@ def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
 
 def _square(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
     """AUROC by layer or control (rows) and lag (columns)."""
-    lines = [f"{'lag':<12}" + "".join(f"{lag:>+7d} " for lag in lags).rstrip()]
+    lines = [f"{'lag':<12}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
     for name, line in (layers | controls).items():
         cells = [
-            f"{line[lag]['auroc']:>7.3f}" + " *"[line[lag] is best.get(lag)] if lag in line else " " * 8 for lag in lags
+            f"{line[lag]['auroc']:>6.3f}" + " *"[line[lag] is best.get(lag)] if lag in line else " " * 7 for lag in lags
         ]
         lines.append((f"{name:<12}" + "".join(cells)).rstrip())
     return lines
@@ -93,14 +93,14 @@ def _square(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequenc
 def _ladder(best: Mapping[int, Row]) -> list[str]:
     """A line for the best layer of each lag."""
     lines = [
-        f"{'lag':>5}{'layer':>7}{'AUROC':>8}   {'95% interval':<16}{'lift':>6}   {'95% interval':<18}{'over':<13}"
-        f"{'AP':>6}{'base rate':>11}{'F1':>7}{'positive of tokens':>22}"
+        f"{'lag':>5}{'layer':>7}{'AUROC':>8}   {'95% interval':<16}{'lift':>6}   {'95% interval':<18}{'over':<12}"
+        f"{'AP':>6}{'base':>7}{'F1':>7}{'positive of tokens':>22}"
     ]
     for lag, row in best.items():
         lines.append(
             f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>8.3f}   {_interval(row, 'auroc', ''):<16}"
-            f"{row['lift']:>+6.3f}   {_interval(row, 'lift', '+'):<18}{row['best_control']:<13}"
-            f"{row['average_precision']:>6.3f}{row['base_rate']:>11.3f}{row['f1']:>7.3f}"
+            f"{row['lift']:>+6.3f}   {_interval(row, 'lift', '+'):<18}{row['best_control']:<12}"
+            f"{row['average_precision']:>6.3f}{row['base_rate']:>7.3f}{row['f1']:>7.3f}"
             f"{row['n_positive']:>11,} of {row['n_tokens']:>7,}"
         )
     return lines
@@ -112,11 +112,15 @@ def _interval(row: Row, name: str, sign: str) -> str:
 
 
 def headline(rows: Sequence[Row]) -> dict[str, float]:
-    """The numbers by which runs compare: the highest AUROC and lift of each solver, label and target, by name."""
+    """The numbers by which runs compare, by name: of each solver, label and target the lag of its verdict and the
+    highest lift, AUROC and average precision."""
     found: dict[str, float] = {}
     for family, grid in grids(rows).items():
         real = [row for line in lines_of(grid)[0].values() for row in line.values()]
-        for name in ("auroc", "average_precision", "lift", "lift_low_corrected"):
+        clear = [row["lag"] for row in real if row["lift_low_corrected"] > 0]
+        if clear:
+            found[f"test/certain up to lag/{'/'.join(family)}"] = max(clear)
+        for name in ("lift", "auroc", "average_precision"):
             known = [row[name] for row in real if not math.isnan(row[name])]
             if known:
                 found[f"test/highest {name}/{'/'.join(family)}"] = max(known)

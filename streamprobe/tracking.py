@@ -15,6 +15,10 @@ from streamprobe.boards import SHOWN, Grid, family, layout, make_boards, tag
 from streamprobe.heatmap import size
 from streamprobe.metrics import Scored, rank
 
+COMPARED = (
+    "model", "data", "dtype", "quantization", "prompt", "support", "unlabelled", "split", "labels", "targets", "layers",
+    "lags", "solvers", "l2", "learning_rate", "standardize", "max_passes", "seed",
+)  # fmt: skip
 POINTS = 101  # of a precision-recall curve, at equal steps of recall
 
 
@@ -74,8 +78,9 @@ class Tracker:
             scores, targets = scored.scores[valid, i, k], scored.targets[valid, k]
             name = f"{family(grid, column)}/lag{column.lag:+03d} best layer"
             self._precision_recall(name, scores, targets, step)
-            for kind, chosen in (("positives", scores[targets]), ("negatives", scores[~targets])):
-                self.writer.add_histogram(f"logits/{name}/{kind}", chosen, step, bins="auto")
+            for kind in (0, 1):  # as steps, which TensorBoard draws one behind the other over the same axis
+                chosen = scores[targets == bool(kind)]
+                self.writer.add_histogram(f"logits/{name} (0 negatives, 1 positives)", chosen, kind, bins="auto")
 
     def _precision_recall(self, name: str, scores: Tensor, targets: Tensor, step: int) -> None:
         ranking = rank(scores[:, None], targets)
@@ -104,12 +109,13 @@ class Tracker:
         self.writer.add_text(name, "    " + text.replace("\n", "\n    "))
 
     def outcome(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The keys of a config beside the numbers it led to, so that the hparams tab compares runs."""
+        """The keys of a config that make runs differ beside the numbers they led to, for the hparams tab."""
         from torch.utils.tensorboard.summary import hparams
 
         keys = {
             name: value if isinstance(value, bool | int | float | str) else " ".join(map(str, value or ["none"]))
             for name, value in config.items()
+            if name in COMPARED
         }
         for summary in hparams(keys, dict(metrics)):
             self._add(summary, None)

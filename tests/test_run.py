@@ -201,7 +201,7 @@ def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
     ]  # fmt: skip
     assert len(events.Tags()["images"]) == 2 * 2 * 3 * 3, "solvers, labels, targets; AUROC, average precision and lift"
     texts = {tag.split("/")[0] for tag in events.Tags()["tensors"] if tag.endswith("text_summary")}
-    assert texts == {"config", "preflight", "verdict"}
+    assert texts == {"1 verdict", "2 preflight", "3 config"}
 
 
 SPY = """
