@@ -4,8 +4,9 @@ Shapes: L layers, K columns; R rows of a board (layers, then controls), C its la
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,25 +117,30 @@ def make_boards(grids: Sequence[Grid]) -> list[Board]:
     return [board for board in boards if board.n_layers]
 
 
-def layout(boards: Sequence[Board]) -> dict[str, dict[str, list]]:
-    """Custom scalars: what stands where controls and layers meet, by lag; all layers by lag; all lags by layer.
+def layout(boards: Sequence[Board]) -> Any:
+    """Custom scalars, as TensorBoard's message: best layers and controls by lag, all layers by lag, all lags by layer.
 
-    A chart names its curves by one regular expression.
+    A chart names its curves by one regular expression.  Only the charts of AUROC are open, since a page draws all
+    charts that are.
     """
-    made: dict[str, dict[str, list]] = {}
-    for metric in CHARTED:
-        for board in boards:
-            head, title = re.escape(f"{metric}/{board.name}/"), f"{metric} {board.name.replace('/', ' ')}"
-            lags = [f"lag{lag:+03d}" for lag in board.lags]
-            layers = board.rows[: board.n_layers]
-            if metric in SHOWN and len(board.rows) > board.n_layers:
-                made[f"{title}: best layer and controls"] = _charts(head, lags, r"(best layer|control [^/]*)/{}")
-            made[f"{title}: all layers, by lag"] = _charts(head, lags, r"layer\d+/{}")
-            made[f"{title}: all lags, by layer"] = _charts(head, layers, "{}/lag[^/]*")
-            if len(board.rows) > board.n_layers:
-                made[f"{title}: all lags, by control"] = _charts(head, board.rows[board.n_layers :], "{}/lag[^/]*")
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    made = Layout()
+    for metric, board in product(CHARTED, boards):
+        lags = [f"lag{lag:+03d}" for lag in board.lags]
+        layers, controls = board.rows[: board.n_layers], board.rows[board.n_layers :]
+        kinds = [
+            ("best layer and controls", lags if controls and metric in SHOWN else [], r"(best layer|control [^/]*)/{}"),
+            ("all layers, by lag", lags, r"layer\d+/{}"),
+            ("all lags, by layer", layers, "{}/lag[^/]*"),
+            ("all lags, by control", controls, "{}/lag[^/]*"),
+        ]
+        for title, names, pattern in kinds:
+            if names:
+                shown = metric == SHOWN[0] and names is not controls
+                name = f"{metric} {board.name.replace('/', ' ')}: {title}"
+                category = made.category.add(title=name, closed=not shown)
+                for each in names:
+                    curves = f"^{re.escape(f'{metric}/{board.name}/')}{pattern.replace('{}', re.escape(each))}$"
+                    category.chart.add(title=each).multiline.tag.append(curves)
     return made
-
-
-def _charts(head: str, titles: Iterable[str], pattern: str) -> dict[str, list]:
-    return {title: ["Multiline", [f"^{head}{pattern.replace('{}', re.escape(title))}$"]] for title in titles}

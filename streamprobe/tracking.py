@@ -4,11 +4,14 @@ Shapes: N tokens, L layers, K columns.
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamprobe.boards import SHOWN, Grid, family, layout, make_boards, tag
@@ -19,6 +22,8 @@ COMPARED = (
     "model", "data", "dtype", "quantization", "prompt", "support", "unlabelled", "split", "labels", "targets", "layers",
     "lags", "solvers", "l2", "learning_rate", "standardize", "max_passes", "seed",
 )  # fmt: skip
+WIDTH = 130  # letters in a line of the text tab
+BINS = 30  # of a histogram
 POINTS = 101  # of a precision-recall curve, at equal steps of recall
 
 
@@ -31,7 +36,17 @@ class Tracker:
 
         self.boards = make_boards(grids)
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
-        self.writer.add_custom_scalars(layout(self.boards))
+        self._charts()
+
+    def _charts(self) -> None:
+        """The layout of the custom scalars; torch's way of writing it knows no closed categories."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
+        held = TensorProto(dtype="DT_STRING", string_val=[layout(self.boards).SerializeToString()])
+        one = Summary.Value(tag="custom_scalars__config__", tensor=held, metadata=plugin)
+        self._add(Summary(value=[one]), None)
 
     def probes(self, name: str, grid: Grid, values: Tensor, step: int) -> None:
         """One point on the curve of every probe of a solver; values [L, K], NaN left out."""
@@ -78,9 +93,7 @@ class Tracker:
             scores, targets = scored.scores[valid, i, k], scored.targets[valid, k]
             name = f"{family(grid, column)}/lag{column.lag:+03d} best layer"
             self._precision_recall(name, scores, targets, step)
-            for kind in (0, 1):  # as steps, which TensorBoard draws one behind the other over the same axis
-                chosen = scores[targets == bool(kind)]
-                self.writer.add_histogram(f"logits/{name} (0 negatives, 1 positives)", chosen, kind, bins="auto")
+            self._logits(f"logits/{name} (0 negatives, 1 positives)", scores.double().numpy(), targets.numpy())
 
     def _precision_recall(self, name: str, scores: Tensor, targets: Tensor, step: int) -> None:
         ranking = rank(scores[:, None], targets)
@@ -89,6 +102,15 @@ class Tracker:
         tn, fn = ranking.n_negative - fp, ranking.n_positive - tp
         precision, recall = tp / (tp + fp), tp / ranking.n_positive
         self.writer.add_pr_curve_raw(f"precision/{name}", tp, fp, tn, fn, precision, recall, step, POINTS)
+
+    def _logits(self, name: str, scores: NDArray[np.float64], targets: NDArray[np.bool_]) -> None:
+        """The shares of negatives and positives by logit, as steps 0 and 1: TensorBoard draws one behind the other."""
+        edges = np.histogram_bin_edges(scores, BINS)
+        for kind in (0, 1):
+            own = scores[targets == bool(kind)]
+            share = np.histogram(own, edges)[0] / max(1, len(own))
+            limits, sums = edges[1:].tolist(), (own.sum(), np.square(own).sum())
+            self.writer.add_histogram_raw(name, edges[0], edges[-1], 1, *sums, limits, share.tolist(), kind)
 
     def _points(self, points: Iterable[tuple[str, float]], step: int) -> None:
         """A point on each of many curves, as one event; NaN left out."""
@@ -105,8 +127,11 @@ class Tracker:
         self.writer.add_scalar(name, value, step)
 
     def text(self, name: str, text: str) -> None:
-        """A page of the text tab, shown as it is."""
-        self.writer.add_text(name, "    " + text.replace("\n", "\n    "))
+        """A page of the text tab, shown as it is but for lines that are too long."""
+        lines = [
+            part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH, replace_whitespace=False) or [""]
+        ]
+        self.writer.add_text(name, "\n".join(f"    {line}" for line in lines))
 
     def outcome(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The keys of a config that make runs differ beside the numbers they led to, for the hparams tab."""

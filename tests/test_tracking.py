@@ -179,9 +179,15 @@ def test_precision_over_recall_is_scikit_learns(events: EventAccumulator) -> Non
 def test_histograms_are_of_negatives_then_positives(events: EventAccumulator) -> None:
     for k, column in enumerate(REAL):
         tag = f"logits/newton/{LABEL}/token/lag{column.lag:+03d} best layer (0 negatives, 1 positives)"
-        counts = {e.step: e.histogram_value.num for e in events.Histograms(tag)}
-        positives = int(SCORED.targets[:, k].sum())
-        assert counts == {0: int(SCORED.valid[:, k].sum()) - positives, 1: positives}
+        found = {e.step: e.histogram_value for e in events.Histograms(tag)}
+        valid, i = SCORED.valid[:, k], (1, 0, 0)[k]
+        y, s = SCORED.targets[valid, k].numpy(), SCORED.scores[valid, i, k].numpy()
+        assert set(found) == {0, 1}
+        for kind, histogram in found.items():
+            limits = np.array(histogram.bucket_limit)
+            expected = [(s[y == kind] <= limit).mean() for limit in limits]
+            np.testing.assert_allclose(np.cumsum(histogram.bucket), expected, atol=2e-3)
+        assert np.abs(np.array(found[0].bucket) - found[1].bucket).max() > 0.01, "negative control"
 
 
 def test_hparams_hold_what_makes_runs_differ(events: EventAccumulator) -> None:
