@@ -60,7 +60,7 @@ function paint() {
       span.classList.toggle("over", p !== null && p >= threshold);
       const place = chain.first + t;
       span.classList.toggle("picked", place >= chain.at[0] && place <= chain.at[1]);
-      span.style.backgroundColor = p === null || !most ? "" : `rgba(var(--paint), ${(0.75 * Math.sqrt(p / most)).toFixed(2)})`;
+      span.style.backgroundColor = p === null || !most ? "" : `rgba(var(--paint), calc(var(--depth) * ${Math.sqrt(p / most).toFixed(2)}))`;
       span.title = `token ${place}: ` + (p === null ? "not asked" : `probability ${p.toFixed(3)}`);
     });
   });

@@ -241,13 +241,19 @@ def contrast(a: str, b: str) -> float:
 
 def test_text_and_lines_stand_out_in_light_and_in_dark() -> None:
     style = (Path(page.__file__).parent / "page.css").read_text()
-    schemes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+    blocks = re.findall(r":root \{(.*?)\}", style, re.S)
+    schemes = [{**dict(re.findall(r"--(\w+): (#\w{6})", block)), "block": block} for block in blocks]
     assert len(schemes) == 2
     for colours in schemes:
         for name in ("ink", "quiet", "accent"):
             assert min(contrast(colours[name], colours[ground]) for ground in ("page", "panel")) >= 4.5, name
         for name in ("section", *(f"series{i}" for i in range(6))):
             assert contrast(colours[name], colours["page"]) >= 3, name
+        depth = float(re.search(r"--depth: ([\d.]+)", colours["block"])[1])  # type: ignore[index]
+        paint = re.search(r"--paint: (\d+), (\d+), (\d+)", colours["block"]).groups()  # type: ignore[union-attr]
+        ground = [int(colours["page"][i : i + 2], 16) for i in (1, 3, 5)]
+        deepest = [round(depth * int(p) + (1 - depth) * g) for p, g in zip(paint, ground, strict=True)]
+        assert contrast(colours["ink"], "#" + "".join(f"{c:02x}" for c in deepest)) >= 4.5
     assert contrast("#b9b9b9", "#ffffff") < 3, "negative control"
 
 
