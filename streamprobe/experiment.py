@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprobe import backbone, preflight, report, results
+from streamprobe import backbone, preflight, report, results, table, transcripts
 from streamprobe.checkpoint import load_run, save_run
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
@@ -60,17 +60,21 @@ def _run(config: RunConfig) -> Path:
         check_resume(facts, checkpoint[1]["facts"])
     memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
     write_config(folder, facts)
-    fits, thresholds, passes = fit(lab, folder, memories, checkpoint, facts)
+    fits, thresholds, passes, tracker = fit(lab, folder, memories, checkpoint, facts)
     judged = test(lab, folder, fits, thresholds, facts)
     rows, verdicts = [each.row for each in judged], results.verdicts(judged)
     plan = f"{memories[0].rows} tokens on {memories[0].home}, {'kept' if memories[0].keep_train else 'streamed'}"
     cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), "activations": plan, **lab.cost()}
     if "newton" in config.training.solvers:
         cost["newton_matrices"] = "one per layer" if lab.shared else "one per layer and column"
-    report.write_summary(folder, rows, {**facts, **cost, "counts": lab.counts.as_dict(), "verdicts": verdicts})
-    lines = "\n".join(f"{name:<22}{value}" for name, value in cost.items())
-    report.write_report(folder, rows, verdicts, lab.preflight, lines)
-    print(f"\n{report.table(rows)}", *verdicts, "", f"{lines}\nwrote                 {folder}/", sep="\n", flush=True)
+    told = {"counts": lab.counts.as_dict(), "verdicts": verdicts, "preflight": lab.preflight}
+    report.write_summary(folder, rows, {**facts, **cost, **told})
+    report.write_report(folder)
+    printed = f"{table.table(rows, verdicts)}\n{table.describe_cost(cost)}"
+    tracker.text("1 verdict", printed)
+    tracker.outcome(config.flat(), table.headline(rows))
+    tracker.close()
+    print(f"\n{printed}\n{table.describe_files(folder)}", flush=True)
     return folder
 
 
@@ -89,18 +93,19 @@ def _dry_run(config: RunConfig) -> None:
 
 def fit(
     lab: Lab, folder: Path, memories: Memories, checkpoint: Checkpoint | None, facts: dict[str, Any]
-) -> tuple[list[Fit], list[Tensor], int]:
-    """Trains the banks; returns the solvers' best probes, their thresholds [L, K] and the passes made."""
+) -> tuple[list[Fit], list[Tensor], int, Tracker]:
+    """Trains the banks; returns the solvers' best probes, their thresholds [L, K], the passes made, and the tracker."""
     training = lab.config.training
     plan, memory, held_out = memories
     fits, done = make_fits(lab, checkpoint)
     tracker = Tracker(folder, [fit.solver for fit in fits], done[1] + 1 if lab.config.output.resume else None)
-    tracker.text("preflight", lab.preflight)
-    tracker.text("run", json.dumps(facts, indent=1))
-    lap = time.perf_counter()
+    tracker.text("2 preflight", lab.preflight)
+    tracker.text("3 config", json.dumps(facts, indent=1))
+    lap, seen = time.perf_counter(), done[1]
 
     def save(number: int, tokens: int) -> None:
-        nonlocal lap
+        nonlocal lap, seen
+        seen = tokens
         about = {"facts": facts, "pass": number, "tokens": tokens, "plan": [*plan[:3], lab.shared]}
         states = {fit.name: fit.solver.state() for fit in fits}
         save_run(folder, states | {f"{fit.name}-best": fit.best.state() for fit in fits}, about)
@@ -114,9 +119,11 @@ def fit(
         fits, memory, lambda n: lab.read("train", training.seed + n, f"pass {n}"), validation, tracker, save,
         training.max_passes, training.batch_size, training.seed, done,
     )  # fmt: skip
-    tracker.close()
     scored = evaluate([(natural(lab, fit), fit.share) for fit in fits], validation())
-    return fits, [measure(*each[:3])["threshold"] for each in scored], passes
+    metrics = [measure(*each[:3]) for each in scored]
+    for each, own, found in zip(fits, scored, metrics, strict=True):
+        tracker.curves(each.solver, own, found["auroc"], seen)
+    return fits, [found["threshold"] for found in metrics], passes, tracker
 
 
 def test(
@@ -145,6 +152,9 @@ def test(
     }
     report.write_probes(folder, probes, about)
     report.write_rows(folder / "results.csv", results.FIELDS, [each.row for each in judged])
+    tokenizer = backbone.load_tokenizer(lab.config.model.model, **lab.source)
+    shown = (parts, [each.row for each in judged], lab.splits["test"], lab.config.probes.labels, tokenizer)
+    report.write_transcripts(folder, transcripts.collect(*shown))
     categories = [chain.category for chain in lab.splits["test"]]
     for name, rows in (
         ("categories.csv", results.by_category(parts, categories, training.bootstrap, training.seed)),

@@ -1,13 +1,15 @@
-"""The results of a run: results.csv, summary.json, probes.safetensors, report.html and the table in the terminal.
+"""The files of a run's results: results.csv, summary.json, probes.safetensors, transcripts.json and report.html.
+
+    python -m streamprobe.report RUN            # draws RUN/report.html anew from the other files
 
 Shapes: L layers, K columns, D hidden size.
 """
 
 import csv
-import html
 import io
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from streamprobe.checkpoint import save_tensors, write_atomic
+from streamprobe.errors import InputError
+from streamprobe.page import render
 from streamprobe.probes import ProbeBank, bank_tensors
 from streamprobe.results import FIELDS, Row, place
+
+WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields that are text
+COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
@@ -55,99 +62,81 @@ def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[st
     save_tensors(folder / "probes.safetensors", tensors, {**about, **layout})
 
 
-def _grids(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, dict[int, Row]]]:
-    """The rows by (solver, label, target), then by their place, then by lag; layers before controls."""
-    grids: dict[tuple[str, str, str], dict[str, dict[int, Row]]] = {}
-    for row in sorted(rows, key=lambda row: bool(row["control"])):
-        grid = grids.setdefault((row["solver"], row["label"], row["target"]), {})
-        grid.setdefault(place(row), {})[row["lag"]] = row
-    return grids
+def write_transcripts(folder: Path, transcripts: Mapping[str, Any]) -> None:
+    """transcripts.json, of `transcripts.collect`."""
+    write_atomic(folder / "transcripts.json", json.dumps(transcripts, separators=(",", ":")).encode())
 
 
-def _best(grid: Mapping[str, Mapping[int, Row]]) -> dict[int, Row]:
-    """The layer with the highest AUROC at each lag."""
-    best: dict[int, Row] = {}
-    for line in grid.values():
-        for lag, row in line.items():
-            if not row["control"] and (lag not in best or _by_auroc(row) > _by_auroc(best[lag])):
-                best[lag] = row
-    return dict(sorted(best.items()))
+def write_report(folder: Path) -> None:
+    """report.html, from the folder's results.csv, summary.json and transcripts.json.
+
+    Raises InputError where one of them is missing or broken.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
+    rows = _read_rows(folder / "results.csv")
+    run = _read_json(folder / "summary.json", "run")["run"]
+    transcripts = _read_json(folder / "transcripts.json", "chains", "labels", "probes", "reference", "picked_by")
+    _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
+    write_atomic(folder / "report.html", render(folder.resolve().name, rows, run, transcripts).encode())
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Test AUROC by layer or control and lag, and the best layer of each lag with its lift, as text."""
-    lines = []
-    for (solver, label, target), grid in _grids(rows).items():
-        best = _best(grid)
-        lines += [f"test AUROC   {label}, target {target}, solver {solver}", ""]
-        head = (f"{'lag ' if lag == min(best) else ''}{lag:+d}" for lag in best)
-        lines.append(f"{'':<18}" + "".join(f"{name:>8}" for name in head))
-        for name, line in grid.items():
-            cells = (f"{line[lag]['auroc']:>8.3f}" if lag in line else f"{'':>8}" for lag in best)
-            lines.append(f"{name:<18}" + "".join(cells))
-        for name, key, form in (
-            ("best layer", "layer", "d"), ("low 95%", "auroc_low", ".3f"), ("high 95%", "auroc_high", ".3f"),
-            ("lift", "lift", ".3f"), ("low 95%", "lift_low", ".3f"), ("high 95%", "lift_high", ".3f"),
-            ("AP", "average_precision", ".3f"), ("F1", "f1", ".3f"), ("base rate", "base_rate", ".3f"),
-        ):  # fmt: skip
-            lines.append(f"{name:<18}" + "".join(f"{row[key]:>8{form}}" for row in best.values()))
-        controls = (row["best_control"][:7] for row in best.values())
-        lines.append(f"{'lift is over':<18}" + "".join(f"{control:>8}" for control in controls))
-        flat = [row for line in grid.values() for row in line.values()]
-        blank = sum(math.isnan(row["auroc"]) for row in flat)
-        if blank:
-            lines.append(f"{blank} probes have nan: their test tokens lack a class")
-        norms = sorted(row["gradient_norm"] for row in flat if not math.isnan(row["gradient_norm"]))
-        if norms:
-            lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
-        lines.append("")
-    return "\n".join(lines)
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _broken(path, str(error)) from error
 
 
-def _by_auroc(row: Row) -> float:
-    return -1.0 if math.isnan(row["auroc"]) else row["auroc"]
-
-
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0 1.5rem; }
-th, td { padding: .25rem .55rem; text-align: right; }
-td { color: #111; } td.plain, th { color: inherit; }
-pre { overflow-x: auto; padding: 1rem; border: 1px solid #8886; font-size: 12px; }
-"""
-
-
-def write_report(folder: Path, rows: Sequence[Row], verdicts: Sequence[str], preflight: str, summary: str) -> None:
-    """report.html: one self-contained page; text from the data is escaped."""
-    parts = [f"<p class=verdict>{html.escape(sentence)}</p>" for sentence in verdicts]
-    for (solver, label, target), grid in _grids(rows).items():
-        lags = list(_best(grid))
-        head = "".join(f"<th scope=col>{lag:+d}</th>" for lag in lags)
-        body = "".join(
-            f"<tr><th scope=row>{html.escape(name)}</th>{''.join(_cell(line.get(lag)) for lag in lags)}</tr>"
-            for name, line in grid.items()
-        )
-        title = html.escape(f"{label}, target {target}, solver {solver}")
-        parts.append(f"<h2>{title}</h2><table><tr><th>lag</th>{head}</tr>{body}</table>")
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>streamprobe: {html.escape(folder.name)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(folder.name)}</h1><p>AUROC on held-out test chains, with the 95% interval over resampled "
-        f"chains. Lag k: the activation at token t predicts the label at token t + k.</p>{''.join(parts)}"
-        f"<h2>Run</h2><pre>{html.escape(summary)}</pre><h2>Data</h2><pre>{html.escape(preflight)}</pre></html>"
+def _broken(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path}, which cannot be read ({why})", "the file that a finished run writes", "give the folder of such a run"
     )
-    write_atomic(folder / "report.html", page.encode())
 
 
-def _cell(row: Row | None) -> str:
-    """A heat-map cell: white at chance, deeper blue towards 1."""
-    if row is None:
-        return "<td class=plain></td>"
-    value = row["auroc"]
-    if math.isnan(value):
-        return "<td class=plain>nan</td>"
-    depth = min(1.0, abs(value - 0.5) * 2)
-    red, green, blue = (round(255 - depth * span) for span in ((150, 90, 10) if value >= 0.5 else (10, 90, 150)))
-    interval = f"<br><small>{row['auroc_low']:.3f}&ndash;{row['auroc_high']:.3f}</small>"
-    return f"<td style='background:rgb({red},{green},{blue})'>{value:.3f}{interval}</td>"
+def _read_json(path: Path, *names: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise _broken(path, str(error)) from error
+    _require(path, found, *names)
+    return found
+
+
+def _require(path: Path, found: Any, *names: str) -> None:
+    missing = [name for name in names if not (isinstance(found, dict) and name in found)]
+    if missing:
+        raise _broken(path, f"no {missing[0]} in it")
+
+
+def _read_rows(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        for line in csv.DictReader(io.StringIO(_read(path))):
+            row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
+            whole = {name: int(row[name]) for name in COUNTS}
+            rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise _broken(path, f"line {len(rows) + 2}: {error}") from error
+    if not rows:
+        raise _broken(path, "no row in it")
+    return rows
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m streamprobe.report RUN`; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    try:
+        if len(argv) != 1:
+            raise InputError(
+                f"{len(argv)} arguments", "the folder of one run", "python -m streamprobe.report runs/demo"
+            )
+        write_report(Path(argv[0]))
+    except InputError as error:
+        print(f"streamprobe: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {Path(argv[0]) / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,23 +1,30 @@
-"""TensorBoard.  The step of every curve is the number of training tokens seen so far, over all passes."""
+"""TensorBoard.  The step of every curve is the number of training tokens seen so far, over all passes.
+
+Shapes: N tokens, L layers, K columns.
+"""
 
 import math
-import re
-from collections.abc import Sequence
-from itertools import product
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from streamprobe.lags import Column
+from streamprobe.boards import SHOWN, Grid, family, layout, make_boards, tag
+from streamprobe.heatmap import size
+from streamprobe.metrics import Scored, rank
 
-
-class Grid(Protocol):
-    """The probes of a solver, by layer and column."""
-
-    name: str
-    layers: list[int | str]
-    columns: list[Column]
+COMPARED = (
+    "model", "data", "dtype", "quantization", "prompt", "support", "unlabelled", "split", "labels", "targets", "layers",
+    "lags", "solvers", "l2", "learning_rate", "standardize", "max_passes", "seed",
+)  # fmt: skip
+WIDTH = 130  # letters in a line of the text tab
+BINS = 30  # of a histogram
+POINTS = 101  # of a precision-recall curve, at equal steps of recall
 
 
 class Tracker:
@@ -27,36 +34,117 @@ class Tracker:
         """Writes event files into `folder`; on resume, `purge_step` hides what was logged after the checkpoint."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self.boards = make_boards(grids)
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
-        self.writer.add_custom_scalars(self._layout(grids))
+        self._charts()
 
-    def _tag(self, name: str, solver: str, layer: int | str, column: Column) -> str:
-        return f"{name}/{solver}/{column.label}/{column.target}/{place(layer, column)}/lag{column.lag:+03d}"
+    def _charts(self) -> None:
+        """The layout of the custom scalars; torch's way of writing it knows no closed categories."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
 
-    def _layout(self, grids: Sequence[Grid]) -> dict[str, dict[str, list]]:
-        """Custom scalars: for each metric, label and target a chart per layer and per control that holds all lags."""
-        layout: dict[str, dict[str, list]] = {}
-        for name, grid in product(("val_auroc", "val_average_precision", "val_f1_at_half", "train_loss"), grids):
-            for column, layer in product(grid.columns, grid.layers):
-                charts = layout.setdefault(f"{name} {grid.name} {column.label} {column.target}", {})
-                tags = charts.setdefault(place(layer, column), ["Multiline", []])[1]
-                tags.append("^" + re.escape(self._tag(name, grid.name, layer, column)) + "$")
-        return layout
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
+        held = TensorProto(dtype="DT_STRING", string_val=[layout(self.boards).SerializeToString()])
+        one = Summary.Value(tag="custom_scalars__config__", tensor=held, metadata=plugin)
+        self._add(Summary(value=[one]), None)
 
     def probes(self, name: str, grid: Grid, values: Tensor, step: int) -> None:
         """One point on the curve of every probe of a solver; values [L, K], NaN left out."""
-        for layer, row in zip(grid.layers, values.tolist(), strict=True):
-            for column, value in zip(grid.columns, row, strict=True):
-                if not math.isnan(value):
-                    self.writer.add_scalar(self._tag(name, grid.name, layer, column), value, step)
+        self._points(
+            (
+                (f"{name}/{tag(grid, layer, column)}", value)
+                for layer, row in zip(grid.layers, values.tolist(), strict=True)
+                for column, value in zip(grid.columns, row, strict=True)
+            ),
+            step,
+        )
+        for board in self.boards if name in SHOWN else ():
+            board.take(name, grid, values)
+
+    def maps(self, step: int) -> None:
+        """Heat maps of the latest values, and the best layer and the best permuted control of each lag."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for board in self.boards:
+            self._points(
+                (
+                    (f"{metric}/{board.name}/{name}/lag{lag:+03d}", value)
+                    for metric in SHOWN
+                    for name, values in board.highest(metric).items()
+                    for lag, value in zip(board.lags, values.tolist(), strict=True)
+                ),
+                step,
+            )
+            for name, png in board.images().items():
+                width, height = size(png)
+                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+                one = Summary.Value(tag=f"heat maps/{board.name} {name}", image=image)
+                self._add(Summary(value=[one]), step)
+
+    def curves(self, grid: Grid, scored: Scored, auroc: Tensor, step: int) -> None:
+        """Precision over recall, and logits of positives and of negatives, of the layer with the best auroc [L, K].
+
+        One of each for every column that is no control; the points of a curve are at equal steps of recall.
+        """
+        for k, column in enumerate(grid.columns):
+            if column.control or column.seed or not isinstance(grid.layers[0], int) or auroc[:, k].isnan().all():
+                continue
+            i, valid = int(auroc[:, k].nan_to_num(-1).argmax()), scored.valid[:, k]
+            scores, targets = scored.scores[valid, i, k], scored.targets[valid, k]
+            name = f"{family(grid, column)}/lag{column.lag:+03d} best layer"
+            self._precision_recall(name, scores, targets, step)
+            self._logits(f"logits/{name} (0 negatives, 1 positives)", scores.double().numpy(), targets.numpy())
+
+    def _precision_recall(self, name: str, scores: Tensor, targets: Tensor, step: int) -> None:
+        ranking = rank(scores[:, None], targets)
+        at = torch.linspace(ranking.n_positive, 1, POINTS).round().long() - 1
+        tp, fp = ranking.tp[at, 0].double(), ranking.fp[at, 0].double()
+        tn, fn = ranking.n_negative - fp, ranking.n_positive - tp
+        precision, recall = tp / (tp + fp), tp / ranking.n_positive
+        self.writer.add_pr_curve_raw(f"precision/{name}", tp, fp, tn, fn, precision, recall, step, POINTS)
+
+    def _logits(self, name: str, scores: NDArray[np.float64], targets: NDArray[np.bool_]) -> None:
+        """The shares of negatives and positives by logit, as steps 0 and 1: TensorBoard draws one behind the other."""
+        edges = np.histogram_bin_edges(scores, BINS)
+        for kind in (0, 1):
+            own = scores[targets == bool(kind)]
+            share = np.histogram(own, edges)[0] / max(1, len(own))
+            limits, sums = edges[1:].tolist(), (own.sum(), np.square(own).sum())
+            self.writer.add_histogram_raw(name, edges[0], edges[-1], 1, *sums, limits, share.tolist(), kind)
+
+    def _points(self, points: Iterable[tuple[str, float]], step: int) -> None:
+        """A point on each of many curves, as one event; NaN left out."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in points if not math.isnan(value)]
+        self._add(Summary(value=values), step)
+
+    def _add(self, summary: Any, step: int | None) -> None:
+        self.writer._get_file_writer().add_summary(summary, step)
 
     def number(self, name: str, value: float, step: int) -> None:
         """One point on a curve of the whole run."""
         self.writer.add_scalar(name, value, step)
 
     def text(self, name: str, text: str) -> None:
-        """A page of the text tab, shown as it is."""
-        self.writer.add_text(name, "    " + text.replace("\n", "\n    "))
+        """A page of the text tab, shown as it is but for lines that are too long."""
+        lines = [
+            part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH, replace_whitespace=False) or [""]
+        ]
+        self.writer.add_text(name, "\n".join(f"    {line}" for line in lines))
+
+    def outcome(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The keys of a config that make runs differ beside the numbers they led to, for the hparams tab."""
+        from torch.utils.tensorboard.summary import hparams
+
+        keys = {
+            name: value if isinstance(value, bool | int | float | str) else " ".join(map(str, value or ["none"]))
+            for name, value in config.items()
+            if name in COMPARED
+        }
+        for summary in hparams(keys, dict(metrics)):
+            self._add(summary, None)
+        self._points(metrics.items(), 0)
 
     def flush(self) -> None:
         """Puts on disk what was logged so far."""
@@ -65,10 +153,3 @@ class Tracker:
     def close(self) -> None:
         """Ends the event file."""
         self.writer.close()
-
-
-def place(layer: int | str, column: Column) -> str:
-    """Where a probe stands: layer12, embed, layer12-permuted, and with its seed, if that is not 0, layer12-seed1."""
-    where = f"layer{layer:02d}" if isinstance(layer, int) else layer
-    control = f"-{column.control}" if column.control else ""
-    return where + control + (f"-seed{column.seed}" if column.seed else "")

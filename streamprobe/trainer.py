@@ -105,6 +105,7 @@ def train(
         banks = [(fit.solver.bank(), fit.share) for fit in live]
         for fit, (bank, _), scored in zip(live, banks, evaluate(banks, validation()), strict=True):
             judge(fit, bank, scored, number, tracker, tokens)
+        tracker.maps(tokens)
         tracker.number("progress/pass", number, tokens)
         save(number, tokens)
         tracker.flush()

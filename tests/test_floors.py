@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
-    ["errors", "lifts", "metrics"],
+    ["errors", "lifts", "metrics", "heatmap"],
     ["settings", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
-    ["config", "model", "probes", "moments", "tracking", "chains", "controls", "behaviour"],
-    ["train", "solvers", "newton", "checkpoint", "stream", "results"],
-    ["memory", "report", "provenance", "baseline", "generation"],
-    ["trainer", "preflight", "madeup", "monitor", "hub"],
-    ["lab", "clockwork", "overhead"],
-    ["fits", "bench", "steering"],
+    ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
+    ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
+    ["memory", "table", "transcripts", "provenance", "baseline", "generation"],
+    ["trainer", "preflight", "madeup", "charts", "monitor", "hub"],
+    ["lab", "clockwork", "page", "overhead"],
+    ["fits", "report", "bench", "steering"],
     ["experiment"],
     ["cli"],
 ]
