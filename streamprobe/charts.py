@@ -90,7 +90,7 @@ def _band(axes: Any, best: Mapping[int, Row], name: str, label: str) -> None:
 
 def _ticks(axes: Any, lags: Sequence[int]) -> None:
     """A tick for every lag that has room for its name."""
-    room = (lags[-1] - lags[0]) / 16
+    room = (lags[-1] - lags[0]) / 13
     shown: list[int] = []
     for lag in sorted(lags, key=lambda lag: (lag != 0, lag)):
         if all(abs(lag - other) >= room for other in shown):

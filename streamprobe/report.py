@@ -111,8 +111,9 @@ def _require(path: Path, found: Any, *names: str) -> None:
 
 def _read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
+    text = _read(path)
     try:
-        for line in csv.DictReader(io.StringIO(_read(path))):
+        for line in csv.DictReader(io.StringIO(text)):
             row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
             whole = {name: int(row[name]) for name in COUNTS}
             rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
