@@ -152,8 +152,7 @@ def test(
     }
     report.write_probes(folder, probes, about)
     report.write_rows(folder / "results.csv", results.FIELDS, [each.row for each in judged])
-    tokenizer = backbone.load_tokenizer(lab.config.model.model, **lab.source)
-    shown = (parts, [each.row for each in judged], lab.splits["test"], lab.config.probes.labels, tokenizer)
+    shown = (parts, [each.row for each in judged], lab.splits["test"], lab.config.probes.labels, lab.tokenizer)
     report.write_transcripts(folder, transcripts.collect(*shown))
     categories = [chain.category for chain in lab.splits["test"]]
     for name, rows in (

@@ -39,9 +39,9 @@ class Lab:
         rows = read_rows(data.data, data.data_split, columns, data.data_sha256)
         if data.max_chains and data.max_chains < len(rows):
             rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
-        tokenizer = backbone.load_tokenizer(model.model, **self.source)
+        self.tokenizer = backbone.load_tokenizer(model.model, **self.source)
         self.splits, self.counts = chains.load_chains(
-            rows, fields, tokenizer, probes.labels, backbone.context(model_config),
+            rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
             chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response),
             chains.Division(
                 data.test_share, data.validation_share, data.split_seed, data.test_categories,
@@ -57,7 +57,7 @@ class Lab:
         if max(len(c.ids) for split in self.splits.values() for c in split) > model.max_batch_tokens:
             backbone.make_cache(model_config)  # so that a model that cannot be read in chunks is told before it loads
         self.preflight = preflight.describe(
-            self.counts, self.splits, self.census, self.columns, probes.labels, tokenizer
+            self.counts, self.splits, self.census, self.columns, probes.labels, self.tokenizer
         )
         self.forwards = self.tokens = self.padded = 0
         self.seconds = 0.0
