@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TAG = re.compile(r'\["([^"\[\]\n]{1,80})"\]')
+TAG = re.compile(r'\["([^"\[\]\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,80})"\]')  # nothing invisible
 END = "end-section"
 WORD = re.compile(r"\w+|[^\w\s]")
 MAX_GAP = 1_000_000  # characters squared: a larger edited stretch is not aligned letter by letter

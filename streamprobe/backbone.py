@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 
 
 def _loader(kind: str, model: str, **where: Any) -> Any:
@@ -36,7 +36,7 @@ def _loader(kind: str, model: str, **where: Any) -> Any:
         )
         if any(isinstance(c, RepositoryNotFoundError) for c in causes):
             raise InputError(f"model {model}, which is not on the hub", expected, fix) from error
-        raise InputError(f"model {model}: {str(error).strip().splitlines()[0]}", expected, fix) from error
+        raise InputError(f"model {model}: {first_line(error)}", expected, fix) from error
 
 
 def read_config(model: str, **where: Any) -> Any:

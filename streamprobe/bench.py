@@ -23,7 +23,7 @@ import torch
 from streamprobe import clockwork
 from streamprobe.checkpoint import write_atomic
 from streamprobe.clockwork import JOB, OFFLINE, PASSES, Ledger
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 from streamprobe.madeup import SHAPES, Workbench, count
 from streamprobe.provenance import device_name, git_commit, versions
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json:
             write_atomic(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode())
     except (InputError, torch.OutOfMemoryError) as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         oom = f"too little device memory ({line}); expected room for model and activations; fix: lower --chains"
         print(f"streamprobe: {line if isinstance(error, InputError) else oom}", file=sys.stderr)
         return 2

@@ -1,6 +1,11 @@
 """The one exception that means: the person who launched this can fix it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class InputError(ValueError):
     """What the user gave cannot be run; the message is one line that says what was got, what was expected and the fix.
 

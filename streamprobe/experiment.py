@@ -12,7 +12,7 @@ from torch import Tensor
 from streamprobe import backbone, preflight, report, results, table, transcripts
 from streamprobe.checkpoint import load_run, save_run
 from streamprobe.config import RunConfig
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 from streamprobe.fits import Checkpoint, make_fits, standing
 from streamprobe.lab import Lab, Memories
 from streamprobe.metrics import measure
@@ -38,7 +38,7 @@ def run(config: RunConfig) -> Path | None:
         return None
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"too little device memory ({str(error).splitlines()[0]})",
+            f"too little device memory ({first_line(error)})",
             "room for the model, a batch and the activations",
             "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit",
         ) from error

@@ -17,7 +17,7 @@ from streamprobe import backbone, chains
 from streamprobe.chains import format_prompt
 from streamprobe.checkpoint import write_atomic
 from streamprobe.config import RunConfig, load_config
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 from streamprobe.probes import ProbeBank, load_probes
 
 
@@ -80,7 +80,7 @@ def status(work: Callable[[], None]) -> int:
         print(f"streamprobe: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        told = InputError(f"too little device memory ({str(error).splitlines()[0]})", "room for the model", "free some")
+        told = InputError(f"too little device memory ({first_line(error)})", "room for the model", "free some")
         print(f"streamprobe: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def open_run(folder: Path, given: argparse.Namespace) -> tuple[RunConfig, ProbeB
 
 
 def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:
-    """The run's whole model, frozen, and its tokenizer; raises InputError if it is not the one that was probed."""
+    """The run's whole model, frozen, and its tokenizer; raises InputError if the probes do not fit its size."""
     c = config.model
     where = {"revision": c.revision, "gguf_file": c.gguf_file, "trust_remote_code": c.trust_remote_code}
     tokenizer = backbone.load_tokenizer(c.model, **where)

@@ -37,7 +37,7 @@ def draw(
     letters = _letters()
     signed = "+" if scale == "diverging" else ""
     texts = [[f"{v:{signed}.3f}".replace("0.", ".", 1) if v == v else "" for v in row] for row in values.tolist()]
-    codes = np.array([[list(text.center(5).encode()) for text in row] for row in texts], dtype=np.uint8)
+    codes = np.array([[list(text[:5].center(5).encode()) for text in row] for row in texts], dtype=np.uint8)
     mask = letters[codes].transpose(0, 3, 1, 2, 4).reshape(len(rows), 11, len(columns), 30)
     ink = _colours(scale)[1][np.where(known, level, 0)]
     inner = cells[:, 3:14, :, 2:32]

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from streamprobe import generation
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 from streamprobe.probes import FILE, find_probes, read_about
 from streamprobe.results import place
 
@@ -66,7 +66,7 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
         api.create_commit(repo_id, operations, commit_message="Upload probes")
     except (OSError, HTTPError, HFValidationError) as error:
         raise InputError(
-            f"{repo_id} on the hub ({str(error).strip().splitlines()[0]})",
+            f"{repo_id} on the hub ({first_line(error)})",
             "user/name, a token that may write there, and a connection",
             "check the name; `hf auth login` or set HF_TOKEN",
         ) from error

@@ -211,7 +211,7 @@ def run(argv: Sequence[str] | None) -> None:
     threshold = bank.threshold[place].sigmoid().item()
     legend = f"layer {layer}, {column}, {bank.solver}; alarm (▲) from a probability of {threshold:.3f} on"
     colour = sys.stdout.isatty()
-    print(legend, given.prompt, sep="\n\n", flush=True)
+    print(printable(legend), printable(given.prompt), sep="\n\n", flush=True)
     torch.manual_seed(given.seed)
     options = generation.decoding(given.temperature, given.top_p)
     steps = watch(model, bank, ids, min(given.max_new_tokens, room), **options)

@@ -81,7 +81,7 @@ for (const button of document.querySelectorAll("th button")) {
     const key = (row) => row.cells[head.cellIndex].textContent;
     const order = (a, b) => {
       const x = parseFloat(a), y = parseFloat(b);
-      if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? a.localeCompare(b) : isNaN(x) ? 1 : -1;
+      if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? (down ? b.localeCompare(a) : a.localeCompare(b)) : isNaN(x) ? 1 : -1;
       return down ? y - x : x - y;
     };
     body.append(...[...body.rows].sort((a, b) => order(key(a), key(b))));

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 from streamprobe.lags import Column
 
 FILE = "probes.safetensors"
@@ -111,7 +111,7 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
     name = solver or about["solvers"][0]
     if name not in about["solvers"]:
         raise InputError(f"solver {name!r}", f"one whose probes {path} holds: {about['solvers']}", "choose another")
-    layers, columns = [int(layer) for layer in about["layers"]], [Column(*c) for c in about["columns"]]
+    layers, columns = about["layers"], [Column(*c) for c in about["columns"]]
     with safe_open(path, framework="pt") as f:
         weight, bias, threshold = (f.get_tensor(f"{name}.{part}") for part in ("weight", "bias", "threshold"))
     grid = (len(layers), len(columns))
@@ -140,7 +140,11 @@ def read_about(path: Path) -> dict[str, Any]:
         wanted = {f"{name}.{part}" for name in about["solvers"] for part in ("weight", "bias", "threshold")}
         if not wanted or not about["layers"] or not about["columns"] or wanted - names:
             raise KeyError(*sorted(wanted - names))
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        about["layers"] = [int(layer) for layer in about["layers"]]
+        about["columns"] = [
+            [str(label), str(target), int(lag), *rest] for label, target, lag, *rest in about["columns"]
+        ]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"({type(error).__name__}: {error})") from error
     return about
 
@@ -157,7 +161,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, FILE, revision=revision))
     except (OSError, HTTPError, HFValidationError) as error:
         raise InputError(
-            f"{repo}, which is no folder here and was not found on the hub ({str(error).strip().splitlines()[0]})",
+            f"{repo}, which is no folder here and was not found on the hub ({first_line(error)})",
             f"the folder of a run, or a repository on the hub that holds {FILE}",
             "check the name and the connection; for a private one `hf auth login` or set HF_TOKEN",
         ) from error

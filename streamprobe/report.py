@@ -78,7 +78,16 @@ def write_report(folder: Path) -> None:
     run = _read_json(folder / "summary.json", "run")["run"]
     transcripts = _read_json(folder / "transcripts.json", "chains", "labels", "probes", "reference", "picked_by")
     _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
-    write_atomic(folder / "report.html", render(folder.resolve().name, rows, run, transcripts).encode())
+    try:
+        page = render(folder.resolve().name, rows, run, transcripts)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _broken(folder, f"{type(error).__name__}: {error}") from error
+    try:
+        write_atomic(folder / "report.html", page.encode())
+    except OSError as error:
+        raise InputError(
+            f"{folder / 'report.html'} ({error})", "a file that can be written", "check the folder"
+        ) from error
 
 
 def _read(path: Path) -> str:

@@ -154,9 +154,12 @@ def steer_sweep(
         yield name, "ablate", write(ablate=vector)
 
 
-def judge(marker: str | None, model: str) -> Judge:
-    """What is counted in a response: matches of `marker`; without one, returns of the demo's model, else of MARKER."""
-    if marker is None and Path(model).resolve() == behaviour.MODEL.resolve():
+def judge(marker: str | None, texts: Sequence[str]) -> Judge:
+    """What is counted in the responses to prompts `texts`: matches of `marker`; without one, the demo's returns or MARKER.
+
+    The demo's returns, where all prompts are problems of the demo.
+    """
+    if marker is None and all(map(behaviour.is_problem, texts)):
         return lambda prompt, text: behaviour.read_response(behaviour.read_problem(prompt), text)
     try:
         pattern = re.compile(MARKER if marker is None else marker, re.IGNORECASE)
@@ -200,7 +203,6 @@ def run(argv: Sequence[str] | None) -> None:
     config, bank = generation.open_run(given.run, given)
     place = monitor.pick(given.run, bank, given)
     layer, column = bank.layers[place[0]], bank.columns[place[1]]
-    count = judge(given.marker, config.model.model)
     lab = Lab(config)
     model, tokenizer = generation.load_whole(config, bank)
     block = decoder_layers(model)[layer]
@@ -224,6 +226,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     options = generation.decoding(given.temperature, given.top_p)
     texts = [tokenizer.decode(p, skip_special_tokens=True) for p in prompts]
+    count = judge(given.marker, texts)
 
     def write(**vectors: Tensor) -> list[str]:
         torch.manual_seed(given.seed)

@@ -94,11 +94,15 @@ def _ladder(best: Mapping[int, Row]) -> list[str]:
     for lag, row in best.items():
         lines.append(
             f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>8.3f}   {_interval(row, 'auroc', ''):<16}"
-            f"{row['lift']:>+6.3f}   {_interval(row, 'lift', '+'):<18}{row['best_control']:<12}"
+            f"{_or_blank(row['lift'], '+.3f'):>6}   {_interval(row, 'lift', '+'):<18}{row['best_control']:<12}"
             f"{row['average_precision']:>6.3f}{row['base_rate']:>7.3f}{row['f1']:>7.3f}"
             f"{row['n_positive']:>11,} of {row['n_tokens']:>7,}"
         )
     return lines
+
+
+def _or_blank(value: float, form: str) -> str:
+    return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def _interval(row: Row, name: str, sign: str) -> str:

@@ -105,6 +105,8 @@ class Tracker:
 
     def _logits(self, name: str, scores: NDArray[np.float64], targets: NDArray[np.bool_]) -> None:
         """The shares of negatives and positives by logit, as steps 0 and 1: TensorBoard draws one behind the other."""
+        finite = np.isfinite(scores)
+        scores, targets = scores[finite], targets[finite]
         edges = np.histogram_bin_edges(scores, BINS)
         for kind in (0, 1):
             own = scores[targets == bool(kind)]

@@ -84,10 +84,17 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def encode(probability: Tensor, asked: Tensor) -> str:
-    """A character a token: the square root of probability [T] in 63 steps, UNASKED where asked [T] is False."""
-    steps = (probability.sqrt() * (len(LEVELS) - 1)).round().long().tolist()
-    return "".join(LEVELS[n] if a else UNASKED for n, a in zip(steps, asked.tolist(), strict=True))
+def encode(probability: Tensor, asked: Tensor, threshold: float | None) -> str:
+    """A character a token: the square root of probability [T] in 63 steps, UNASKED where asked [T] is False.
+
+    No step is on the other side of the threshold than its probability.
+    """
+    top = len(LEVELS) - 1
+    steps = (probability.sqrt() * top).round().long()
+    if threshold is not None:
+        shown, true = (steps / top).square() >= threshold, probability >= threshold
+        steps = (steps + (true & ~shown).long() - (shown & ~true).long()).clamp(0, top)
+    return "".join(LEVELS[n] if a else UNASKED for n, a in zip(steps.tolist(), asked.tolist(), strict=True))
 
 
 def collect(
@@ -145,7 +152,7 @@ def _excerpt(
         place, asked = part.scored.token[own], torch.zeros(length, dtype=torch.bool)
         probability = torch.zeros(length)
         asked[place], probability[place] = part.scored.valid[own, k], part.scored.scores[own, i, k].sigmoid()
-        said.append(encode(probability[shown], asked[shown]))
+        said.append(encode(probability[shown], asked[shown], _number(part.threshold[i, k].sigmoid())))
     return {
         "id": chain.id, "kind": why.kind, "at": [why.first, why.last], "first": first, "length": length,
         "tokens": pieces(chain.ids.tolist(), tokenizer)[shown], "codes": codes, "said": said,

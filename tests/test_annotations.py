@@ -304,3 +304,11 @@ def test_edited_copy_and_original_property(drawn, data):
         assert end <= section.start < section.end <= len(text)
         assert text[section.start : section.end].strip()
         end = section.end
+
+
+@pytest.mark.parametrize("mark", ["\x1b", "\x07", "\u202e", "\n"])
+def test_a_tag_holds_nothing_invisible(mark: str) -> None:
+    """What could command a terminal, or turn its text around, is no label."""
+    text = f'["a{mark}b"]one["end-section"] ["c"]two["end-section"]'
+    assert {section.label for section in parse_annotations(text)[1]} == {"c"}
+    assert {section.label for section in parse_annotations(text.replace(mark, "-"))[1]} == {"a-b", "c"}  # control

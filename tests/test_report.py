@@ -315,12 +315,17 @@ def test_a_letter_of_several_tokens_is_whole(tokenizer: Any) -> None:
 
 def test_a_letter_tells_a_probability() -> None:
     probability = torch.linspace(0, 1, 1001)
-    text = encode(probability, torch.arange(1001) != 500)
+    text = encode(probability, torch.arange(1001) != 500, None)
     read = torch.tensor([-1.0 if letter == UNASKED else (LEVELS.index(letter) / 63) ** 2 for letter in text])
     assert read[500] == -1 and len(set(LEVELS)) == 64 and UNASKED not in LEVELS
     error = (read - probability).abs()
     error[500] = 0
     assert error.max() < 1 / 63 and error[:10].max() < 0.003, "finest where events are rare"
+    for threshold in (0.003, 0.1234, 0.9):
+        text = encode(probability, torch.ones(1001, dtype=torch.bool), threshold)
+        near = torch.tensor([(LEVELS.index(letter) / 63) ** 2 for letter in text])
+        assert torch.equal(near >= threshold, probability >= threshold) and (near - probability).abs().max() < 2.1 / 63
+        assert not torch.equal(read.clamp_min(0) >= threshold, probability >= threshold), "negative control"
 
 
 def test_transcripts_hold_what_every_probe_says(
@@ -404,3 +409,24 @@ def test_files_are_listed_with_their_sizes(folder: Path) -> None:
         "checkpoint/ 2.5 MB" in text
         and f"results.csv {round((folder / 'results.csv').stat().st_size / 1e3)} kB" in text
     )
+
+
+def test_a_report_that_cannot_be_written_or_drawn_is_told_in_a_line(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any
+) -> None:
+    for number, spoil in enumerate(
+        (
+            lambda f: (f / "report.html").mkdir(),
+            lambda f: (f / "results.csv").write_text((f / "results.csv").read_text().replace(",embed,", ",emblem,")),
+            lambda f: (f / "transcripts.json").write_text(
+                (f / "transcripts.json").read_text().replace('"kind"', '"sort"')
+            ),
+        )
+    ):
+        copy = tmp_path_factory.mktemp("runs") / str(number)
+        shutil.copytree(folder, copy)
+        (copy / "report.html").unlink(missing_ok=True)
+        spoil(copy)
+        assert report.main([str(copy)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("streamprobe: ") and error.count("\n") == 1 and "Traceback" not in error

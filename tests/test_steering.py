@@ -16,6 +16,7 @@ from streamprobe import steering
 from streamprobe.backbone import decoder_layers
 from streamprobe.demo import behaviour, task
 from streamprobe.demo.model import PROMPT, answer
+from streamprobe.demo.train import HERE as MODEL
 from streamprobe.errors import InputError
 from streamprobe.hooks import steer, tap
 from streamprobe.stream import TokenBatch
@@ -31,8 +32,8 @@ def model(model_dir):
 @pytest.fixture(scope="module")
 def demo():
     return (
-        AutoModelForCausalLM.from_pretrained(behaviour.MODEL, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(behaviour.MODEL),
+        AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(MODEL),
     )
 
 
@@ -278,20 +279,25 @@ MARKED = {
 
 @pytest.mark.parametrize("text, n", MARKED.items())
 def test_markers(text, n):
-    assert steering.judge(None, "some/model")("", text) == {"events": n}
+    assert steering.judge(None, ["which box?"])("", text) == {"events": n}
 
 
 def test_the_marker_as_it_is_often_written_misses_no():
     """Negative control: after a comma there is a word border only where a letter follows."""
     naive = re.compile(r"\b(wait|hmm|actually|no,)\b", re.IGNORECASE)
-    assert not naive.search("No, that") and steering.judge(None, "some/model")("", "No, that")["events"]
+    assert not naive.search("No, that") and steering.judge(None, ["which box?"])("", "No, that")["events"]
 
 
 def test_a_marker_of_ones_own():
-    assert steering.judge("but", "some/model")("", "But no, BUT")["events"] == 2
-    assert steering.judge("but", str(behaviour.MODEL))("", "But no")["events"] == 1  # also for the demo
+    assert steering.judge("but", ["which box?"])("", "But no, BUT")["events"] == 2
+    assert steering.judge("but", ["reach 7 with 3 4 ?"])("", "But no")["events"] == 1  # also for the demo
     with pytest.raises(InputError, match="regular expression"):
-        steering.judge("(", "some/model")
+        steering.judge("(", ["which box?"])
+
+
+def test_problems_of_other_wording_are_judged_by_the_marker():
+    count = steering.judge(None, ["reach 7 with 3 4 ?", "obtain 7 with 3 4 ?"])
+    assert count("obtain 7 with 3 4 ?", "wait , wait") == {"events": 2}
 
 
 def test_a_true_response_is_read_exactly():
@@ -300,7 +306,7 @@ def test_a_true_response_is_read_exactly():
         drops = sum(step.kind == "drop" for step in task.search(problem))
         assert behaviour.read_problem(f"<s> {problem}\n\n") == problem
         assert behaviour.read_response(problem, text) == {"events": drops, "early": 0, "missed": 0, "solved": 1}
-        count = steering.judge(None, str(behaviour.MODEL))
+        count = steering.judge(None, ["reach 7 with 3 4 ?"])
         assert count(str(problem), text)["events"] == drops
 
 
@@ -378,7 +384,7 @@ def demo_run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("demo")
     keys = {
-        "model": str(behaviour.MODEL),
+        "model": str(MODEL),
         "data": str(task.CHAINS),
         "layers": [1],
         "lags": [0, 8],

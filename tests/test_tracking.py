@@ -162,6 +162,12 @@ def test_a_cell_has_the_colour_of_its_value() -> None:
     )  # negative control: the other end
 
 
+def test_the_largest_lift_fits_its_cell() -> None:
+    for values in ([[1.0, 0.1]], [[-1.0]], [[float("nan"), 1.0]]):
+        png = draw(np.array(values), ["a"], ["+0", "+8"][: len(values[0])], -0.2, 0.2, "diverging")
+        assert size(png)[0] > CELL[1]
+
+
 def test_precision_over_recall_is_scikit_learns(events: EventAccumulator) -> None:
     for k, i in ((0, 1), (1, 0), (2, 0)):  # the best layer of each column, where one is known
         tag = f"precision/newton/{LABEL}/token/lag{REAL[k].lag:+03d} best layer"

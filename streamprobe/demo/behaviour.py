@@ -2,16 +2,20 @@
 
 import re
 from itertools import zip_longest
-from pathlib import Path
 
 from streamprobe.demo.task import Problem, Step, is_valid_trace, read_step, search
 
-MODEL = Path(__file__).with_name("model")
+PROBLEM = re.compile(r"reach (\d+) with ([\d ]+) \?")
+
+
+def is_problem(text: str) -> bool:
+    """Whether a prompt poses a problem of the demo."""
+    return PROBLEM.search(text) is not None
 
 
 def read_problem(text: str) -> Problem:
     """The problem that a prompt poses."""
-    found = re.search(r"reach (\d+) with ([\d ]+) \?", text)
+    found = PROBLEM.search(text)
     assert found, f"no problem of the demo: {text!r}"
     return Problem(int(found[1]), tuple(map(int, found[2].split())))
 
