@@ -155,9 +155,9 @@ def steer_sweep(
 
 
 def judge(marker: str | None, texts: Sequence[str]) -> Judge:
-    """What is counted in the responses to prompts `texts`: matches of `marker`; without one, the demo's returns or MARKER.
+    """What is counted in the responses to prompts `texts`: matches of `marker`.
 
-    The demo's returns, where all prompts are problems of the demo.
+    Without one: the demo's returns, where all prompts are problems of the demo, else matches of MARKER.
     """
     if marker is None and all(map(behaviour.is_problem, texts)):
         return lambda prompt, text: behaviour.read_response(behaviour.read_problem(prompt), text)
