@@ -35,7 +35,7 @@ def test_backtracking_is_found_in_a_slice_of_the_real_chains_and_one_pass_is_eno
     """
     argv = [
         str(ROOT / "configs/smollm2-135m.yaml"), "--model", str(MODEL), "--gguf_file", GGUF, "--data", str(CHAINS),
-        "--layers", "11", "--max_chains", "100", "--bootstrap", "100", "--output_dir", str(tmp_path / "run"),
+        "--layers", "11", "--targets", "token", "--max_chains", "100", "--bootstrap", "100", "--output_dir", str(tmp_path / "run"),
     ]  # fmt: skip
     assert main(argv) == 0
     rows = {int(r["lag"]): r for r in csv.DictReader((tmp_path / "run" / "results.csv").open()) if not r["control"]}
