@@ -322,9 +322,11 @@ def test_the_spy_sees_a_write_outside(config):
 
 
 def launch(config, *argv):
+    """A process of its own, with as many threads as this one: sums of another order are not bit-identical."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "run.py", config, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, ROOT / "run.py", config, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("memory, stops", [("auto", "26"), ("0.003", "3")], ids=["replayed", "streamed"])
