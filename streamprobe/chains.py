@@ -56,6 +56,10 @@ class Counts:
     characters: int = 0
     labelled_characters: int = 0
 
+    def refuse(self, reason: str, id: str) -> None:
+        """Counts a chain that is not used."""
+        self.refused[reason] += 1
+
     def use(self, record: Record, found: Annotation) -> None:
         """Counts a chain that is used."""
         self.used += 1

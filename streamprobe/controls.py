@@ -102,7 +102,8 @@ class Surface:
     def __init__(self, embedding: nn.Module, ids: Tensor, hidden_size: int, layers: Sequence[str] = LAYERS):
         """`embedding` maps ids to [..., E]; `ids` [N] are tokens whose embeddings set the principal directions.
 
-        Rows are filled up with zeros to D = `hidden_size`.  Raises InputError for a model whose E is larger.
+        Rows are filled up with zeros to D = `hidden_size`.  Raises InputError for a model whose E is larger,
+        and for embeddings that are not finite.
         """
         self.embedding, self.layers = embedding, layers
         kinds, counts = ids.unique(return_counts=True)
@@ -114,6 +115,12 @@ class Surface:
                 f"embeddings of size {table.shape[1]} in a model of hidden size {hidden_size}",
                 "no larger ones, for the controls embed and text",
                 "give --controls position persistence permuted",
+            )
+        if not table.isfinite().all():
+            raise InputError(
+                "embeddings that are infinite or not a number",
+                "finite ones, for the controls embed and text",
+                "check the files of --model, or use another --dtype",
             )
         weight = (counts / counts.sum()).to(table)[:, None]
         self.mean = (table * weight).sum(0)

@@ -22,7 +22,8 @@ from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
 
 FREE_ON_RESUME = (
-    "output_dir", "resume", "dry_run", "max_passes", "memory_gb", "bootstrap", "config", "git_commit", "device"
+    "output_dir", "resume", "dry_run", "max_passes", "memory_gb", "bootstrap", "bad_chains",
+    "config", "git_commit", "device"
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What a run works with: chains, grid, frozen model and room for activations."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ from streamprobe import backbone, chains, controls, preflight
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
-from streamprobe.memory import ActivationMemory, Plan, Sizes, memory_room, plan_memory
+from streamprobe.memory import ActivationMemory, Plan, Reserve, Sizes, memory_room, plan_memory
 from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
 from streamprobe.reading import read_rows
-from streamprobe.stream import TokenBatch, stream
+from streamprobe.stream import SCREENING, TokenBatch, check_finite, find_bad_chains, stream
 
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 
@@ -49,18 +49,23 @@ class Lab:
             ),
             data.category_column,
         )  # fmt: skip
-        preflight.check_splits(self.splits, probes.labels, self.counts)
         self.fingerprint = chains.fingerprint(self.splits)
-        self._add_controls(make_columns(probes.labels, probes.targets, probes.lags))
+        self._take_stock()
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
         backbone.check_vocabulary(model_config, highest)
         if max(len(c.ids) for split in self.splits.values() for c in split) > model.max_batch_tokens:
             backbone.make_cache(model_config)  # so that a model that cannot be read in chunks is told before it loads
+        self.forwards = self.tokens = self.padded = 0
+        self.seconds = 0.0
+
+    def _take_stock(self) -> None:
+        """Checks the splits, adds the controls and describes what will be fed."""
+        probes = self.config.probes
+        preflight.check_splits(self.splits, probes.labels, self.counts)
+        self._add_controls(make_columns(probes.labels, probes.targets, probes.lags))
         self.preflight = preflight.describe(
             self.counts, self.splits, self.census, self.columns, probes.labels, self.tokenizer
         )
-        self.forwards = self.tokens = self.padded = 0
-        self.seconds = 0.0
 
     def _add_controls(self, real: list[Column]) -> None:
         """Permuted labels behind those of every chain, and the columns and places of the features on the side.
@@ -73,8 +78,9 @@ class Lab:
         self.arrays = list(dict.fromkeys(column.array for column in columns))
         random = np.random.default_rng(training.seed)
         for chain in {id(c): c for split in self.splits.values() for c in split}.values():
-            permuted = [controls.permute_labels(chain.codes, chain.support, random) for _ in range(n_permuted)]
-            chain.codes = torch.cat([chain.codes, *permuted], dim=1)
+            codes = chain.codes[:, : len(probes.labels)]
+            permuted = [controls.permute_labels(codes, chain.support, random) for _ in range(n_permuted)]
+            chain.codes = torch.cat([codes, *permuted], dim=1)
         census = preflight.take_census(self.splits, columns, self.arrays)
         preflight.check_census(census, real, self.splits)
         kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
@@ -116,6 +122,26 @@ class Lab:
             self.surface = controls.Surface(embedding, ids, self.hidden_size, self.surface_layers)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the plan sees what is free
+        if self.config.data.bad_chains == "skip":
+            self._skip_bad_chains()
+
+    def _skip_bad_chains(self) -> None:
+        """Leaves out chains with activations that are infinite or not numbers, as if their rows had been refused."""
+        layers, most = self.config.probes.layers, self.config.model.max_batch_tokens
+
+        def read(labelled: Sequence[chains.Chain]) -> Iterator[TokenBatch]:
+            return stream(labelled, self.model, layers, [SCREENING], [SCREENING.label], most, None, self._count_forward)
+
+        every = list({id(c): c for split in self.splits.values() for c in split}.values())
+        bad = find_bad_chains(every, read)
+        for chain in bad:
+            self.counts.refuse("with activations that are infinite or not numbers", chain.id)
+            self.counts.used -= 1
+        if bad:
+            gone = set(map(id, bad))
+            self.splits = {name: [c for c in split if id(c) not in gone] for name, split in self.splits.items()}
+            print(f"skipped   {len(bad)} chains with activations that are infinite or not numbers", flush=True)
+            self._take_stock()
 
     def stream(
         self,
@@ -131,19 +157,27 @@ class Lab:
         )  # fmt: skip
 
     def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
-        """One trip over a split through the model, with a progress bar in a terminal."""
-        total = sum(len(c.ids) for c in self.splits[split])
+        """One trip over a split through the model, with a progress bar in a terminal.
+
+        Raises InputError for an activation that is infinite or not numbers, at the moment it is read.
+        """
+        chosen = self.splits[split]
+        total = sum(len(c.ids) for c in chosen)
         with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
 
             def count(tokens: int, padded: int) -> None:
-                self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
+                self._count_forward(tokens, padded)
                 bar.update(tokens)
 
+            batches = self.stream(chosen, seed, count)
             start = time.perf_counter()
-            for batch in self.stream(self.splits[split], seed, count):
+            for batch in check_finite(batches, chosen, [*self.config.probes.layers, *self.surface_layers]):
                 self.seconds += time.perf_counter() - start
                 yield batch
                 start = time.perf_counter()
+
+    def _count_forward(self, tokens: int, padded: int) -> None:
+        self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
 
     def plan(self, before: list[int] | None) -> tuple[Plan, Sizes]:
         """Where the train and validation tokens will lie, and what each has; prints it.
@@ -157,9 +191,12 @@ class Lab:
             backbone.pick_dtype(self.config.model.dtype),
         )  # fmt: skip
         one, cap = sizes.token_bytes(), self.config.training.memory_cap
-        needed = (n_train + n_validation) * one
-        self.shared, curvature = self._curvature(memory_room(cap, self.device), needed, before)
-        plan = plan_memory(cap, one, n_train, n_validation, self.config.training.batch_size, self.device, curvature)
+        needed, reserve = (n_train + n_validation) * one, self._reserve(sizes)
+        room = memory_room(cap, self.device, reserve.on(self.device, self.device))
+        self.shared, curvature = self._curvature(room, needed, before)
+        plan = plan_memory(
+            cap, one, n_train, n_validation, self.config.training.batch_size, self.device, curvature, reserve
+        )
         if before and list(plan[:3]) != before[:3]:  # the plan decides the order of the tokens
             raise InputError(
                 f"room for {plan.rows:,} training tokens",
@@ -175,12 +212,33 @@ class Lab:
         )  # fmt: skip
         return plan, sizes
 
+    def _reserve(self, sizes: Sizes) -> Reserve:
+        """What the forward passes, a chunk of tokens, the evaluation and a checkpoint will take for a while."""
+        most = self.config.model.max_batch_tokens
+        lengths = [len(c.ids) for split in self.splits.values() for c in split]
+        batch = min(most, sum(lengths)), min(most, max(lengths))
+        text = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        intermediate = getattr(text, "intermediate_size", None) or 4 * self.hidden_size
+        evaluated = max(sum(int(c.support.sum()) for c in self.splits[name]) for name in ("validation", "test"))
+        n_beside = len(self.surface_layers) + len(self.side)
+        n_probes = len(self.config.probes.layers) * len(self.columns) + n_beside * self.n_real
+        passing = sizes.reserve(batch, intermediate, evaluated, n_probes * len(self.config.training.solvers))
+        return passing._replace(host=passing.host + 2 * self._vectors())  # twice while a checkpoint is written
+
     def memories(self, before: list[int] | None) -> Memories:
         """Room for the train and the validation tokens, as planned."""
         plan, sizes = self.plan(before)
         kept = self.census["validation"][0] * plan.keep_validation
         train = ActivationMemory(plan.rows, plan.keep_train, sizes, self.device, plan.home)
         return plan, train, ActivationMemory(kept, plan.keep_validation, sizes, self.device, plan.home)
+
+    def _vectors(self) -> int:
+        """Bytes of what Newton's solvers hold beside their matrices."""
+        if "newton" not in self.config.training.solvers:
+            return 0
+        n_probes = len(self.config.probes.layers) * len(self.columns) + len(self.surface_layers) * self.n_real
+        beside = sum(vector_bytes(1, self.n_real, part.stop - part.start) for part in self.side.values())
+        return vector_bytes(1, n_probes, self.hidden_size) + beside
 
     def _curvature(self, room: int, activations: int, before: list[int] | None) -> tuple[bool, int]:
         """Whether Newton's columns must share a matrix per layer, and the bytes that the solver takes.
@@ -193,12 +251,9 @@ class Lab:
         if self.device.type == "mps":
             raise InputError("solver newton on mps", "a device with float64", "give --device_map cpu or --solvers adam")
         n_layers, n_surface = len(self.config.probes.layers), len(self.surface_layers)
-        n_probes = n_layers * len(self.columns) + n_surface * self.n_real
-        vectors = vector_bytes(1, n_probes, self.hidden_size)
+        n_probes, vectors = n_layers * len(self.columns) + n_surface * self.n_real, self._vectors()
         all_probes, one = (curvature_bytes(1, n, self.hidden_size) for n in (n_probes, n_layers + n_surface))
-        for part in self.side.values():
-            width = part.stop - part.start
-            vectors += vector_bytes(1, self.n_real, width)
+        for width in (part.stop - part.start for part in self.side.values()):
             all_probes, one = all_probes + curvature_bytes(1, self.n_real, width), one + curvature_bytes(1, 1, width)
         spare = room - activations - vectors - one
         shared = bool(before[3]) if before else all_probes > room / 2 or 0 <= spare < all_probes

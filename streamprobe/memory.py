@@ -6,12 +6,12 @@ Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from streamprobe.errors import InputError
 from streamprobe.stream import TokenBatch
+from streamprobe.system.hardware import free_bytes
 
 MIXING_TOKENS = 65_536  # tokens that pass 1, or a pass that streams, mixes before it trains on any of them
 CHUNK_TOKENS = 4_096  # tokens handed on at once
@@ -27,15 +27,24 @@ class Plan(NamedTuple):
     home: torch.device  # where the kept tokens or the pool lie
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that is free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+class Reserve(NamedTuple):
+    """Bytes that a run fills for a while, beside the activations that it keeps and what its solvers hold."""
+
+    device: int = 0  # a forward pass, and a chunk of tokens on its way to the solvers
+    host: int = 0  # scores of all probes, while a split is evaluated
+
+    def on(self, home: torch.device, device: torch.device) -> int:
+        """Those of them that lie on `home`, in a run on `device`."""
+        return self.device * (home == device) + self.host * (home.type == "cpu")
 
 
-def memory_room(memory_gb: float | None, device: torch.device) -> int:
-    """Bytes that a run may fill on `device`: `memory_gb` 10^9 bytes, or what is free less 3 GiB and a tenth."""
-    free = free_bytes(device)
-    return max(0, int(0.9 * free) - 3 * 2**30) if memory_gb is None else int(min(memory_gb * 1e9, free))
+NO_RESERVE = Reserve()
+
+
+def memory_room(memory_gb: float | None, device: torch.device, reserve: int = 0) -> int:
+    """Bytes that a run may fill on `device`: nine tenths of what is free less `reserve`, at most `memory_gb` 10^9."""
+    room = max(0, int(0.9 * free_bytes(device)) - reserve)
+    return room if memory_gb is None else int(min(memory_gb * 1e9, room))
 
 
 class Sizes(NamedTuple):
@@ -51,6 +60,19 @@ class Sizes(NamedTuple):
         """Bytes of a token: its activations and features on the side, targets and validity, and its place."""
         return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 16
 
+    def reserve(self, batch: tuple[int, int], intermediate: int, n_evaluated: int, n_probes: int) -> Reserve:
+        """What must stay free: estimates that a measurement on Llama-like models exceeds by no more than a tenth.
+
+        `batch`: tokens of the largest forward pass, with padding, and those of its longest chain; `intermediate`: width
+        of the model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers.
+        """
+        tokens, longest = batch
+        item = self.dtype.itemsize
+        forward = item * tokens * (12 * self.hidden + 4 * intermediate + self.layers * self.hidden + longest)
+        handed_on = 3 * item * tokens * self.layers * self.hidden  # rows, paired rows, and the batch
+        trained_on = 4 * 4 * CHUNK_TOKENS * self.layers * (self.hidden + 1)  # float32, in four steps of the arithmetic
+        return Reserve(max(forward + handed_on, trained_on), 3 * 4 * n_evaluated * n_probes)
+
 
 def plan_memory(
     memory_gb: float | None,
@@ -60,15 +82,17 @@ def plan_memory(
     batch_size: int,
     device: torch.device,
     taken: int = 0,
+    reserve: Reserve = NO_RESERVE,
 ) -> Plan:
     """Device memory first, then host RAM, if both splits fit there; else a mixing pool, in device memory if it can be.
 
-    `memory_gb` as in `memory_room`; `taken` bytes of the device's are spoken for.  Raises InputError if there is not
-    even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that is more.
+    `memory_gb` as in `memory_room`; `taken` bytes of the device's are spoken for, and those of `reserve` stay free.
+    Raises InputError if there is not even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that
+    is more.
     """
-    rooms = {device: max(0, memory_room(memory_gb, device) - taken)}
-    if device.type != "cpu":
-        rooms[torch.device("cpu")] = memory_room(memory_gb, torch.device("cpu"))
+    homes = dict.fromkeys((device, torch.device("cpu")))
+    rooms = {home: memory_room(memory_gb, home, reserve.on(home, device)) for home in homes}
+    rooms[device] = max(0, rooms[device] - taken)
     for home, space in rooms.items():
         if (n_train + n_validation) * token_bytes <= space:
             return Plan(n_train, True, True, home)

@@ -40,14 +40,16 @@ def watch(
 
     input_ids [T]: the token is an int and its probabilities are [L, K] float32.  input_ids [B, T] (padded on the left,
     with an `attention_mask` among the options): tokens [B] int64 and [B, L, K]; a chain that has ended goes on with the
-    pad token, and what is said of that means nothing.  Both are on the model's device.  `options` are those of
-    `generate`: do_sample, temperature, eos_token_id, stop_strings, ...; no beams, and one sequence a prompt.
+    pad token, and what is said of that means nothing.  Both are on the model's device, to which the tensors that are
+    given are moved.  `options` are those of `generate`: do_sample, temperature, eos_token_id, stop_strings, ...; no
+    beams, and one sequence a prompt.
 
     The tokens are those that `generate` would write.  A token is yielded once the model has read it, which is when it
     writes the next; the one that ends a text before `max_new_tokens` is never read: its probabilities are NaN.  The
     model runs in a thread of its own, a few tokens ahead of the consumer; a consumer that leaves stops it.
     """
     ids = torch.atleast_2d(input_ids).to(model.device)
+    options = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in options.items()}
     blocks, bank = decoder_layers(model), probes.to(model.device)
     found: SimpleQueue[tuple[Tensor, Tensor] | None] = SimpleQueue()
     left = Event()

@@ -32,12 +32,13 @@ class ProbeBank:
     solver: str = ""
 
     def scores(self, acts: Tensor) -> Tensor:
-        """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype."""
-        x = acts.to(self.weight.dtype).transpose(0, 1)  # [L, N, D]
-        return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2)).transpose(0, 1)
+        """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype, on whatever device these lie."""
+        weight, bias = self.weight.to(acts.device), self.bias.to(acts.device)
+        x = acts.to(weight.dtype).transpose(0, 1)  # [L, N, D]
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)).transpose(0, 1)
 
     def probabilities(self, acts: Tensor) -> Tensor:
-        """Probabilities [N, L, K], float32, of activations [N, L, D] of any float dtype."""
+        """Probabilities [N, L, K], float32, of activations [N, L, D]: see `scores`."""
         return self.scores(acts).sigmoid()
 
     def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:

@@ -22,6 +22,7 @@ FIELDS = (
     "average_precision_high,lift,lift_low,lift_high,lift_low_corrected,best_control,f1,threshold,f1_at_half,"
     "tpr_at_5fpr,brier,base_rate,n_tokens,n_positive,n_chains,n_positive_chains,auroc_spread,best_pass,gradient_norm"
 ).split(",")
+TOKENS = 4096  # at once, which bounds the memory of what needs float64
 BINS = 10  # of a reliability curve
 Row = dict[str, Any]
 
@@ -107,9 +108,11 @@ def _interval(name: str, resampled: Tensor) -> dict[str, float]:
 
 def brier(scored: Scored) -> Tensor:
     """Mean squared error [L, K] of the probabilities: Brier (1950)."""
-    probability = scored.scores.sigmoid().double()
-    error = (probability - scored.targets[:, None].double()).square() * scored.valid[:, None]
-    return error.sum(0) / scored.valid.sum(0)
+    error_ = torch.zeros(scored.scores.shape[1:], dtype=torch.float64)
+    for scores, targets, valid in zip(*(part.split(TOKENS) for part in scored[:3]), strict=True):
+        error = (scores.sigmoid().double() - targets[:, None].double()).square()
+        error_ += (error * valid[:, None]).sum(0)
+    return error_ / scored.valid.sum(0)
 
 
 def _by(judged: Iterable[Judged], key: Callable[[Row], Any]) -> list[tuple[Any, list[Judged]]]:

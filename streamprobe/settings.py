@@ -78,6 +78,11 @@ class DataConfig:
     response: Literal["original", "rejoined"] = key(
         "original", "The response as it was written, or the annotated sections alone, joined by spaces."
     )
+    bad_chains: Literal["refuse", "skip"] = key(
+        "refuse",
+        "A chain with an activation that is infinite or not a number: end in a line that names it, or read all chains "
+        "once more at the start and leave such chains out.",
+    )
     bos: bool = key(True, "Begin every chain with the BOS token, where the tokenizer has one.")
     category_column: str | None = key(None, "Column with the kind of problem; none is the id without its number.")
     max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")

@@ -3,7 +3,8 @@
 Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column, LagBuffer
+
+SCREENING = Column("any", "token", 0)
 
 
 class TokenBatch(NamedTuple):
@@ -160,6 +163,39 @@ def _label(
         torch.cat([torch.full((len(at),), i) for i, at in zip(index, some, strict=True)]),
         torch.cat([pairs.token[at] for pairs, at in zip(paired, some, strict=True)]),
     )
+
+
+def check_finite(
+    batches: Iterable[TokenBatch], chains: Sequence[Chain], layers: Sequence[int | str]
+) -> Iterator[TokenBatch]:
+    """The batches of a stream over `chains`, each looked through as it is read; `layers` [L] names their activations.
+
+    Raises InputError for the first activation that is infinite or not a number, by chain, token and layer.
+    """
+    for batch in batches:
+        # A sum tells of any such number at the price of one read; where it overflows itself, a closer look decides.
+        if not batch.acts.sum(2).isfinite().all():
+            for n, i in (~batch.acts.isfinite().all(2)).nonzero()[:1].tolist():
+                chain, token, layer = chains[int(batch.chain[n])], int(batch.token[n]), layers[i]
+                raise InputError(
+                    f"activations that are infinite or not numbers: chain {chain.id!r}, token {token}, layer {layer}",
+                    "finite numbers",
+                    "use --dtype float32 or bfloat16, or leave such chains out by --bad_chains skip",
+                )
+        yield batch
+
+
+def find_bad_chains(chains: Sequence[Chain], read: Callable[[Sequence[Chain]], Iterable[TokenBatch]]) -> list[Chain]:
+    """Those of the chains whose samples have an activation that is infinite or not a number, in their order.
+
+    `read` streams chains of one label array for the column SCREENING, which asks for every sample whatever its label.
+    """
+    labelled = [replace(c, codes=torch.zeros(len(c.ids), 1, dtype=torch.int8)) for c in chains]
+    bad: set[int] = set()
+    for batch in read(labelled):
+        wrong = ~batch.acts.isfinite().flatten(1).all(1)
+        bad |= set(batch.chain[wrong.to(batch.chain.device)].tolist())
+    return [chains[i] for i in sorted(bad)]
 
 
 def count_tokens(

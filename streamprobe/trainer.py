@@ -49,7 +49,7 @@ class Fit(NamedTuple):
 
 
 def evaluate(pairs: Sequence[tuple[ProbeBank, Share]], batches: Iterable[TokenBatch]) -> list[Scored]:
-    """Every probe's logit for every token, for each bank.  Raises InputError where one is not a number."""
+    """Every probe's logit for every token, for each bank.  Raises InputError where one is not finite."""
     scores: list[list[Tensor]] = [[] for _ in pairs]
     rest = []
     for batch in batches:
@@ -61,10 +61,8 @@ def evaluate(pairs: Sequence[tuple[ProbeBank, Share]], batches: Iterable[TokenBa
     result = [
         Scored(torch.cat(own), targets[:, k], valid[:, k], chain, token) for own, k in zip(scores, columns, strict=True)
     ]
-    if any(scored.scores.isnan().any() for scored in result):
-        raise InputError(
-            "scores that are not numbers", "finite activations and weights", "lower --learning_rate, or --dtype"
-        )
+    if not all(scored.scores.isfinite().all() for scored in result):
+        raise InputError("scores that are infinite or not numbers", "finite weights", "lower --learning_rate")
     return result
 
 

@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import Tensor
 
 from streamprobe import memory as module
 from streamprobe.errors import InputError
-from streamprobe.memory import ActivationMemory, Plan, Sizes, free_bytes, plan_memory
+from streamprobe.memory import ActivationMemory, Plan, Reserve, Sizes, memory_room, plan_memory
 from streamprobe.stream import TokenBatch
 
 CPU = torch.device("cpu")
@@ -230,22 +229,24 @@ GB = 10**9
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, cap: float | None, device: torch.device, free: dict[str, float], **n: int):
-    """`plan_memory` for tokens of 1,000 bytes, with this many GB free."""
+    """`plan_memory` for tokens of 1,000 bytes, with this many GB free, of which one is reserved everywhere."""
     monkeypatch.setattr(module, "free_bytes", lambda where: int(free[where.type] * GB))
-    return plan_memory(cap, 1000, n.get("train", 800_000), n.get("validation", 100_000), n.get("batch", 64), device)
+    tokens = n.get("train", 800_000), n.get("validation", 100_000), n.get("batch", 64)
+    reserve = Reserve(0, GB) if device.type == "cpu" else Reserve(GB, GB)
+    return plan_memory(cap, 1000, *tokens, device, reserve=reserve)
 
 
-PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB; without a cap 3.22 GB and a tenth stay free
+PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB; 1 GB and a tenth of what is free stay free
     "fits": (None, CPU, {"cpu": 5}, {}, Plan(800_000, True, True, CPU)),
-    "fits to the byte": (0.9, CPU, {"cpu": 2}, {}, Plan(800_000, True, True, CPU)),
-    "fits on the device": (None, GPU, {"cuda": 4.6, "cpu": 9}, {}, Plan(800_000, True, True, GPU)),
-    "fits in RAM only": (None, GPU, {"cuda": 4.5, "cpu": 9}, {}, Plan(800_000, True, True, CPU)),
-    "fits nowhere": (None, GPU, {"cuda": 4.5, "cpu": 4.5}, {}, Plan(65_536, False, True, GPU)),
+    "fits to the byte": (0.9, CPU, {"cpu": 2.2}, {}, Plan(800_000, True, True, CPU)),
+    "fits on the device": (None, GPU, {"cuda": 2.2, "cpu": 9}, {}, Plan(800_000, True, True, GPU)),
+    "fits in RAM only": (None, GPU, {"cuda": 2.1, "cpu": 9}, {}, Plan(800_000, True, True, CPU)),
+    "fits nowhere": (None, GPU, {"cuda": 2.1, "cpu": 2.1}, {}, Plan(65_536, False, True, GPU)),
     "capped": (0.5, CPU, {"cpu": 9}, {}, Plan(65_536, False, True, CPU)),
     "capped on the device": (0.5, GPU, {"cuda": 9, "cpu": 9}, {}, Plan(65_536, False, True, GPU)),
     "pool beside validation": (0.13, CPU, {"cpu": 9}, {"validation": 65_000}, Plan(65_000, False, True, CPU)),
     "validation is over half": (0.13, CPU, {"cpu": 9}, {"validation": 65_001}, Plan(65_536, False, False, CPU)),
-    "free memory counts, too": (5, CPU, {"cpu": 0.02}, {}, Plan(20_000, False, False, CPU)),
+    "free memory counts, too": (5, CPU, {"cpu": 1.14}, {}, Plan(26_000, False, False, CPU)),
     "a large mini-batch": (0.5, CPU, {"cpu": 9}, {"batch": 90_000}, Plan(90_000, False, True, CPU)),
     "no pool beside validation": (0.002, CPU, {"cpu": 9}, {"validation": 1_000}, Plan(2_000, False, False, CPU)),
     "the least": (0.001024, CPU, {"cpu": 9}, {}, Plan(1_024, False, False, CPU)),
@@ -273,20 +274,18 @@ def test_plan_keeps_to_the_budget(monkeypatch, name):
     assert (got.rows + kept) * 1000 <= min(free[got.home.type], cap or 1e9) * GB
 
 
-@pytest.mark.parametrize(("cap", "free"), [(0.001023, {"cpu": 9}), (None, {"cpu": 3.5})], ids=["capped", "full"])
+@pytest.mark.parametrize(("cap", "free"), [(0.001023, {"cpu": 9}), (None, {"cpu": 1.1})], ids=["capped", "full"])
 def test_too_little_memory(monkeypatch, cap, free):
     with pytest.raises(InputError, match="MB for activations; expected at least 1.02 MB, .* raise --memory_gb"):
         plan(monkeypatch, cap, CPU, free)
 
 
-def test_free_bytes(monkeypatch):
-    class Memory:
-        available = 10 * 2**30
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 80 * 2**30))
-    assert free_bytes(CPU) == 10 * 2**30
-    assert free_bytes(GPU) == 20 * 2**30
+def test_the_reserve_lies_where_it_is_needed(monkeypatch):
+    """On a device the forward pass takes the device's memory and the scores the host's; on the CPU both are one."""
+    monkeypatch.setattr(module, "free_bytes", lambda where: 10 * GB)
+    reserve = Reserve(device=2 * GB, host=GB)
+    rooms = [memory_room(None, home, reserve.on(home, device)) for home, device in ((GPU, GPU), (CPU, GPU), (CPU, CPU))]
+    assert rooms == [7 * GB, 8 * GB, 6 * GB]
 
 
 @pytest.mark.usefixtures("small")

@@ -1,0 +1,114 @@
+"""The memory of a container or a batch job counts, not that of the machine around it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from streamprobe.system import hardware
+
+CPU = torch.device("cpu")
+GB = 10**9
+NO_LIMIT_V1 = 9223372036854771712
+
+
+def v2_group(folder: Path, most: int | str, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{most}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nfile 7\nactive_file 3\ninactive_file {cache}\nshmem 0\n")
+
+
+def v1_group(folder: Path, most: int, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{most}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"cache 9\ninactive_file 1\ntotal_inactive_file {cache}\n")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up tree of control groups, and a machine with 20 GB free."""
+
+    class Memory:
+        available = 20 * GB
+
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(hardware, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    return tmp_path / "cgroup"
+
+
+def test_cgroup_v2_the_tightest_group_above_counts(root: Path) -> None:
+    hardware.MEMBERSHIP.write_text("0::/user.slice/run-1.scope\n")
+    v2_group(root / "user.slice" / "run-1.scope", "max", GB, 0)
+    v2_group(root / "user.slice", 8 * GB, 3 * GB, GB)  # 6 GB: the page cache can be dropped
+    v2_group(root, "max", 9 * GB, 0)
+    assert hardware.container_bytes() == hardware.free_bytes(CPU) == 6 * GB
+
+
+def test_cgroup_v1_in_a_container_that_sees_its_own_group_at_the_root(root: Path) -> None:
+    hardware.MEMBERSHIP.write_text("5:cpu:/docker/abc\n4:memory:/docker/abc\n1:name=systemd:/\n0::/\n")
+    v1_group(root / "memory", 800 * 10**6, 500 * 10**6, 50 * 10**6)
+    assert hardware.free_bytes(CPU) == 350 * 10**6
+
+
+def test_a_group_over_its_limit_leaves_nothing(root: Path) -> None:
+    hardware.MEMBERSHIP.write_text("0::/\n")
+    v2_group(root, GB, 2 * GB, 0)
+    assert hardware.free_bytes(CPU) == 0
+
+
+def test_without_a_limit_the_machine_counts(root: Path) -> None:
+    """Negative control: groups that set none change nothing, nor does a system that has no groups."""
+    assert hardware.free_bytes(CPU) == 20 * GB
+    hardware.MEMBERSHIP.write_text("4:memory:/a\n0::/b\n")
+    v1_group(root / "memory" / "a", NO_LIMIT_V1, GB, 0)
+    v2_group(root / "b", "max", GB, 0)
+    assert hardware.container_bytes() is None
+    assert hardware.free_bytes(CPU) == 20 * GB
+
+
+def test_of_a_device_its_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 80 * GB))
+    assert hardware.free_bytes(torch.device("cuda")) == 20 * GB
+
+
+GROUP = Path(f"/sys/fs/cgroup/memory/streamprobe-test-{os.getpid()}")
+ASK = """
+import pathlib, sys
+pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
+import psutil, torch
+from streamprobe.system.hardware import free_bytes
+print(free_bytes(torch.device("cpu")), psutil.virtual_memory().available)
+"""
+
+
+@pytest.fixture
+def group() -> Path:
+    """A real control group of 800 MB, where one can be made."""
+    limits = [(GROUP, "memory.limit_in_bytes"), (GROUP.parents[1] / GROUP.name, "memory.max")]
+    for folder, limit in limits:
+        try:
+            folder.mkdir()
+            (folder / limit).write_text("800000000")
+        except OSError:
+            if folder.is_dir():
+                folder.rmdir()
+            continue
+        yield folder
+        folder.rmdir()
+        return
+    pytest.skip("no control group can be made here")
+
+
+def test_a_real_group_is_seen_and_the_machine_alone_would_not_do(group: Path) -> None:
+    argv = [sys.executable, "-c", ASK, str(group / "cgroup.procs")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    ours, machine = map(int, done.stdout.split())
+    assert ours < 800_000_000
+    assert machine > ours  # the negative control: what psutil says is not what the group may have
