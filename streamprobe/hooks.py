@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
 
+# What a model's code raises for a text, a config or weights that it was not made for.
+FOREIGN = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
 Output = Tensor | Sequence[Any]  # a block may return a tensor, or a tuple or list that starts with one
 
 
@@ -106,15 +110,27 @@ def read(model: nn.Module, ids: Tensor, mask: Tensor, last: nn.Module | None = N
 
     `mask` [B, T with what came before] is 1 at tokens.  `cache` holds the keys and values of the tokens before these,
     and afterwards those of these too.  A model that takes no mask is given none: padding on the right is invisible
-    where a token sees no later one.
+    where a token sees no later one.  Raises InputError for a model that cannot read this, and for one that leaves the
+    cache empty.
     """
     options: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         options["past_key_values"] = cache
     known = inspect.signature(type(model).forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    with _until(last):
-        model(input_ids=ids, **{name: value for name, value in options.items() if anything or name in known})
+    try:
+        with _until(last):
+            model(input_ids=ids, **{name: value for name, value in options.items() if anything or name in known})
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except FOREIGN as error:
+        if "allocate" in str(error):  # the host's memory
+            raise
+        raise InputError(
+            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone ({first_line(error)})",
+            "a causal decoder",
+            "choose another --model",
+        ) from error
     if cache is not None and cache.get_seq_length() != mask.shape[1]:
         raise InputError(
             f"a {type(model).__name__}, which keeps no keys and values of the tokens that it has read",

@@ -28,17 +28,22 @@ SMALL: dict[str, Any] = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "moe_topk": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "index_head_dim": 8, "index_n_heads": 2,
-    "index_topk": 8,
+    "index_topk": 64,
     # states
     "mamba_d_state": 8, "state_size": 8, "ssm_state_size": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_headdim": 8,
     "n_mamba_heads": 2, "mamba_num_heads": 8, "mamba_head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "chunk_size": 8, "mamba_chunk_size": 8, "mamba_expand": 2,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_head_dim": 8,
+    "linear_num_heads": 4, "chunk_size": 8, "mamba_chunk_size": 8, "mamba_expand": 2,
     "mamba_dt_rank": 4, "time_step_rank": 4,
     # text
     "vocab_size": 160, "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "context_length": 64,
     "sliding_window": 8, "initializer_range": 0.2, "init_std": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 8,
     # pictures
-    "image_size": 16, "patch_size": 8,
+    "image_size": 16, "patch_size": 8, "base_channels": 32, "num_res_blocks": 1, "output_channels": 32, "vision_output_dim": 32,
+    "projector_hidden_size": 32, "projector_dim": 32, "pixel_shuffle_ratio": 0.5, "shape_embed_dim": 8,
+    "pronunciation_embed_dim": 8, "shape_vocab_size": 10, "pronunciation_vocab_size": 10, "ext_pw_out_channel": 32,
+    "nemo_conv_channels": 32, "downsample_hidden_size": 32, "adapter_out_dim": 32,
 }  # fmt: skip
 PLACES = {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_token_index", "audio_token_id"}
 
@@ -102,12 +107,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "inkling2_text": {"initializer_range": 0.05},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
-    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "vision_config": {"hidden_size": 64}},
+    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "1/2", "vision_config": {"hidden_size": 64}},
     "hunyuan_vl": {"text_config": {"rope_parameters": MROPE}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "mllama": {"text_config": {"cross_attention_layers": [2]}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "paddleocr_vl": {"text_config": {"rope_parameters": MROPE}},
+    "muse_spark": {"text_config": {"initializer_range": 0.05}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "qwen3_5_moe": {"text_config": {"initializer_range": 0.05}},
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": MROPE}, "vision_start_token_id": 155},
     "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
