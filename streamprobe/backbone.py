@@ -50,7 +50,8 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":") and "alidation error" in lines[0]:
         return f"{lines[0]} {lines[1]}"
-    return first_line(error) if lines else f"{type(error).__name__} in the model's code"
+    said = first_line(error).rstrip(".")
+    return said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
 
 
 @contextmanager
@@ -73,7 +74,8 @@ def _one_line(model: str) -> Iterator[None]:
             ) from error
         expected = "a folder with a model or the id of one on the hub that this transformers can load"
         fix = (
-            "check --model, --revision and --gguf_file; for a private model set HF_TOKEN; without network give a folder"
+            "check --model, --revision, --gguf_file and --device_map; for a private model set HF_TOKEN; without network "
+            "give a folder"
         )
         if any(isinstance(c, RepositoryNotFoundError) for c in causes):
             raise InputError(f"model {model}, which is not on the hub", expected, fix) from error
@@ -267,7 +269,9 @@ def load_backbone(
     from transformers.utils import logging
 
     if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "mend --device_map")
+        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "change --device_map")
+    if device_map == "meta":
+        raise InputError("device_map meta, where nothing is computed", "auto, cpu or cuda", "change --device_map")
     config = read_config(model, **where)
     check_layers(config, layers or [])
     options = {"device_map": device_map, "ignore_mismatched_sizes": True, **_numbers(dtype, quantization), **where}
@@ -402,6 +406,27 @@ def make_cache(config: Any) -> Any:
     if not plain or kinds & {"dynamic", "longrope"}:
         raise _unchunked(config)
     return cache
+
+
+def check_chunks(config: Any, **where: Any) -> None:
+    """Raises InputError, before any weight is read, for a model that cannot read chains in chunks.
+
+    `where`: revision, trust_remote_code.
+    """
+    make_cache(config)
+    with _one_line(config.name_or_path or config.model_type):
+        model = _empty(config, torch.float32, **where)
+    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+        raise _unchunked(config)
+
+
+def frequencies_change(config: Any) -> int:
+    """Tokens of a text above which its rotary frequencies are others (longrope); texts on both sides share no batch."""
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return sys.maxsize
+    return rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", sys.maxsize)
 
 
 def _unchunked(config: Any) -> InputError:

@@ -127,7 +127,7 @@ def read(model: nn.Module, ids: Tensor, mask: Tensor, last: nn.Module | None = N
         if "allocate" in str(error):  # the host's memory
             raise
         raise InputError(
-            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone ({first_line(error)})",
+            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone ({type(error).__name__}: {first_line(error)})",
             "a causal decoder",
             "choose another --model",
         ) from error

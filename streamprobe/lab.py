@@ -57,7 +57,8 @@ class Lab:
         longest = max(len(c.ids) for split in self.splits.values() for c in split)
         self.chunked = longest > model.max_batch_tokens
         if self.chunked:
-            backbone.make_cache(model_config)  # so that a model that cannot be read in chunks is told before it loads
+            where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+            backbone.check_chunks(model_config, **where)
         self.preflight = preflight.describe(
             self.counts, self.splits, self.census, self.columns, probes.labels, self.tokenizer
         )

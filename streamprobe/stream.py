@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamprobe.backbone import decoder_layers, make_cache
+from streamprobe.backbone import decoder_layers, frequencies_change, make_cache
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, read, tap
@@ -65,6 +65,12 @@ def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> l
     return [batches[i] for i in rng.permutation(len(batches))] if seed is not None else batches
 
 
+def _split(batch: list[int], lengths: Sequence[int], longest: int) -> list[list[int]]:
+    """The chains of a batch of at most so many tokens, and the others."""
+    parts = [i for i in batch if lengths[i] <= longest], [i for i in batch if lengths[i] > longest]
+    return [part for part in parts if part]
+
+
 def stream(
     chains: Sequence[Chain],
     backbone: nn.Module,
@@ -96,8 +102,10 @@ def stream(
     last = blocks[max(layers)]
     buffer = LagBuffer(columns, labels)
     lengths = [len(c.ids) for c in chains]
+    apart = frequencies_change(backbone.config)
+    batches = [part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)]
     with tap({layer: blocks[layer] for layer in layers}) as taken:
-        for batch in make_batches(lengths, max_batch_tokens, seed):
+        for batch in batches:
             longest = max(lengths[i] for i in batch)
             cache = make_cache(backbone.config) if longest > max_batch_tokens else None
             for start in range(0, longest, max_batch_tokens):
