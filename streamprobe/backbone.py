@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line
-from streamprobe.hooks import FOREIGN, check_taken, read, tap
+from streamprobe.hooks import FOREIGN, check_taken, count_runs, read, tap
 
 LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)  # and what its files make a loader raise
 
@@ -491,17 +491,20 @@ def _test_text(config: Any, ids: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def _states(model: Any, layers: Sequence[int], text: Tensor, cache: Any = None) -> dict[int, Tensor]:
     """What the layers' blocks return [B, T, D] for a text [B, T], on the host; in two chunks if there is a cache."""
-    blocks = decoder_layers(model)
+    blocks, config = decoder_layers(model), model.config
     last = blocks[max(layers)] if isinstance(_blocks(model), Kept) else None
     parts: list[dict[int, Tensor]] = []
     seen = 0
-    with tap({layer: blocks[layer] for layer in layers}) as taken:
+    with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
         for chunk in text.split(text.shape[1] if cache is None else CHANGED, dim=1):
             seen += chunk.shape[1]
             mask = torch.ones(len(text), seen, dtype=torch.int64, device=model.device)
             with _quiet():
                 read(model, chunk.to(model.device), mask, last, cache)
             check_taken(taken, layers, *chunk.shape)
+            for layer in layers:
+                if runs[layer] > len(parts) + 1:
+                    raise _unfit(config, f"whose block of layer {layer} runs {runs[layer]} times in a forward pass")
             parts.append({layer: acts.cpu() for layer, acts in taken.items()})
     return {layer: torch.cat([p[layer] for p in parts], 1) for layer in layers}
 

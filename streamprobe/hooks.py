@@ -5,6 +5,7 @@ Shapes: B chains in a batch, T tokens in this forward pass, D hidden size.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,22 @@ def tap(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
         for handle in handles:
             handle.remove()
         taken.clear()
+
+
+@contextmanager
+def count_runs(blocks: Sequence[nn.Module]) -> Iterator[Counter[int]]:
+    """Yields how often each block has run, by its number."""
+    runs: Counter[int] = Counter()
+
+    def count(i: int):
+        return lambda *_: runs.update([i])
+
+    handles = [block.register_forward_hook(count(i)) for i, block in enumerate(blocks)]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_taken(taken: Mapping[int, Tensor], layers: Sequence[int], batch: int, tokens: int) -> None:
