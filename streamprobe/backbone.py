@@ -1,8 +1,18 @@
-"""The frozen model, cut off above the deepest probed layer."""
+"""The frozen model, cut off above the deepest probed layer.
 
+The model is built at its full depth, without memory, and the blocks behind the deepest probed one are dropped before
+the weights are read: what a block computes may depend on the depth (MiniCPM3 scales by it, GPT-NeoX-Japanese has a bias
+in its last block alone).  The config is left as it is, and a forward pass ends behind the last block that is there.
+Shapes: B chains in a batch, T tokens, D hidden size.
+"""
+
+import inspect
+import pickle
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -11,18 +21,50 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line
+from streamprobe.hooks import FOREIGN, check_taken, count_runs, read, tap
+
+LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)  # and what its files make a loader raise
 
 
-def _loader(kind: str, model: str, **where: Any) -> Any:
-    """`transformers.<kind>.from_pretrained`, with what the user can mend told in one line."""
-    import transformers
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library's warnings and tables off the terminal: what matters of them is said in one line."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _reason(error: BaseException) -> str:
+    """What the library says, in one line and without its advice."""
+    text = str(error)
+    if "Weights only load failed" in text:  # torch would go on with how to run what the pickle holds
+        name = re.search(r"GLOBAL (\S+)", text)
+        return f"its pickled weights ask for {name[1] if name else 'more than tensors'}, and nothing foreign is unpickled"
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":") and "alidation error" in lines[0]:
+        return f"{lines[0]} {lines[1]}"
+    said = first_line(error).rstrip(".")
+    return said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
+
+
+@contextmanager
+def _one_line(model: str) -> Iterator[None]:
+    """Turns what loading raises for a model that the user can change or fix into an InputError."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 
     try:
-        return getattr(transformers, kind).from_pretrained(model, **where)
-    except torch.OutOfMemoryError:  # told by whoever launched the run
+        with _quiet():
+            yield
+    except (torch.OutOfMemoryError, InputError):  # told by whoever launched the run
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*LOADING, StrictDataclassError) as error:
         causes = [error, error.__cause__, error.__context__]
         if any(isinstance(c, GatedRepoError) for c in causes) or "gated repo" in str(error):
             raise InputError(
@@ -32,21 +74,48 @@ def _loader(kind: str, model: str, **where: Any) -> Any:
             ) from error
         expected = "a folder with a model or the id of one on the hub that this transformers can load"
         fix = (
-            "check --model, --revision and --gguf_file; for a private model set HF_TOKEN; without network give a folder"
+            "check --model, --revision, --gguf_file and --device_map; for a private model set HF_TOKEN; without network "
+            "give a folder"
         )
         if any(isinstance(c, RepositoryNotFoundError) for c in causes):
             raise InputError(f"model {model}, which is not on the hub", expected, fix) from error
-        raise InputError(f"model {model}: {first_line(error)}", expected, fix) from error
+        raise InputError(f"model {model}: {_reason(error)}", expected, fix) from error
 
 
 def read_config(model: str, **where: Any) -> Any:
     """The model's config (a few kB; no weights).  `where`: revision, gguf_file, trust_remote_code."""
-    return _loader("AutoConfig", model, **where)
+    from transformers import AutoConfig
+
+    with _one_line(model):
+        return AutoConfig.from_pretrained(model, **where)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its text blocks."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:  # it has several
+        raise _unfit(config, "which is no single decoder of text") from error
+
+
+def _unfit(config: Any, why: str) -> InputError:
+    return InputError(f"a {config.model_type} model, {why}", "a causal decoder", "choose another --model")
+
+
+def _depth(config: Any) -> int:
+    """How many decoder blocks the config says that the whole model has."""
+    n = getattr(text_config(config), "num_hidden_layers", None)
+    if not isinstance(n, int) or n < 1:
+        raise _unfit(config, f"whose config names {n!r} as the number of its decoder blocks")
+    return n
 
 
 def load_tokenizer(model: str, **where: Any) -> Any:
     """The model's tokenizer; raises InputError if it cannot tell which characters a token covers."""
-    tokenizer = _loader("AutoTokenizer", model, **where)
+    from transformers import AutoTokenizer
+
+    with _one_line(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, **where)
     if not tokenizer.is_fast:
         raise InputError(
             f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",
@@ -57,24 +126,13 @@ def load_tokenizer(model: str, **where: Any) -> Any:
 
 
 def check_layers(config: Any, layers: Sequence[int]) -> None:
-    """Raises InputError for a model that is no decoder, one that cannot be cut, and a layer that it does not have."""
+    """Raises InputError for a model that is no decoder, and for a layer that it does not have."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    text = config.get_text_config()
     sees_ahead = config.model_type in MASKED and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or sees_ahead:
-        raise InputError(
-            f"a {config.model_type} model, in which a token sees later ones",
-            "a causal decoder",
-            "choose another --model",
-        )
-    if getattr(text, "hidden_size_per_layer_input", 0) or getattr(text, "num_kv_shared_layers", 0):
-        raise InputError(
-            f"a {config.model_type} model, whose blocks share tables or keys across layers",
-            "a model that can be cut off above a block",
-            "choose another --model",
-        )
-    n = text.num_hidden_layers
+        raise _unfit(config, "in which a token sees later ones")
+    n = _depth(config)
     wrong = [layer for layer in layers if not 0 <= layer < n]
     if wrong:
         raise InputError(
@@ -84,14 +142,20 @@ def check_layers(config: Any, layers: Sequence[int]) -> None:
         )
 
 
+CONTEXTS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "context_length", "n_ctx",
+)  # fmt: skip
+
+
 def context(config: Any) -> int:
-    """Most tokens that the model takes; without a limit where it names none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """Most tokens that the model takes, under whichever name; without a limit where it names none."""
+    named = [getattr(text_config(config), name, None) for name in CONTEXTS]
+    return next((n for n in named if isinstance(n, int) and n > 0), sys.maxsize)
 
 
 def check_vocabulary(config: Any, highest: int) -> None:
     """Raises InputError if the model has no embedding for the token id `highest`."""
-    size = config.get_text_config().vocab_size
+    size = text_config(config).vocab_size
     if highest >= size:
         raise InputError(
             f"token {highest}, which the model's vocabulary of {size} has not",
@@ -112,18 +176,79 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def truncate(config: Any, n_layers: int) -> Any:
-    """Makes `config` (changed in place) describe the model's first `n_layers` decoder blocks.
+class Kept(nn.ModuleList):
+    """The first blocks of a model whose others were dropped."""
 
-    Lists with an entry per block (layer_types and its like) are cut with it.
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of the text decoder's blocks (`layers`, `h`, ...): as long as the config says, or what was kept of it.
+
+    It lies in a module that was built from the text's config; a vision tower has a config of its own.  Of several such
+    lists the one with the most weights is it.
     """
-    text = config.get_text_config()
-    full = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == full:
-            setattr(text, name, value[:n_layers])
-    text.num_hidden_layers = n_layers
-    return config
+    config: Any = model.config
+    for module in model.modules():
+        if isinstance(module, Kept):
+            return module
+    n, kind = _depth(config), text_config(config).model_type
+    decoder: nn.Module = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model  # type: ignore[operator]
+    for root in (decoder, model):
+        lists = [m for m, owner in _lists(root, config) if len(m) == n and owner.model_type == kind]
+        if lists:
+            return max(lists, key=weights)
+    raise _unfit(config, f"in which no list of its {n} decoder blocks is found")
+
+
+def _lists(module: nn.Module, config: Any) -> Iterator[tuple[nn.ModuleList, Any]]:
+    """The lists in a module that are in no other list, each with the config that the module around it was built from."""
+    config = getattr(module, "config", config)
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child, config
+        else:
+            yield from _lists(child, config)
+
+
+def weights(module: nn.Module) -> int:
+    """How many there are, those that several modules share counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's blocks in order, those that were kept; `model` may have a head, and other towers."""
+    return list(_blocks(model))
+
+
+def _cut(model: Any, n: int) -> None:
+    """Drops the blocks behind the first n, before they have memory."""
+    blocks = _blocks(model)
+    del blocks[n:]
+    blocks.__class__ = Kept
+    names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    for module in model.modules():
+        if tied := getattr(module, "all_tied_weights_keys", None):
+            there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+            module.all_tied_weights_keys = {a: b for a, b in tied.items() if {a, b} <= there}
+
+
+def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The whole model without its head, on no device, so that it takes no memory."""
+    from transformers import AutoModel
+
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModel", "")
+    code = {"code_revision": revision} if trust_remote_code and own and "--" not in own else {}
+    with torch.device("meta"):
+        return AutoModel.from_config(deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, **code)
+
+
+def _cut_class(whole: type, n: int) -> type:
+    """The class `whole`, but built without the blocks behind the first n."""
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, *args, **options)  # type: ignore[misc]
+        _cut(self, n)
+
+    return type(whole.__name__, (whole,), {"__init__": init, "__module__": whole.__module__})
 
 
 def load_backbone(
@@ -141,40 +266,83 @@ def load_backbone(
     outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
     fit.
     """
-    from transformers import BitsAndBytesConfig
     from transformers.utils import logging
 
     if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "mend --device_map")
+        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "change --device_map")
+    if device_map == "meta":
+        raise InputError("device_map meta, where nothing is computed", "auto, cpu or cuda", "change --device_map")
     config = read_config(model, **where)
     check_layers(config, layers or [])
-    if layers is not None:
-        truncate(config, max(layers) + 1)
-    compute = pick_dtype(dtype)
-    options: dict[str, Any] = {"config": config, "dtype": compute, "device_map": device_map, **where}
+    options = {"device_map": device_map, "ignore_mismatched_sizes": True, **_numbers(dtype, quantization), **where}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if quantization == "8bit":
-        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif quantization == "4bit":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-        )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of the weights that were cut off; missing ones are looked at below
-    try:
-        kind = "AutoModel" if layers is not None else "AutoModelForCausalLM"
-        backbone, info = _loader(kind, model, output_loading_info=True, **options)
-    finally:
-        logging.set_verbosity(verbosity)
+    with _one_line(model):
+        if layers is None:
+            loaded = _whole_kind(config).from_pretrained(model, config=config, output_loading_info=True, **options)
+        else:
+            loaded = _load_cut(model, config, max(layers) + 1, options)
+    backbone, info = loaded
+    _check_loaded(model, backbone, info)
+    return backbone.eval().requires_grad_(False)
+
+
+def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
+    """Options of `from_pretrained` for the format of the numbers."""
+    from transformers import BitsAndBytesConfig
+
+    compute = pick_dtype(dtype)
+    if quantization == "8bit":
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call
+        return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if quantization == "4bit":
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        return {"dtype": compute, "quantization_config": four}
+    return {"dtype": compute}
+
+
+def _whole_kind(config: Any) -> Any:
+    """What loads this model with its LM head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    causal, seeing = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    sees = config.model_type in seeing and config.model_type not in causal
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model's first n blocks and what transformers says about its loading; dropped blocks' weights are not read."""
+    config = deepcopy(config)
+    where = {name: options[name] for name in ("trust_remote_code", "revision") if options.get(name)}
+    empty = _empty(config, options["dtype"], **where)
+    whole = type(empty)
+    _blocks(empty)  # raises where they are not found
+    if not isinstance(empty.config, type(config)):  # AutoModel takes the text part of this config
+        quantized, config = getattr(config, "quantization_config", None), config.get_text_config()
+        if quantized is not None:
+            config.quantization_config = quantized
+    backbone, info = _cut_class(whole, n).from_pretrained(model, config=config, output_loading_info=True, **options)
+    backbone.__class__ = whole
+    return backbone, info
+
+
+def _check_loaded(model: str, backbone: nn.Module, info: dict[str, Any]) -> None:
+    """Raises InputError for weights that are missing or of another size, and for a model that is not all in memory."""
     if info["missing_keys"]:
         raise InputError(
             f"model {model} without the weights {', '.join(sorted(info['missing_keys'])[:3])}",
             "a checkpoint with every weight of the probed blocks",
             "check --model and --gguf_file",
+        )
+    if info["mismatched_keys"]:
+        name, got, expected = min(info["mismatched_keys"])
+        raise InputError(
+            f"model {model}, whose file has {name} of size {list(got)}",
+            f"{list(expected)}, as its config says",
+            "check the files of --model",
         )
     places = set((getattr(backbone, "hf_device_map", None) or {}).values())
     if "disk" in places or ("cpu" in places and len(places) > 1):
@@ -183,32 +351,31 @@ def load_backbone(
             "room for its blocks in device memory and RAM",
             "use --quantization 4bit, lower layers, or a larger device",
         )
-    return backbone.eval().requires_grad_(False)
 
 
-def weight_bytes(config: Any, layers: Sequence[int], trust_remote_code: bool = False) -> dict[str, int]:
+def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, int]:
     """Bytes of the model's blocks 0 .. max(layers) in float32, bf16, 8-bit and 4-bit, from its config alone.
 
     Quantized as `load_backbone` does: matrices in 8 bits with a float32 scale a row, or in 4 bits with one for each 64
-    weights; embeddings, norms and biases stay in bf16.
+    weights; embeddings, norms and biases stay in bf16.  `where`: revision, trust_remote_code.
     """
-    from transformers import AutoModel
     from transformers.pytorch_utils import Conv1D
 
-    def empty(dtype: torch.dtype) -> nn.Module:
-        cut = truncate(deepcopy(config), max(layers) + 1)
-        with torch.device("meta"):
-            return AutoModel.from_config(cut, dtype=dtype, trust_remote_code=trust_remote_code)
+    def cut(dtype: torch.dtype) -> nn.Module:
+        with _one_line(config.name_or_path or config.model_type):
+            model = _empty(config, dtype, **where)
+            _cut(model, max(layers) + 1)
+        return model
 
     def size(model: nn.Module) -> int:
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
-    model = empty(torch.bfloat16)
+    model = cut(torch.bfloat16)
     modules: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
     matrices: list[Tensor] = [m.weight.T if type(m) is Conv1D else m.weight for m in modules]  # [out, in]
     rest = size(model) - sum(w.nbytes for w in matrices)
     return {
-        "float32": size(empty(torch.float32)),
+        "float32": size(cut(torch.float32)),
         "bf16": size(model),
         "8-bit": rest + sum(w.numel() + 4 * len(w) for w in matrices),
         "4-bit": rest + sum(-(-w.numel() // 2) + 4 * -(-w.numel() // 64) for w in matrices),
@@ -221,16 +388,6 @@ def loaded_bytes(model: nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's decoder blocks in order: its one list of `num_hidden_layers` modules (`layers`, `h`, ...)."""
-    n = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    lists = [
-        m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n and "vision" not in name
-    ]
-    assert lists, f"{type(model).__name__} has no list of {n} blocks"
-    return list(lists[0])
-
-
 def make_cache(config: Any) -> Any:
     """An empty cache of keys and values, to read a text in chunks; blocks with a window hold no more than that.
 
@@ -239,14 +396,124 @@ def make_cache(config: Any) -> Any:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    cache = DynamicCache(config=config)
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    try:
+        cache = DynamicCache(config=config)
+    except FOREIGN as error:
+        raise _unchunked(config) from error
+    rope = getattr(text_config(config), "rope_parameters", None) or {}
     kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     if not plain or kinds & {"dynamic", "longrope"}:
-        raise InputError(
-            f"chains longer than max_batch_tokens, and a {config.model_type} model, which cannot read them in chunks",
-            "plain or sliding attention, and rotary frequencies that do not depend on the length of the text",
-            "raise --max_batch_tokens to the length of the longest chain",
-        )
+        raise _unchunked(config)
     return cache
+
+
+def check_chunks(config: Any, **where: Any) -> None:
+    """Raises InputError, before any weight is read, for a model that cannot read chains in chunks.
+
+    `where`: revision, trust_remote_code.
+    """
+    make_cache(config)
+    with _one_line(config.name_or_path or config.model_type):
+        model = _empty(config, torch.float32, **where)
+    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+        raise _unchunked(config)
+
+
+def frequencies_change(config: Any) -> int:
+    """Tokens of a text above which its rotary frequencies are others (longrope); texts on both sides share no batch."""
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return sys.maxsize
+    return rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", sys.maxsize)
+
+
+def _unchunked(config: Any) -> InputError:
+    return InputError(
+        f"chains longer than max_batch_tokens, and a {config.model_type} model, which cannot read them in chunks",
+        "plain or sliding attention, and rotary frequencies that do not depend on the length of the text",
+        "raise --max_batch_tokens to the length of the longest chain",
+    )
+
+
+# By how much of its length rounding may change an activation whose token is computed beside others: an expert multiplies
+# the tokens that chose it, however many, and sums of another size are taken in another order; 8-bit matrices round what
+# is no outlier in any token of the batch.  A later token that is seen changes an activation by a good part of its length.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+TOLERANCE_8BIT = 1e-1
+CHAINS, TOKENS, CHANGED = 5, 23, 13  # of the test text; tokens from CHANGED on are changed
+
+
+def some_tokens(tokenizer: Any, config: Any) -> list[int]:
+    """Ids that stand for text, evenly spaced in the vocabulary: special and added tokens may stand for pictures."""
+    known = {i for i in tokenizer.get_vocab().values() if i < text_config(config).vocab_size}
+    ids = sorted(known - set(tokenizer.added_tokens_decoder)) or sorted(known)
+    return ids[:: max(1, len(ids) // (CHAINS + TOKENS))]
+
+
+def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], chunked: bool = False) -> int:
+    """Reads a short text twice, with other tokens in its second half; returns the width D of the blocks' outputs.
+
+    `ids` are two or more token ids that the model knows; `chunked` says that texts will be read in chunks.  Raises
+    InputError where a layer's block does not run once and return [B, T, D], where what it returns for a token depends on
+    later ones, and where chunks give something else than the whole.
+    """
+    config: Any = model.config
+    text = _test_text(config, ids)
+    after, kinds = text.clone(), text.unique()
+    assert len(kinds) > 1, "a text of one word cannot be changed"
+    after[:, CHANGED:] = kinds[(torch.searchsorted(kinds, text)[:, CHANGED:] + 1) % len(kinds)]  # each another
+    acts, changed = _states(model, layers, text), _states(model, layers, after)
+    for layer in layers:
+        far = _distance(acts[layer], changed[layer], CHANGED - 1)
+        if far > _tolerance(model, acts[layer].dtype):
+            raise _unfit(config, f"in which a token sees later ones: they change it by {far:.1%} in layer {layer}")
+    if chunked:
+        try:
+            chunks = _states(model, layers, text, make_cache(config))
+        except InputError as error:
+            raise _unchunked(config) from error
+        if any(_distance(acts[i], chunks[i], -1) > _tolerance(model, acts[i].dtype) for i in layers):
+            raise _unchunked(config)
+    return acts[layers[0]].shape[2]
+
+
+def _test_text(config: Any, ids: Sequence[int]) -> Tensor:
+    """Token ids [B, T] with B, T and D all different, each row begun at another of `ids`."""
+    width = getattr(text_config(config), "hidden_size", None)
+    long = min(TOKENS + (width == TOKENS), context(config))
+    row = torch.tensor(list(ids)).repeat(1 + (CHAINS + long) // len(ids))
+    check_vocabulary(config, int(row.max()))
+    return torch.stack([row[b : b + long] for b in range(CHAINS)])
+
+
+@torch.no_grad()
+def _states(model: Any, layers: Sequence[int], text: Tensor, cache: Any = None) -> dict[int, Tensor]:
+    """What the layers' blocks return [B, T, D] for a text [B, T], on the host; in two chunks if there is a cache."""
+    blocks, config = decoder_layers(model), model.config
+    last = blocks[max(layers)] if isinstance(_blocks(model), Kept) else None
+    parts: list[dict[int, Tensor]] = []
+    seen = 0
+    with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
+        for chunk in text.split(text.shape[1] if cache is None else CHANGED, dim=1):
+            seen += chunk.shape[1]
+            mask = torch.ones(len(text), seen, dtype=torch.int64, device=model.device)
+            with _quiet():
+                read(model, chunk.to(model.device), mask, last, cache)
+            check_taken(taken, layers, *chunk.shape)
+            for layer in layers:
+                if runs[layer] > len(parts) + 1:
+                    raise _unfit(config, f"whose block of layer {layer} runs {runs[layer]} times in a forward pass")
+            parts.append({layer: acts.cpu() for layer, acts in taken.items()})
+    return {layer: torch.cat([p[layer] for p in parts], 1) for layer in layers}
+
+
+def _distance(a: Tensor, b: Tensor, t: int) -> float:
+    """How far token t's activations [B, T, D] are apart in the middle one of the chains, in units of their length."""
+    a, b = a[:, t].double(), b[:, t].double()
+    return float(((a - b).norm(dim=1) / a.norm(dim=1)).nan_to_num(0).median())
+
+
+def _tolerance(model: nn.Module, dtype: torch.dtype) -> float:
+    return TOLERANCE_8BIT if getattr(model, "is_loaded_in_8bit", False) else TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])

@@ -82,7 +82,8 @@ def _run(config: RunConfig) -> Path:
 def _dry_run(config: RunConfig) -> None:
     lab = Lab(config)
     model, training, layers = config.model, config.training, config.probes.layers
-    sizes = backbone.weight_bytes(lab.model_config, layers, model.trust_remote_code)
+    where = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
+    sizes = backbone.weight_bytes(lab.model_config, layers, **where)
     print(lab.preflight, preflight.describe_weights(sizes, max(layers)), sep="\n\n", flush=True)
     lab.load_model()
     plan, *_ = lab.plan(None)

@@ -107,14 +107,14 @@ def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:
     tokenizer = backbone.load_tokenizer(c.model, **where)
     model_config = backbone.read_config(c.model, **where)
     backbone.check_layers(model_config, bank.layers)
-    width = model_config.get_text_config().hidden_size
+    model = backbone.load_backbone(c.model, None, c.dtype, c.attn_implementation, c.quantization, c.device_map, **where)
+    width = backbone.check_reading(model, bank.layers, backbone.some_tokens(tokenizer, model_config))
     if bank.weight.shape[2] != width:
         raise InputError(
             f"probes of {bank.weight.shape[2]} features and a model of hidden size {width}",
             "the model that was probed",
             "mend --model",
         )
-    model = backbone.load_backbone(c.model, None, c.dtype, c.attn_implementation, c.quantization, c.device_map, **where)
     return model, tokenizer
 
 

@@ -1,16 +1,49 @@
-"""What is done to a running model's residual stream, as context managers.
+"""What is done to a running model's residual stream, as context managers, and the forward pass that they listen to.
 
 layer i: the output of decoder block i, counted from 0 (`hidden_states[i + 1]`; TransformerLens' `hook_resid_post`).
 Shapes: B chains in a batch, T tokens in this forward pass, D hidden size.
 """
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Output = Tensor | tuple[Tensor, ...]  # a block may return a tensor or a tuple that starts with one
+from streamprobe.errors import InputError, first_line
+
+# What a model's code raises for a text, a config or weights that it was not made for.
+FOREIGN = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
+Output = Tensor | Sequence[Any]  # a block may return a tensor, or a tuple or list that starts with one
+
+
+class _Reached(Exception):
+    """The deepest block that is asked for has run."""
+
+
+def residual(output: Output) -> Tensor:
+    """The residual stream in what a block returned; raises InputError where there is none."""
+    first = output[0] if isinstance(output, Sequence) and len(output) else output
+    if not isinstance(first, Tensor):
+        raise InputError(
+            f"a decoder block that returns {type(output).__name__}",
+            "a tensor, or a tuple or list that starts with one",
+            "choose another --model",
+        )
+    return first
+
+
+def _replace(output: Output, x: Tensor) -> Output:
+    """What a block returned, with x as its residual stream and the rest kept, in the same kind of container."""
+    if isinstance(output, Tensor):
+        return x
+    make = getattr(type(output), "_make", type(output))  # a named tuple takes its fields one by one
+    return make([x, *output[1:]])
 
 
 @contextmanager
@@ -24,7 +57,7 @@ def tap(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
     def keep(key: int):
         def hook(_module: nn.Module, _inputs: object, output: Output) -> None:
-            taken[key] = (output[0] if isinstance(output, tuple) else output).detach()
+            taken[key] = residual(output).detach()
 
         return hook
 
@@ -37,6 +70,90 @@ def tap(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
         for handle in handles:
             handle.remove()
         taken.clear()
+
+
+@contextmanager
+def count_runs(blocks: Sequence[nn.Module]) -> Iterator[Counter[int]]:
+    """Yields how often each block has run, by its number."""
+    runs: Counter[int] = Counter()
+
+    def count(i: int):
+        return lambda *_: runs.update([i])
+
+    handles = [block.register_forward_hook(count(i)) for i, block in enumerate(blocks)]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_taken(taken: Mapping[int, Tensor], layers: Sequence[int], batch: int, tokens: int) -> None:
+    """Raises InputError unless every layer's block ran in this forward pass and returned [B, T, D]."""
+    for layer in layers:
+        shape = tuple(taken[layer].shape) if layer in taken else None
+        if shape is None:
+            raise InputError(
+                f"layer {layer}, whose block does not run on text alone", "blocks that do", "choose others with --layers"
+            )
+        if len(shape) != 3 or shape[:2] != (batch, tokens):
+            raise InputError(
+                f"layer {layer}, whose block returns {list(shape)} for {batch} chains of {tokens} tokens",
+                f"[{batch}, {tokens}, hidden size], a row for each token",
+                "choose another --model",
+            )
+
+
+@contextmanager
+def _until(last: nn.Module | None) -> Iterator[None]:
+    """Ends a forward pass, and with it this context, behind the block `last`: nothing after it is computed."""
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    handle = last.register_forward_hook(stop) if last is not None else None  # behind every tap and change there is
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@torch.no_grad()
+def read(model: nn.Module, ids: Tensor, mask: Tensor, last: nn.Module | None = None, cache: Any = None) -> None:
+    """Runs the model over ids [B, T], up to the block `last` if it is given; taps hold what the blocks computed.
+
+    `mask` [B, T with what came before] is 1 at tokens.  `cache` holds the keys and values of the tokens before these,
+    and afterwards those of these too.  A model that takes no mask is given none: padding on the right is invisible
+    where a token sees no later one.  Raises InputError for a model that cannot read this, and for one that leaves the
+    cache empty.
+    """
+    options: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
+    if cache is not None:
+        options["past_key_values"] = cache
+    known = inspect.signature(type(model).forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    try:
+        with _until(last):
+            model(input_ids=ids, **{name: value for name, value in options.items() if anything or name in known})
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except FOREIGN as error:
+        if "allocate" in str(error):  # the host's memory
+            raise
+        raise InputError(
+            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone ({type(error).__name__}: {first_line(error)})",
+            "a causal decoder",
+            "choose another --model",
+        ) from error
+    if cache is not None and cache.get_seq_length() != mask.shape[1]:
+        raise InputError(
+            f"a {type(model).__name__}, which keeps no keys and values of the tokens that it has read",
+            "a model that can read a chain in chunks",
+            "raise --max_batch_tokens to the length of the longest chain",
+        )
 
 
 @contextmanager
@@ -59,9 +176,8 @@ def steer(
         return (y if add is None else y + add.to(y)).to(x.dtype)
 
     def hook(_module: nn.Module, _inputs: object, output: Output) -> Output:
-        x = output[0] if isinstance(output, tuple) else output
-        changed = torch.cat([x[:, :-1], change(x[:, -1:])], 1) if newest else change(x)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        x = residual(output)
+        return _replace(output, torch.cat([x[:, :-1], change(x[:, -1:])], 1) if newest else change(x))
 
     handle = block.register_forward_hook(hook, prepend=True)  # before every tap
     try:

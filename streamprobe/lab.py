@@ -53,8 +53,11 @@ class Lab:
         self._take_stock()
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
         backbone.check_vocabulary(model_config, highest)
-        if max(len(c.ids) for split in self.splits.values() for c in split) > model.max_batch_tokens:
-            backbone.make_cache(model_config)  # so that a model that cannot be read in chunks is told before it loads
+        longest = max(len(c.ids) for split in self.splits.values() for c in split)
+        self.chunked = longest > model.max_batch_tokens
+        if self.chunked:
+            where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+            backbone.check_chunks(model_config, **where)
         self.forwards = self.tokens = self.padded = 0
         self.seconds = 0.0
 
@@ -113,7 +116,8 @@ class Lab:
             **self.source,
         )
         self.device: torch.device = self.model.device  # type: ignore[assignment]
-        self.hidden_size: int = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
+        tokens = backbone.some_tokens(self.tokenizer, self.model_config)
+        self.hidden_size = backbone.check_reading(self.model, self.config.probes.layers, tokens, self.chunked)
         self.surface_layers = [name for name in controls.Surface.LAYERS if name in self.config.probes.controls]
         self.surface: controls.Surface | None = None
         if self.surface_layers:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamprobe.backbone import decoder_layers, make_cache
+from streamprobe.backbone import decoder_layers, frequencies_change, make_cache
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
-from streamprobe.hooks import tap
+from streamprobe.hooks import check_taken, read, tap
 from streamprobe.lags import Column, LagBuffer
 
 SCREENING = Column("any", "token", 0)
@@ -68,6 +68,12 @@ def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> l
     return [batches[i] for i in rng.permutation(len(batches))] if seed is not None else batches
 
 
+def _split(batch: list[int], lengths: Sequence[int], longest: int) -> list[list[int]]:
+    """The chains of a batch of at most so many tokens, and the others."""
+    parts = [i for i in batch if lengths[i] <= longest], [i for i in batch if lengths[i] > longest]
+    return [part for part in parts if part]
+
+
 def stream(
     chains: Sequence[Chain],
     backbone: nn.Module,
@@ -96,36 +102,38 @@ def stream(
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
     blocks = decoder_layers(backbone)
+    last = blocks[max(layers)]
     buffer = LagBuffer(columns, labels)
     lengths = [len(c.ids) for c in chains]
+    apart = frequencies_change(backbone.config)
+    batches = [part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)]
     with tap({layer: blocks[layer] for layer in layers}) as taken:
-        for batch in make_batches(lengths, max_batch_tokens, seed):
+        for batch in batches:
             longest = max(lengths[i] for i in batch)
             cache = make_cache(backbone.config) if longest > max_batch_tokens else None
             for start in range(0, longest, max_batch_tokens):
                 part = slice(start, start + max_batch_tokens)
                 ids = [chains[i].ids[part] for i in batch]
-                forward(backbone, ids, cache)
+                forward(backbone, ids, cache, last)
+                check_taken(taken, layers, len(ids), max(map(len, ids)))
                 if on_forward:
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
                 chosen = [chains[i] for i in batch]
                 yield _label(chosen, batch, part, [taken[layer] for layer in layers], buffer, surface, side)
 
 
-@torch.no_grad()
-def forward(backbone: nn.Module, ids: Sequence[Tensor], cache: Any = None) -> None:
+def forward(backbone: nn.Module, ids: Sequence[Tensor], cache: Any = None, last: nn.Module | None = None) -> None:
     """Runs the backbone over chains of token ids, padded on the right; the taps hold what it computed.
 
     `cache` (of `make_cache`) holds the keys and values of the tokens before these, and afterwards those of these too.
+    Nothing behind the block `last` is computed.  Raises InputError for a model that leaves the cache empty.
     """
     device: torch.device = backbone.device  # type: ignore[assignment]
     before = 0 if cache is None else cache.get_seq_length()
     lengths = torch.tensor([len(x) for x in ids])
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it
     mask = torch.arange(before + padded.shape[1]) < before + lengths[:, None]
-    caching = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    backbone(input_ids=send(padded, device), attention_mask=send(mask.long(), device), **caching)  # type: ignore[operator]
-    assert cache is None or cache.get_seq_length() == mask.shape[1], "a model that leaves its cache empty"
+    read(backbone, send(padded, device), send(mask.long(), device), last, cache)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

@@ -88,8 +88,9 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, ...], T
         def plant(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             planted = output.clone()
             for b, ids in enumerate(seen["ids"].tolist()):
-                onset = onsets[tuple(ids[:25])]
-                planted[b, : len(onset) - 8] += 0.5 * onset[8:, None] * direction
+                onset = onsets.get(tuple(ids[:25]))
+                if onset is not None:  # else it is no chain, but the text that the model is tried with
+                    planted[b, : len(onset) - 8] += 0.5 * onset[8:, None] * direction
             return planted
 
         model.register_forward_pre_hook(remember, with_kwargs=True)

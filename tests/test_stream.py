@@ -410,6 +410,21 @@ def test_rotary_frequencies_that_depend_on_the_length(tmp_path, rope, monkeypatc
     assert distance > 1e-2  # negative control: what is refused would be wrong
 
 
+def test_a_short_chain_keeps_its_frequencies_beside_a_long_one(tmp_path, monkeypatch):
+    """longrope has others above a length: transformers chooses by the longest chain of a batch."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10_000.0}
+    build("Llama", tmp_path, rope_parameters=rope | {"original_max_position_embeddings": 16})
+    model = load_backbone(str(tmp_path), LAYERS, "float32", device_map="cpu")
+    chains = [replace(c, ids=c.ids % 300) for c in make_chains(12, 3, LONG)]
+    assert {len(c.ids) > 16 for c in chains} == {False, True}
+    got = by_chain(run(chains, model, 10_000, None))
+    each = [by_chain(run([c], model, 10_000, None)) for c in chains if expected(c)[0]]
+    torch.testing.assert_close(got.acts, torch.cat([b.acts for b in each]), rtol=0, atol=1e-5)
+    monkeypatch.setattr(module, "frequencies_change", lambda config: 10_000)
+    together = by_chain(run(chains, model, 10_000, None)).acts
+    assert (together - got.acts).abs().max() > 1e-2  # negative control
+
+
 def test_a_running_state():
     from transformers import FalconH1Config, LlamaConfig
 
