@@ -41,26 +41,18 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, content)
+        target = _target(path)
+        _replace(target, content, _part(target))
     except (OSError, ValueError) as error:
         raise unwritable(path, error) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    target = _target(path)
-    part = _write_part(target, content)
-    try:
-        os.replace(part, target)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def probe(path: Path) -> None:
     """Raises OSError or ValueError where `write_atomic` could not write `path` as things stand."""
     target = _target(path)
     if target.parent.exists():
-        _write_part(target, PROBE).unlink()
+        _write(_part(target), PROBE)
+        _part(target).unlink()
     else:
         _part(target).is_file()  # fails if the name is too long
 
@@ -80,9 +72,18 @@ def _part(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def _write_part(target: Path, content: bytes) -> Path:
-    """A file beside `target` with this content, on the disk; none if that fails."""
-    part = _part(target)
+def _replace(target: Path, content: bytes, part: Path) -> None:
+    """Puts `content` in the place of `target`, by way of the file `part` beside it; none is left if that fails."""
+    _write(part, content)
+    try:
+        os.replace(part, target)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _write(part: Path, content: bytes) -> None:
+    """A new file with this content, on the disk; none if that fails."""
     part.unlink(missing_ok=True)  # of a process that was killed; never written through, should it be a link
     try:
         with open(part, "xb") as f:
@@ -93,22 +94,21 @@ def _write_part(target: Path, content: bytes) -> Path:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    return part
 
 
 def check_output(path: Path, name: str) -> None:
     """Raises InputError where `write_output` could not write `path`, which --`name` gave; before the work is done."""
     try:
-        if not path.absolute().parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "its folder does not exist")
-        if not _in_place(path):
-            probe(path)
-        elif path.is_dir():
+        if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        elif path.exists() and not os.access(path, os.W_OK):
+        if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        elif not path.exists():
-            probe(Path(os.path.realpath(path)))
+        if not path.exists() or not _in_place(path):
+            target = Path(os.path.realpath(path))  # also of a link to nothing yet
+            if not target.parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "its folder does not exist")
+            _write(_private_part(_target(target)), PROBE)
+            _private_part(target).unlink()
     except (OSError, ValueError) as error:
         raise _no_output(path, name, error) from error
 
@@ -124,9 +124,14 @@ def write_output(path: Path, content: bytes, name: str) -> None:
             with _open_in_place(path) as f:
                 f.write(content)
         else:
-            _replace(path, content)
+            _replace(path, content, _private_part(path))
     except (OSError, ValueError) as error:
         raise _no_output(path, name, error) from error
+
+
+def _private_part(target: Path) -> Path:
+    """A name that nothing of the user's has: the folder is not a run's."""
+    return target.with_name(f".streamprobe-{os.getpid()}.part")
 
 
 def _no_output(path: Path, name: str, error: Exception) -> InputError:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamprobe.cli import main
@@ -25,9 +24,9 @@ class Done(NamedTuple):
         return self.err
 
 
-def _child(argv: Sequence[str], log: Path, prepare: Callable[[], Any]) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(log.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+def _child(argv: Sequence[str], out: int, err: int, prepare: Callable[[], Any]) -> None:
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     prepare()
     status = main(argv)
@@ -40,14 +39,15 @@ def nothing() -> None:
     """No preparation."""
 
 
-def forked(*argvs: Sequence[str], logs: Path, prepare: Callable[[], Any] = nothing) -> list[Done]:
+def forked(*argvs: Sequence[str], prepare: Callable[[], Any] = nothing) -> list[Done]:
     """Runs the command lines at once, each in its own process, where `prepare` is called first.
 
-    What they print goes to files in the folder `logs`.
+    What they print must fit into a pipe (64 kB).
     """
-    paths = [logs / f"{number}.log" for number in range(len(argvs))]
+    pipes = [(os.pipe(), os.pipe()) for _ in argvs]
     children = [
-        FORK.Process(target=_child, args=(argv, path, prepare)) for argv, path in zip(argvs, paths, strict=True)
+        FORK.Process(target=_child, args=(argv, out[1], err[1], prepare))
+        for argv, (out, err) in zip(argvs, pipes, strict=True)
     ]
     for child in children:
         child.start()
@@ -56,5 +56,12 @@ def forked(*argvs: Sequence[str], logs: Path, prepare: Callable[[], Any] = nothi
         if child.is_alive():
             child.kill()
             raise AssertionError("a run that does not end")
-    texts = [[path.with_suffix(f".{name}").read_text() for name in ("out", "err")] for path in paths]
-    return [Done(child.exitcode or 0, *text) for child, text in zip(children, texts, strict=True)]
+    return [
+        Done(child.exitcode or 0, _text(*out), _text(*err)) for child, (out, err) in zip(children, pipes, strict=True)
+    ]
+
+
+def _text(read: int, write: int) -> str:
+    os.close(write)
+    with open(read, encoding="utf-8") as pipe:
+        return pipe.read()

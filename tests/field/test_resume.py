@@ -95,11 +95,11 @@ def test_killed_before_and_after_every_write_it_ends_the_same(run: Path, tmp_pat
     for name in WRITTEN:
         for after in (False, True):
             before = (run / name).exists()
-            [done] = forked(argv, logs=tmp_path, prepare=killer(name, after))
+            [done] = forked(argv, prepare=killer(name, after))
             assert done.status == -signal.SIGKILL, (name, after, done)
             assert (run / name).exists() == (after or before)
             argv = ["tiny.yaml", "--resume"]
-    [done] = forked(argv, logs=tmp_path)
+    [done] = forked(argv)
     assert done.status == 0 and "resumed   after pass 2" in done.out
     assert results("killed") == results("straight")
 
