@@ -81,8 +81,9 @@ def _claim_given(folder: Path, resume: bool) -> Claim:
         if resume or not holds_run(folder):
             return claim
         claim.release()  # another process has been there meanwhile
+    found = next((name for name in NAMES if os.path.lexists(folder / name)), "")
     raise InputError(
-        f"output_dir {folder}, which holds a run",
+        f"output_dir {folder}, which holds a run ({found})",
         "an empty or new folder",
         "choose another, or go on with that run by --resume",
     )

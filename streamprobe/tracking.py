@@ -31,8 +31,6 @@ COMPARED = (
 WIDTH = 130  # letters in a line of the text tab
 BINS = 30  # of a histogram
 POINTS = 101  # of a precision-recall curve, at equal steps of recall
-
-
 SECONDS = 30  # between two times that events are put on disk, which is how often TensorBoard looks
 NUMBERS = count()  # of this process's event files
 
@@ -167,13 +165,13 @@ class Tracker:
             self._logits(f"logits/{name} (0 negatives, 1 positives)", scores.double().numpy(), targets.numpy())
 
     def _precision_recall(self, name: str, scores: Tensor, targets: Tensor, step: int) -> None:
+        from torch.utils.tensorboard.summary import pr_curve_raw
+
         ranking = rank(scores[:, None], targets)
         at = torch.linspace(ranking.n_positive, 1, POINTS).round().long() - 1
         tp, fp = ranking.tp[at, 0].double(), ranking.fp[at, 0].double()
         tn, fn = ranking.n_negative - fp, ranking.n_positive - tp
         precision, recall = tp / (tp + fp), tp / ranking.n_positive
-        from torch.utils.tensorboard.summary import pr_curve_raw
-
         counts = (tp, fp, tn, fn, precision, recall)
         self._add(pr_curve_raw(f"precision/{name}", *counts, POINTS, None), step)
 

@@ -30,7 +30,7 @@ def unwritable(path: Path, error: Exception) -> InputError:
     return InputError(
         f"{path}, which cannot be written ({reason(error)})",
         "room on the disk and the right to write there",
-        "make room, then the same command with --resume",
+        "make room, then the same command again, for a run with --resume",
     )
 
 

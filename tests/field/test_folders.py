@@ -102,6 +102,35 @@ def test_two_claim_one_folder_without_the_lock(tmp_path: Path, monkeypatch: pyte
         assert first == second
 
 
+def claim_often(number: int, times: int) -> int:
+    """Claims the same default folder over and over, now writing a run, now refused; returns 0 if it was always alone."""
+    for i in range(times):
+        try:
+            with claim_folder(None, "x", False) as claimed:
+                alone = os.open(claimed / "alone", os.O_CREAT | os.O_EXCL)  # fails if somebody else is in there
+                os.close(alone)
+                if (i + number) % 3 == 0:
+                    (claimed / "config.yaml").write_text(str(number))
+                os.unlink(claimed / "alone")
+        except (OSError, InputError) as error:
+            print(repr(error))
+            return 1
+    return 0
+
+
+def test_claims_that_come_and_go_at_once_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pids = []
+    for number in range(6):
+        pids.append(os.fork())
+        if not pids[-1]:
+            os._exit(claim_often(number, 30))
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 6
+    written = sorted(path.name for path in Path("runs").iterdir() if (path / "config.yaml").exists())
+    assert len(written) == 6 * 10
+    assert not [path for path in Path("runs").rglob("*") if path.name in ("alone", LOCK)]
+
+
 def test_a_killed_run_leaves_no_lock_that_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pid = os.fork()
