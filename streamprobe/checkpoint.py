@@ -16,7 +16,7 @@ from streamprobe.probes import ProbeBank, restore
 from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
-FORMAT = 1  # of the checkpoint; a higher one is another
+FORMAT = 1  # of the checkpoint; raised whenever what is in it changes
 
 
 class BestProbes:
@@ -63,8 +63,12 @@ class BestProbes:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """A safetensors file, written atomically and byte-identical for equal input; `about` is its JSON metadata."""
+    _save(path, tensors, json.dumps(about, sort_keys=True))
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
     ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    write_atomic(path, save(ready, {"streamprobe": json.dumps(about, sort_keys=True)}))
+    write_atomic(path, save(ready, {"streamprobe": about}))  # of two entries the order would be any
 
 
 class Checkpoint(NamedTuple):
@@ -81,8 +85,9 @@ def save_run(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes the checkpoint of a run, with a checksum of all that is in it."""
     parts, facts, passes, tokens, plan = checkpoint
     flat = {f"{part}.{name}": tensor.detach().cpu() for part, own in parts.items() for name, tensor in own.items()}
-    about = {"format": FORMAT, "facts": facts, "pass": passes, "tokens": tokens, "plan": plan}
-    save_tensors(folder / STATE, flat, about | {"sha256": _checksum(flat, about)})
+    keys = {"format": FORMAT, "facts": facts, "pass": passes, "tokens": tokens, "plan": plan}
+    about = json.dumps(keys, sort_keys=True)
+    _save(folder / STATE, flat, f"{_checksum(flat, about)} {about}")
 
 
 def load_run(folder: Path) -> Checkpoint | None:
@@ -97,15 +102,12 @@ def load_run(folder: Path) -> Checkpoint | None:
         if not path.is_file():
             raise ValueError("not a file")
         with safe_open(path, framework="pt") as f:
-            about = json.loads(f.metadata()["streamprobe"])
+            checksum, _, about = f.metadata()["streamprobe"].partition(" ")
             flat = {name: f.get_tensor(name) for name in f.keys()}
-        checksum = about.pop("sha256", None)
-        if about.get("format") != FORMAT:
-            raise ValueError(f"of format {about.get('format')}, not {FORMAT}")
         if checksum != _checksum(flat, about):
-            raise ValueError("its checksum does not match: it is damaged")
-        return _unpack(flat, about)
-    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError("its checksum is not that of its content")
+        return _unpack(flat, json.loads(about))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
             f"a whole checkpoint, format {FORMAT}, as a run wrote it",
@@ -114,6 +116,8 @@ def load_run(folder: Path) -> Checkpoint | None:
 
 
 def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']}")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         part, name = key.split(".", 1)
@@ -126,9 +130,9 @@ def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
     return Checkpoint(parts, facts, passes, tokens, plan)
 
 
-def _checksum(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
-    """SHA-256 over the name, dtype, shape and bytes of every tensor, and over what is said about them."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+def _checksum(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 over what is said about the tensors, and over the name, dtype, shape and bytes of each."""
+    digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
