@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from streamprobe import clockwork
-from streamprobe.checkpoint import write_atomic
 from streamprobe.clockwork import JOB, OFFLINE, PASSES, Ledger
 from streamprobe.errors import InputError, first_line
 from streamprobe.madeup import SHAPES, Workbench, count
 from streamprobe.provenance import device_name, git_commit, versions
+from streamprobe.system.files import check_output, write_output
 
 
 def facts(bench: Workbench, options: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def parse(argv: Sequence[str] | None, cuda: bool) -> argparse.Namespace:
         least = {"chains": 2, "max_batch_tokens": 900}.get(name, 1)  # no chain is longer than 900
         if getattr(options, name) < least:
             raise InputError(f"{name} {getattr(options, name)}", f"at least {least}", f"mend --{name}")
-    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise InputError(f"json {options.json}", "a file in a folder that exists", "mend --json")
+    if options.json:
+        check_output(options.json, "json")
     return options
 
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv, device.type == "cuda")
         result = measure_all(options, device)
         if options.json:
-            write_atomic(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode())
+            write_output(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode(), "json")
     except (InputError, torch.OutOfMemoryError) as error:
         line = first_line(error)
         oom = f"too little device memory ({line}); expected room for model and activations; fix: lower --chains"

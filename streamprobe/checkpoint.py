@@ -1,19 +1,22 @@
 """What must survive a crash or an overfit."""
 
+import hashlib
 import json
 import math
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from streamprobe.probes import ProbeBank
+from streamprobe.errors import InputError
+from streamprobe.probes import ProbeBank, restore
+from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
+FORMAT = 1  # of the checkpoint; raised whenever what is in it changes
 
 
 class BestProbes:
@@ -49,9 +52,8 @@ class BestProbes:
         return {name: tensor.clone() for name, tensor in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes up where the one that gave `state` stood."""
-        for name, tensor in self._live().items():
-            tensor.copy_(state[name])
+        """Takes up where the one that gave `state` stood.  Raises InputError for the state of other probes."""
+        restore(self._live(), state)
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
@@ -59,36 +61,79 @@ class BestProbes:
         return {"weight": self.bank.weight, "bias": self.bank.bias, **ours}
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file that is either the old one or the whole new one, at every moment, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """A safetensors file, written atomically and byte-identical for equal input; `about` is its JSON metadata."""
+    _save(path, tensors, json.dumps(about, sort_keys=True))
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
     ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    write_atomic(path, save(ready, {"streamprobe": json.dumps(about, sort_keys=True)}))
+    write_atomic(path, save(ready, {"streamprobe": about}))  # of two entries the order would be any
 
 
-def save_run(folder: Path, parts: dict[str, dict[str, Tensor]], about: dict[str, Any]) -> None:
-    """The checkpoint of a run: the tensors of each part (solver or best probes), and numbers about where it stands."""
-    flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    save_tensors(folder / STATE, flat, about)
+class Checkpoint(NamedTuple):
+    """Where a run stands after a pass."""
+
+    parts: dict[str, dict[str, Tensor]]  # the state of each solver, and of its best probes
+    facts: dict[str, Any]  # what defines the run
+    passes: int
+    tokens: int  # seen in them
+    plan: list[Any]  # where the activations lie, which decides the order of the tokens
 
 
-def load_run(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """What `save_run` wrote last, or None where there is no checkpoint."""
-    if not (folder / STATE).exists():
+def save_run(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes the checkpoint of a run, with a checksum of all that is in it."""
+    parts, facts, passes, tokens, plan = checkpoint
+    flat = {f"{part}.{name}": tensor.detach().cpu() for part, own in parts.items() for name, tensor in own.items()}
+    keys = {"format": FORMAT, "facts": facts, "pass": passes, "tokens": tokens, "plan": plan}
+    about = json.dumps(keys, sort_keys=True)
+    _save(folder / STATE, flat, f"{_checksum(flat, about)} {about}")
+
+
+def load_run(folder: Path) -> Checkpoint | None:
+    """What `save_run` wrote last, or None where there is no checkpoint.
+
+    Raises InputError for one that is not, to the byte, what `save_run` wrote.
+    """
+    path = folder / STATE
+    if not path.exists():
         return None
+    try:
+        if not path.is_file():
+            raise ValueError("not a file")
+        with safe_open(path, framework="pt") as f:
+            checksum, _, about = f.metadata()["streamprobe"].partition(" ")
+            flat = {name: f.get_tensor(name) for name in f.keys()}
+        if checksum != _checksum(flat, about):
+            raise ValueError("its checksum is not that of its content")
+        return _unpack(flat, json.loads(about))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}, which cannot be read ({type(error).__name__}: {error})",
+            f"a whole checkpoint, format {FORMAT}, as a run wrote it",
+            "put back a copy of it, or start a new run without --resume in another folder",
+        ) from error
+
+
+def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']}")
     parts: dict[str, dict[str, Tensor]] = {}
-    with safe_open(folder / STATE, framework="pt") as f:
-        for key in f.keys():
-            part, name = key.split(".", 1)
-            parts.setdefault(part, {})[name] = f.get_tensor(key)
-        return parts, json.loads(f.metadata()["streamprobe"])
+    for key, tensor in flat.items():
+        part, name = key.split(".", 1)
+        parts.setdefault(part, {})[name] = tensor
+    facts, passes, tokens, plan = (about[name] for name in ("facts", "pass", "tokens", "plan"))
+    if not (isinstance(facts, dict) and isinstance(facts["config"], dict) and isinstance(plan, list)):
+        raise ValueError("no facts or plan of a run")
+    if type(passes) is not int or type(tokens) is not int or passes < 1 or tokens < 1:
+        raise ValueError(f"pass {passes!r} and {tokens!r} tokens")
+    return Checkpoint(parts, facts, passes, tokens, plan)
+
+
+def _checksum(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 over what is said about the tensors, and over the name, dtype, shape and bytes of each."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

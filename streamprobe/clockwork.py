@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from streamprobe import baseline
-from streamprobe.checkpoint import BestProbes, save_run
+from streamprobe.checkpoint import BestProbes, Checkpoint, save_run
 from streamprobe.madeup import BASE_RATE, BATCH, L2, LAGS, SEED, Grid, Workbench, count, make_model
 from streamprobe.memory import ActivationMemory
 from streamprobe.metrics import chain_bootstrap, draw_chains, measure
@@ -156,7 +156,8 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
         tracker = Tracker(folder, [solver])
 
         def save(number: int, tokens: int) -> None:
-            save_run(folder, {fit.name: solver.state(), f"{fit.name}-best": fit.best.state()}, {"pass": number})
+            parts = {fit.name: solver.state(), f"{fit.name}-best": fit.best.state()}
+            save_run(folder, Checkpoint(parts, {}, number, tokens, []))
 
         validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
         passes = ledger.time(

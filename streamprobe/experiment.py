@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 
 from streamprobe import backbone, preflight, report, results, table, transcripts
-from streamprobe.checkpoint import load_run, save_run
+from streamprobe.checkpoint import STATE, Checkpoint, load_run, save_run
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError, first_line
-from streamprobe.fits import Checkpoint, make_fits, standing
+from streamprobe.fits import make_fits, standing
+from streamprobe.folder import claim_folder, holds_results
 from streamprobe.lab import Lab, Memories
 from streamprobe.metrics import measure
 from streamprobe.probes import ProbeBank
-from streamprobe.provenance import choose_folder, peak_memory, write_config
+from streamprobe.provenance import peak_memory, read_config, write_config
+from streamprobe.system.files import check_room
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
 
@@ -46,21 +49,22 @@ def run(config: RunConfig) -> Path | None:
 
 
 def _run(config: RunConfig) -> Path:
+    output = config.output
+    with claim_folder(output.output_dir, config.name, output.resume) as folder:
+        _run_in(folder, config)
+    return folder
+
+
+def _run_in(folder: Path, config: RunConfig) -> None:
     began = time.perf_counter()
-    folder = choose_folder(config.output.output_dir, config.name, config.output.resume)
-    checkpoint = load_run(folder) if config.output.resume else None
-    if checkpoint:
-        check_resume(config.flat(), checkpoint[1]["facts"]["config"])
-    elif config.output.resume:
-        print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
+    checkpoint = find_checkpoint(config, folder) if config.output.resume else None
     lab = Lab(config)
     print(lab.preflight, flush=True)
     lab.load_model()
     facts = lab.facts()
     if checkpoint:
-        check_resume(facts, checkpoint[1]["facts"])
-    memories = lab.memories(checkpoint[1]["plan"] if checkpoint else None)
-    write_config(folder, facts)
+        check_resume(facts, checkpoint.facts)
+    memories = lab.memories(checkpoint.plan if checkpoint else None)
     fits, thresholds, passes, tracker = fit(lab, folder, memories, checkpoint, facts)
     judged = test(lab, folder, fits, thresholds, facts)
     rows, verdicts = [each.row for each in judged], results.verdicts(judged)
@@ -72,11 +76,39 @@ def _run(config: RunConfig) -> Path:
     report.write_summary(folder, rows, {**facts, **cost, **told})
     report.write_report(folder)
     printed = f"{table.table(rows, verdicts)}\n{table.describe_cost(cost)}"
+    print(f"\n{printed}\n{table.describe_files(folder)}", flush=True)
     tracker.text("1 verdict", printed)
     tracker.outcome(config.flat(), table.headline(rows))
     tracker.close()
-    print(f"\n{printed}\n{table.describe_files(folder)}", flush=True)
-    return folder
+
+
+def find_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
+    """What to go on from, or None where the run in `folder` has not come to its first checkpoint.
+
+    Raises InputError where that run is another one, or is finished and its checkpoint is gone: it would be replaced.
+    """
+    checkpoint = load_run(folder)
+    if checkpoint:
+        check_resume(config.flat(), checkpoint.facts["config"])
+        return checkpoint
+    if holds_results(folder):
+        raise InputError(
+            f"--resume in {folder}, which holds results but no {STATE}",
+            "a checkpoint to go on from",
+            "put it back, or start a new run without --resume in another folder",
+        )
+    if (folder / "config.yaml").exists():
+        check_resume(config.flat(), read_config(folder))
+    print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
+    return None
+
+
+def needed_room(fits: Sequence[Fit], folder: Path) -> tuple[int, int]:
+    """Bytes that the run still needs on the disk, and those of its largest file."""
+    checkpoint = sum(t.nbytes for fit in fits for owner in (fit.solver, fit.best) for t in owner.state().values())
+    probes = sum(fit.best.bank.weight.nbytes for fit in fits if fit.share.name == "layers")
+    before = folder / STATE
+    return 2 * checkpoint + probes - (before.stat().st_size if before.exists() else 0), checkpoint
 
 
 def _dry_run(config: RunConfig) -> None:
@@ -100,6 +132,8 @@ def fit(
     training = lab.config.training
     plan, memory, held_out = memories
     fits, done = make_fits(lab, checkpoint)
+    check_room(folder, *needed_room(fits, folder))
+    write_config(folder, facts)
     tracker = Tracker(folder, [fit.solver for fit in fits], done[1] + 1 if lab.config.output.resume else None)
     tracker.text("2 preflight", lab.preflight)
     tracker.text("3 config", json.dumps(facts, indent=1))
@@ -108,9 +142,9 @@ def fit(
     def save(number: int, tokens: int) -> None:
         nonlocal lap, seen
         seen = tokens
-        about = {"facts": facts, "pass": number, "tokens": tokens, "plan": [*plan[:3], lab.shared]}
         states = {fit.name: fit.solver.state() for fit in fits}
-        save_run(folder, states | {f"{fit.name}-best": fit.best.state() for fit in fits}, about)
+        states |= {f"{fit.name}-best": fit.best.state() for fit in fits}
+        save_run(folder, Checkpoint(states, facts, number, tokens, [*plan[:3], lab.shared]))
         seconds, lap = time.perf_counter() - lap, time.perf_counter()
         tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
         tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)

@@ -4,19 +4,16 @@ Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamprobe.checkpoint import BestProbes
+from streamprobe.checkpoint import BestProbes, Checkpoint
 from streamprobe.lab import Lab
 from streamprobe.newton import NewtonSolver
 from streamprobe.solvers import AdamSolver
 from streamprobe.stream import TokenBatch
 from streamprobe.trainer import Fit, Share
-
-Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 def make_shares(lab: Lab) -> list[tuple[Share, list[int | str], int]]:
@@ -61,12 +58,11 @@ def make_fits(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple
     ]
     if not checkpoint:
         return fits, (0, 0)
-    parts, about = checkpoint
     for fit in fits:
-        fit.solver.load(parts[fit.name])
-        fit.best.load(parts[f"{fit.name}-best"])
-    print(f"resumed   after pass {about['pass']}", flush=True)
-    return fits, (about["pass"], about["tokens"])
+        fit.solver.load(checkpoint.parts.get(fit.name, {}))
+        fit.best.load(checkpoint.parts.get(f"{fit.name}-best", {}))
+    print(f"resumed   after pass {checkpoint.passes}", flush=True)
+    return fits, (checkpoint.passes, checkpoint.tokens)
 
 
 def make_fit(lab: Lab, name: str, share: Share, layers: list[int | str], n_features: int) -> Fit:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from streamprobe import backbone, chains
 from streamprobe.chains import format_prompt
-from streamprobe.checkpoint import write_atomic
 from streamprobe.config import RunConfig, load_config
 from streamprobe.errors import InputError, first_line
 from streamprobe.probes import ProbeBank, load_probes
+from streamprobe.system.files import check_output, write_output
 
 
 def make_parser(doc: str, prog: str) -> ArgumentParser:
@@ -59,16 +59,13 @@ def check(given: argparse.Namespace) -> None:
 
 def check_file(path: Path | None, name: str) -> None:
     """Raises InputError for a file to write that cannot be one, before the work is done."""
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise InputError(f"{name} {path}", "a file in a folder that exists", f"mend --{name}")
+    if path:
+        check_output(path, name)
 
 
 def write_file(path: Path, name: str, content: str) -> None:
     """Writes what --`name` asked for; raises InputError where that cannot be."""
-    try:
-        write_atomic(path, content.encode())
-    except OSError as error:
-        raise InputError(f"{name} {path} ({error})", "a file that can be written", f"mend --{name}") from error
+    write_output(path, content.encode(errors="backslashreplace"), name)
     print(f"wrote {path}")
 
 

@@ -118,6 +118,8 @@ class Lab:
         self.device: torch.device = self.model.device  # type: ignore[assignment]
         tokens = backbone.some_tokens(self.tokenizer, self.model_config)
         self.hidden_size = backbone.check_reading(self.model, self.config.probes.layers, tokens, self.chunked)
+        if self.config.data.bad_chains == "skip":
+            self._skip_bad_chains()
         self.surface_layers = [name for name in controls.Surface.LAYERS if name in self.config.probes.controls]
         self.surface: controls.Surface | None = None
         if self.surface_layers:
@@ -126,8 +128,6 @@ class Lab:
             self.surface = controls.Surface(embedding, ids, self.hidden_size, self.surface_layers)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the plan sees what is free
-        if self.config.data.bad_chains == "skip":
-            self._skip_bad_chains()
 
     def _skip_bad_chains(self) -> None:
         """Leaves out chains with activations that are infinite or not numbers, as if their rows had been refused."""

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.moments import Grams, first_scaling, mapped_vector, with_one
-from streamprobe.probes import ProbeBank, fold
+from streamprobe.probes import ProbeBank, fold, restore
 
 PAIRS = 8  # steps that L-BFGS remembers
 
@@ -221,9 +221,11 @@ class NewtonSolver:
         return {name: tensor.clone() for name, tensor in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes up where the solver that gave `state` stood, after one more trip through the first pass."""
-        for name, tensor in self._live().items():
-            tensor.copy_(state[name])
+        """Takes up where the solver that gave `state` stood, after one more trip through the first pass.
+
+        Raises InputError for the state of another solver.
+        """
+        restore(self._live(), state)
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""

@@ -5,7 +5,7 @@ Shapes: N tokens, L layers, K columns, D hidden size.  One linear probe per (lay
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,27 @@ def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Ten
     """
     raw = weight / scale[:, None]
     return raw, bias - torch.einsum("lkd,ld->lk", raw, mean)
+
+
+def restore(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copies a saved state over tensors in use, by name; nothing is broadcast or cast.
+
+    Raises InputError, before anything is copied, unless both hold the same names, shapes and dtypes.
+    """
+    saved, wanted = ({name: _kind(tensor) for name, tensor in own.items()} for own in (state, live))
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise InputError(
+                f"a checkpoint with {saved.get(name, 'nothing')} as {name}",
+                wanted.get(name, "nothing of that name"),
+                "put back the checkpoint of this run, or start a new one without --resume",
+            )
+    for name, tensor in live.items():
+        tensor.copy_(state[name])
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def bank_tensors(name: str, bank: ProbeBank) -> dict[str, Tensor]:

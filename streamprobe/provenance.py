@@ -1,8 +1,7 @@
-"""Where a run's numbers come from: its folder, the versions, the machine and the model behind them."""
+"""Where a run's numbers come from: the versions, the machine and the model behind them."""
 
 import hashlib
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -14,39 +13,10 @@ import torch
 import yaml
 from torch import nn
 
-from streamprobe.checkpoint import write_atomic
-from streamprobe.errors import InputError
+from streamprobe.errors import InputError, first_line
+from streamprobe.system.files import write_atomic
 
 PACKAGES = "streamprobe torch transformers tokenizers accelerate bitsandbytes numpy datasets safetensors".split()
-
-
-def choose_folder(output_dir: str | None, name: str, resume: bool) -> Path:
-    """The folder of this run.  Without `output_dir`, the first of runs/<name>, runs/<name>-2, ... that holds no run, or
-    to resume the last one that does.  Raises InputError rather than write over another run."""
-    if output_dir:
-        folder = Path(output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"output_dir {folder}, which is a file", "a folder", "choose another")
-        parent = next(p for p in folder.resolve().parents if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise InputError(
-                f"output_dir {folder}, which cannot be made in {parent}", "a folder to write to", "choose another"
-            )
-        if (folder / "config.yaml").exists() and not resume:
-            raise InputError(
-                f"output_dir {folder}, which holds a run",
-                "an empty or new folder",
-                "choose another, or go on with that run by --resume",
-            )
-        return folder
-    folder = Path("runs") / name
-    number = 2
-    while (folder / "config.yaml").exists():
-        later = folder.with_name(f"{name}-{number}")
-        if resume and not (later / "config.yaml").exists():
-            return folder
-        folder, number = later, number + 1
-    return folder
 
 
 def versions() -> dict[str, str]:
@@ -101,3 +71,19 @@ def write_config(folder: Path, facts: dict[str, Any]) -> None:
     rest = {name: value for name, value in facts.items() if name != "config"}
     notes = "".join(f"# {name}: {json.dumps(value)}\n" for name, value in rest.items())
     write_atomic(folder / "config.yaml", (keys + notes).encode())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The keys that `write_config` wrote.  Raises InputError for a file that holds none."""
+    path = folder / "config.yaml"
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(keys, dict):
+            raise ValueError("no keys in it")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path}, which cannot be read ({first_line(error)})",
+            "the config of the run that is to go on",
+            "put it back, or start a new run without --resume",
+        ) from error
+    return keys

@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from streamprobe.checkpoint import save_tensors, write_atomic
+from streamprobe.checkpoint import save_tensors
 from streamprobe.errors import InputError
 from streamprobe.page import render
 from streamprobe.probes import ProbeBank, bank_tensors
 from streamprobe.results import FIELDS, Row, place
+from streamprobe.system.files import write_atomic
 
 WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields that are text
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
@@ -82,12 +83,7 @@ def write_report(folder: Path) -> None:
         page = render(folder.resolve().name, rows, run, transcripts)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
-    try:
-        write_atomic(folder / "report.html", page.encode())
-    except OSError as error:
-        raise InputError(
-            f"{folder / 'report.html'} ({error})", "a file that can be written", "check the folder"
-        ) from error
+    write_atomic(folder / "report.html", page.encode())
 
 
 def _read(path: Path) -> str:

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from streamprobe.lags import Column
 from streamprobe.moments import first_scaling, scaled
-from streamprobe.probes import ProbeBank, fold
+from streamprobe.probes import ProbeBank, fold, restore
 
 
 class Solver(Protocol):
@@ -152,11 +152,8 @@ class AdamSolver:
         return {key: value.clone() for key, value in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes up where the solver that gave `state` stood."""
-        live = self._live()
-        assert live.keys() == state.keys()
-        for key, value in live.items():
-            value.copy_(state[key])
+        """Takes up where the solver that gave `state` stood.  Raises InputError for the state of another one."""
+        restore(self._live(), state)
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""

@@ -143,7 +143,7 @@ def describe_cost(cost: Mapping[str, Any]) -> str:
 def describe_files(folder: Path) -> str:
     """The files of a run with their sizes."""
     sizes: dict[str, int] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
         name = path.relative_to(folder).parts
         first = "events.out.tfevents.*" if name[0].startswith("events.out.tfevents.") else name[0]
         first += "/" if len(name) > 1 else ""

@@ -4,8 +4,13 @@ Shapes: N tokens, L layers, K columns.
 """
 
 import math
+import os
+import socket
 import textwrap
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from torch import Tensor
 from streamprobe.boards import SHOWN, Grid, family, layout, make_boards, tag
 from streamprobe.heatmap import size
 from streamprobe.metrics import Scored, rank
+from streamprobe.system.files import unwritable
 
 COMPARED = (
     "model", "data", "dtype", "quantization", "prompt", "support", "unlabelled", "split", "labels", "targets", "layers",
@@ -25,6 +31,71 @@ COMPARED = (
 WIDTH = 130  # letters in a line of the text tab
 BINS = 30  # of a histogram
 POINTS = 101  # of a precision-recall curve, at equal steps of recall
+SECONDS = 30  # between two times that events are put on disk, which is how often TensorBoard looks
+NUMBERS = count()  # of this process's event files
+
+
+class EventFile:
+    """A file of events for TensorBoard, written by the thread that makes them.
+
+    What cannot be written, as on a full disk, waits in memory: the run goes on to its checkpoint, and `flush` behind
+    that reports it.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        """`purge_step` hides what earlier files of the folder hold from that step on."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(NUMBERS)}"
+        self.path = folder / name
+        try:
+            self.file = open(self.path, "xb", buffering=0)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self.waiting = BytesIO()
+        self.records = RecordWriter(self.waiting)
+        self.written = -math.inf
+        self._put(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._put(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, summary: Any, step: int | None) -> None:
+        """One event."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._put(Event(summary=summary, step=step))
+
+    def _put(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self.records.write(event.SerializeToString())
+        if time.monotonic() - self.written > SECONDS:
+            self._write()
+
+    def _write(self) -> OSError | None:
+        """Puts on disk what waits; returns what was in the way."""
+        self.written, failure = time.monotonic(), None
+        rest = memoryview(self.waiting.getvalue())
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            failure = error
+        self.waiting.seek(0)
+        self.waiting.truncate()
+        self.waiting.write(rest)
+        return failure
+
+    def flush(self) -> None:
+        """Puts everything on disk.  Raises InputError where it does not take it."""
+        failure = self._write()
+        if failure:
+            raise unwritable(self.path, failure) from failure
+
+    def close(self) -> None:
+        """Ends the file."""
+        self.flush()
+        self.file.close()
 
 
 class Tracker:
@@ -32,10 +103,8 @@ class Tracker:
 
     def __init__(self, folder: Path, grids: Sequence[Grid], purge_step: int | None = None):
         """Writes event files into `folder`; on resume, `purge_step` hides what was logged after the checkpoint."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.boards = make_boards(grids)
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self.events = EventFile(folder, purge_step)
         self._charts()
 
     def _charts(self) -> None:
@@ -96,15 +165,20 @@ class Tracker:
             self._logits(f"logits/{name} (0 negatives, 1 positives)", scores.double().numpy(), targets.numpy())
 
     def _precision_recall(self, name: str, scores: Tensor, targets: Tensor, step: int) -> None:
+        from torch.utils.tensorboard.summary import pr_curve_raw
+
         ranking = rank(scores[:, None], targets)
         at = torch.linspace(ranking.n_positive, 1, POINTS).round().long() - 1
         tp, fp = ranking.tp[at, 0].double(), ranking.fp[at, 0].double()
         tn, fn = ranking.n_negative - fp, ranking.n_positive - tp
         precision, recall = tp / (tp + fp), tp / ranking.n_positive
-        self.writer.add_pr_curve_raw(f"precision/{name}", tp, fp, tn, fn, precision, recall, step, POINTS)
+        counts = (tp, fp, tn, fn, precision, recall)
+        self._add(pr_curve_raw(f"precision/{name}", *counts, POINTS, None), step)
 
     def _logits(self, name: str, scores: NDArray[np.float64], targets: NDArray[np.bool_]) -> None:
         """The shares of negatives and positives by logit, as steps 0 and 1: TensorBoard draws one behind the other."""
+        from torch.utils.tensorboard.summary import histogram_raw
+
         finite = np.isfinite(scores)
         scores, targets = scores[finite], targets[finite]
         edges = np.histogram_bin_edges(scores, BINS)
@@ -112,7 +186,7 @@ class Tracker:
             own = scores[targets == bool(kind)]
             share = np.histogram(own, edges)[0] / max(1, len(own))
             limits, sums = edges[1:].tolist(), (own.sum(), np.square(own).sum())
-            self.writer.add_histogram_raw(name, edges[0], edges[-1], 1, *sums, limits, share.tolist(), kind)
+            self._add(histogram_raw(name, edges[0], edges[-1], 1, *sums, limits, share.tolist()), kind)
 
     def _points(self, points: Iterable[tuple[str, float]], step: int) -> None:
         """A point on each of many curves, as one event; NaN left out."""
@@ -122,18 +196,20 @@ class Tracker:
         self._add(Summary(value=values), step)
 
     def _add(self, summary: Any, step: int | None) -> None:
-        self.writer._get_file_writer().add_summary(summary, step)
+        self.events.add(summary, step)
 
     def number(self, name: str, value: float, step: int) -> None:
         """One point on a curve of the whole run."""
-        self.writer.add_scalar(name, value, step)
+        self._points([(name, value)], step)
 
     def text(self, name: str, text: str) -> None:
         """A page of the text tab, shown as it is but for lines that are too long."""
+        from torch.utils.tensorboard.summary import text as text_summary
+
         lines = [
             part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH, replace_whitespace=False) or [""]
         ]
-        self.writer.add_text(name, "\n".join(f"    {line}" for line in lines))
+        self._add(text_summary(name, "\n".join(f"    {line}" for line in lines)), None)
 
     def outcome(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The keys of a config that make runs differ beside the numbers they led to, for the hparams tab."""
@@ -150,8 +226,8 @@ class Tracker:
 
     def flush(self) -> None:
         """Puts on disk what was logged so far."""
-        self.writer.flush()
+        self.events.flush()
 
     def close(self) -> None:
         """Ends the event file."""
-        self.writer.close()
+        self.events.close()

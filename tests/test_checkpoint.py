@@ -1,6 +1,7 @@
 """Best probes against one early-stopping loop for each probe; files that survive a crash, bit for bit."""
 
 import builtins
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,15 +10,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from streamprobe import checkpoint
-from streamprobe.checkpoint import STATE, BestProbes, load_run, save_run, write_atomic
+from streamprobe.checkpoint import STATE, BestProbes, Checkpoint, load_run, save_run
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.probes import ProbeBank, load_probes
 from streamprobe.report import write_probes
 from streamprobe.solvers import AdamSolver
+from streamprobe.system import files
+from streamprobe.system.files import write_atomic
 
 NAN = float("nan")
 COLUMNS = make_columns(["backtracking"], ["token", "onset"], [-8, 0])
@@ -158,9 +163,8 @@ def test_best_probes_go_on_from_a_file(tmp_path: Path) -> None:
     for number, score in enumerate(scores, 1):
         straight.update(score, number, random_bank(number), NOT_CONVERGED)
         if number == 4:
-            save_run(tmp_path, {"best": straight.state()}, {})
-    parts, _ = load_run(tmp_path)
-    resumed.load(parts["best"])
+            save_run(tmp_path, state({"best": straight.state()}))
+    resumed.load(load_run(tmp_path).parts["best"])
     for number, score in enumerate(scores[4:], 5):
         resumed.update(score, number, random_bank(number), NOT_CONVERGED)
     ours, theirs = resumed.state(), straight.state()
@@ -183,7 +187,11 @@ PARTS: dict[str, dict[str, Tensor]] = {
         "none": torch.zeros(0, 4),
     },
 }
-ABOUT: dict[str, Any] = {"pass": 3, "tokens": 12345678901, "config": {"l2": 0.01, "name": "é"}, "plan": [5, True, None]}
+FACTS: dict[str, Any] = {"config": {"l2": 0.01, "name": "é"}, "versions": {"torch": "2"}}
+
+
+def state(parts: dict[str, dict[str, Tensor]], **changes: Any) -> Checkpoint:
+    return Checkpoint(parts, FACTS, 3, 12345678901, [5, True, False, None])._replace(**changes)
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -191,9 +199,9 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def test_a_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    save_run(tmp_path, PARTS, ABOUT)
-    parts, about = load_run(tmp_path)
-    assert about == ABOUT and parts.keys() == PARTS.keys()
+    save_run(tmp_path, state(PARTS))
+    parts, *about = load_run(tmp_path)
+    assert about == list(state({})[1:]) and parts.keys() == PARTS.keys()
     for part, tensors in PARTS.items():
         assert parts[part].keys() == tensors.keys()
         for name, tensor in tensors.items():
@@ -202,31 +210,32 @@ def test_a_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_last_save_is_the_one_that_comes_back(tmp_path: Path) -> None:
-    save_run(tmp_path, PARTS, ABOUT)
-    first, _ = load_run(tmp_path)
-    save_run(tmp_path, {"solver": {"weight": torch.ones(2)}}, {"pass": 4})
-    parts, about = load_run(tmp_path)
-    assert about == {"pass": 4} and parts.keys() == {"solver"} and torch.equal(parts["solver"]["weight"], torch.ones(2))
-    assert bits(first["solver"]["weight"]) == bits(PARTS["solver"]["weight"])  # and the first one is still whole
+    save_run(tmp_path, state(PARTS))
+    first = load_run(tmp_path)
+    save_run(tmp_path, state({"solver": {"weight": torch.ones(2)}}, passes=4))
+    last = load_run(tmp_path)
+    assert last.passes == 4 and last.parts.keys() == {"solver"}
+    assert torch.equal(last.parts["solver"]["weight"], torch.ones(2))
+    assert bits(first.parts["solver"]["weight"]) == bits(PARTS["solver"]["weight"])  # and the first one is still whole
     assert [file.name for file in (tmp_path / STATE).parent.iterdir()] == [Path(STATE).name]
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     """Also in another order and from other memory."""
-    save_run(tmp_path / "a", PARTS, ABOUT)
+    save_run(tmp_path / "a", state(PARTS))
     turned = {
         part: {name: PARTS[part][name].clone() for name in reversed(PARTS[part])} for part in reversed(PARTS)
     }  # fmt: skip
-    save_run(tmp_path / "b", turned, {key: ABOUT[key] for key in reversed(ABOUT)})
+    save_run(tmp_path / "b", state(turned, facts={key: FACTS[key] for key in reversed(FACTS)}))
     assert (tmp_path / "a" / STATE).read_bytes() == (tmp_path / "b" / STATE).read_bytes()
 
 
 @pytest.mark.parametrize(("part", "name"), [("solver", "weight"), ("best", "stopped")])
 def test_control_another_bit_gives_other_bytes(tmp_path: Path, part: str, name: str) -> None:
-    save_run(tmp_path / "a", PARTS, ABOUT)
+    save_run(tmp_path / "a", state(PARTS))
     other = PARTS[part][name].clone()
     other.view(torch.uint8)[..., 0] ^= 1
-    save_run(tmp_path / "b", PARTS | {part: PARTS[part] | {name: other}}, ABOUT)
+    save_run(tmp_path / "b", state(PARTS | {part: PARTS[part] | {name: other}}))
     assert (tmp_path / "a" / STATE).read_bytes() != (tmp_path / "b" / STATE).read_bytes()
 
 
@@ -249,13 +258,129 @@ def test_a_solver_goes_on_from_a_file_bit_for_bit(tmp_path: Path) -> None:
     straight, resumed = make(0), make(1)
     for i, chunk in enumerate(chunks):
         if i == 2:
-            save_run(tmp_path, {"solver": straight.state()}, {"pass": 2})
+            save_run(tmp_path, state({"solver": straight.state()}))
         straight.step(*chunk)
-    parts, _ = load_run(tmp_path)
-    resumed.load(parts["solver"])
+    resumed.load(load_run(tmp_path).parts["solver"])
     for chunk in chunks[2:]:
         resumed.step(*chunk)
     assert all(torch.equal(resumed.state()[name], tensor) for name, tensor in straight.state().items())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The file of a small checkpoint."""
+    save_run(tmp_path, state(PARTS))
+    return tmp_path / STATE
+
+
+def refused(path: Path) -> str:
+    """What loading the checkpoint is refused with, which must be one line that names the file."""
+    with pytest.raises(InputError) as caught:
+        load_run(path.parents[1])
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mask", [1, 2, 4, 8, 16, 32, 64, 128, 255])
+def test_a_byte_that_flips_is_found_wherever_it_lies(saved: Path, mask: int) -> None:
+    whole = saved.read_bytes()
+    for at in range(len(whole)):
+        saved.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
+        refused(saved)
+    saved.write_bytes(whole)
+    assert load_run(saved.parents[1])
+
+
+def test_a_flipped_byte_goes_unseen_without_the_checksum(saved: Path) -> None:
+    """Negative control: the format alone takes another weight for the right one."""
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with safe_open(saved, framework="pt") as f:
+        assert len({name: f.get_tensor(name) for name in f.keys()}) == sum(map(len, PARTS.values()))
+
+
+def test_a_truncated_checkpoint_is_refused_wherever_it_ends(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for end in range(len(whole)):
+        saved.write_bytes(whole[:end])
+        refused(saved)
+    saved.write_bytes(whole + b"\0")
+    refused(saved)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any], sealed: bool) -> None:
+    """Changes what a checkpoint says and holds; `sealed`: with a checksum that is right again."""
+    with safe_open(path, framework="pt") as f:
+        seal, _, about_text = f.metadata()["streamprobe"].partition(" ")
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    about = json.loads(about_text)
+    change(about, tensors)
+    text = json.dumps(about, sort_keys=True)
+    save_file(tensors, path, {"streamprobe": f"{checkpoint._checksum(tensors, text) if sealed else seal} {text}"})
+
+
+FOREIGN: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
+    "without facts": lambda about, _: about.pop("facts"),
+    "facts without a config": lambda about, _: about["facts"].pop("config"),
+    "facts of another kind": lambda about, _: about.update(facts=[1]),
+    "without a pass": lambda about, _: about.pop("pass"),
+    "pass -1": lambda about, _: about.update({"pass": -1}),
+    "pass 0": lambda about, _: about.update({"pass": 0}),
+    "pass true": lambda about, _: about.update({"pass": True}),
+    "pass as text": lambda about, _: about.update({"pass": "3"}),
+    "pass 2.5": lambda about, _: about.update({"pass": 2.5}),
+    "without tokens": lambda about, _: about.pop("tokens"),
+    "tokens as text": lambda about, _: about.update(tokens="9"),
+    "without a plan": lambda about, _: about.pop("plan"),
+    "plan of another kind": lambda about, _: about.update(plan=7),
+    "a later format": lambda about, _: about.update(format=2),
+    "without a format": lambda about, _: about.pop("format"),
+    "a tensor of no part": lambda _, tensors: tensors.update(stray=torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_content_is_refused_though_its_checksum_is_right(saved: Path, name: str) -> None:
+    rewrite(saved, FOREIGN[name], sealed=True)
+    refused(saved)
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "a tensor less", "another shape", "another dtype"])
+def test_content_that_was_changed_is_refused(saved: Path, name: str) -> None:
+    def change(about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if name in FOREIGN:
+            FOREIGN[name](about, tensors)
+        else:
+            key = "solver.weight"
+            shapes = {"another shape": tensors[key][None], "another dtype": tensors[key].view(torch.uint8)}
+            tensors |= {key: shapes[name]} if name in shapes else {}
+            if name not in shapes:
+                del tensors[key]
+
+    rewrite(saved, change, sealed=False)
+    refused(saved)
+
+
+def test_rewriting_alone_changes_nothing(saved: Path) -> None:
+    """Negative control of the tests above."""
+    for sealed in (True, False):
+        rewrite(saved, lambda about, tensors: None, sealed)
+        assert load_run(saved.parents[1]).facts == FACTS
+
+
+def test_what_is_no_checkpoint_is_refused(saved: Path) -> None:
+    for content in (b"", b"{}", b"garbage " * 100, bytes(1000), (10**6).to_bytes(8, "little") + b"[" * 10**6):
+        saved.write_bytes(content)
+        refused(saved)
+    for metadata in (None, {}, {"streamprobe": "no JSON"}, {"streamprobe": "[" * 10**5}, {"streamprobe": "[]"}):
+        save_file({"a.b": torch.ones(1)}, saved, metadata)
+        refused(saved)
+    saved.unlink()
+    saved.mkdir()
+    refused(saved)
+    saved.rmdir()
+    os.mkfifo(saved)  # which a reader would wait for
+    refused(saved)
 
 
 def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
@@ -289,7 +414,7 @@ class HalfFile:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     if where == "write":
-        monkeypatch.setattr(checkpoint, "open", HalfFile, raising=False)
+        monkeypatch.setattr(files, "open", HalfFile, raising=False)
     else:
         monkeypatch.setattr(os, where, refuse)
 
@@ -300,20 +425,20 @@ def test_a_write_that_fails_leaves_the_old_file_whole(
 ) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old " * 100)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="file.*No space.*make room.*--resume"):
         fail_at(patch, where)
         write_atomic(path, b"new and longer " * 100)
-    assert path.read_bytes() == b"old " * 100
-    write_atomic(path, b"new")  # what the failure left behind is in nobody's way
+    assert path.read_bytes() == b"old " * 100 and list(tmp_path.iterdir()) == [path], "and nothing of the new one"
+    write_atomic(path, b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])
 def test_a_first_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="state.safetensors.*No space"):
         fail_at(patch, where)
-        save_run(tmp_path, PARTS, ABOUT)
-    assert load_run(tmp_path) is None
+        save_run(tmp_path, state(PARTS))
+    assert load_run(tmp_path) is None and not list((tmp_path / STATE).parent.iterdir())
 
 
 def test_control_a_plain_write_that_fails_tears_the_file(tmp_path: Path) -> None:

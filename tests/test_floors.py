@@ -9,11 +9,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics", "heatmap", "hardware"],
-    ["hooks"],
+    ["hooks", "files"],
     ["settings", "lags", "backbone", "annotations", "reading", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
-    ["memory", "table", "transcripts", "provenance", "baseline", "generation"],
+    ["memory", "table", "transcripts", "provenance", "baseline", "generation", "folder"],
     ["trainer", "preflight", "madeup", "charts", "monitor", "hub"],
     ["lab", "clockwork", "page", "overhead"],
     ["fits", "report", "bench", "steering"],

@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
 from streamprobe.moments import Moments
+from streamprobe.newton import NewtonSolver
 from streamprobe.solvers import AdamSolver
 
 LAYERS = [8, 10, 12, 14, 16]
@@ -235,8 +237,32 @@ def test_control_a_state_without_one_of_its_parts_goes_on_otherwise(part: str) -
 def test_load_refuses_a_state_with_other_names() -> None:
     state = make_solver(True).state()
     del state["mean"]
-    with pytest.raises(AssertionError):
+    with pytest.raises(InputError, match="nothing as mean"):
         make_solver(True).load(state)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:1], lambda t: t.half(), lambda t: t.flatten(), lambda t: t[..., None]]
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["adam", "newton"])
+def test_load_refuses_a_tensor_of_another_kind_and_changes_nothing(kind: str, change: Any) -> None:
+    """`copy_` would broadcast or cast it, and the run would end with other probes."""
+    solver: Any = make_solver(True)
+    name = "weight"
+    if kind == "newton":
+        solver, name = NewtonSolver(LAYERS, COLUMNS, HIDDEN, POSITIVE_WEIGHT), "gradient_norm"
+    before, state = solver.state(), solver.state()
+    state = {key: torch.ones_like(tensor) for key, tensor in state.items()} | {name: change(state[name])}
+    with pytest.raises(InputError, match=f"as {name}; expected"):
+        solver.load(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in solver.state().items())
+
+
+def test_a_broadcast_goes_unseen_without_the_check() -> None:
+    """Negative control: torch copies a smaller tensor over a larger one without a word."""
+    large, small = torch.zeros(3, 4), torch.ones(1, 4, dtype=torch.float64)
+    large.copy_(small)
+    assert (large == 1).all()
 
 
 def test_chunks_of_whole_mini_batches_give_the_same_probes() -> None:
