@@ -1,5 +1,6 @@
 """The frozen model, cut off above the deepest probed layer."""
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,10 @@ def read_config(model: str, **where: Any) -> Any:
 
 
 def load_tokenizer(model: str, **where: Any) -> Any:
-    """The model's tokenizer; raises InputError if it cannot tell which characters a token covers."""
+    """The model's tokenizer, which says of every token which characters it covers, white space included.
+
+    Raises InputError if it cannot.
+    """
     tokenizer = _loader("AutoTokenizer", model, **where)
     if not tokenizer.is_fast:
         raise InputError(
@@ -53,7 +57,26 @@ def load_tokenizer(model: str, **where: Any) -> Any:
             "a fast tokenizer (it says which characters each token covers)",
             "use a model with a tokenizer.json",
         )
+    keep_white_space(tokenizer.backend_tokenizer)
     return tokenizer
+
+
+def keep_white_space(backend: Any) -> None:
+    """Lets a `tokenizers.Tokenizer` (changed in place) count white space to the characters of a token.
+
+    A byte-level post-processor with `trim_offsets` leaves it out, so that a token of white space alone covers nothing.
+    The token ids stay as they are.
+    """
+    from tokenizers import Tokenizer, models
+
+    def untrimmed(part: dict[str, Any]) -> dict[str, Any]:
+        return part | {"trim_offsets": False} if "trim_offsets" in part else part
+
+    now = json.loads(backend.to_str())["post_processor"]
+    then = json.loads(json.dumps(now), object_hook=untrimmed)
+    if then != now:
+        empty = json.loads(Tokenizer(models.BPE()).to_str())
+        backend.post_processor = Tokenizer.from_str(json.dumps(empty | {"post_processor": then})).post_processor
 
 
 def check_layers(config: Any, layers: Sequence[int]) -> None:

@@ -49,7 +49,9 @@ def _run(config: RunConfig) -> Path:
     folder = choose_folder(config.output.output_dir, config.name, config.output.resume)
     checkpoint = load_run(folder) if config.output.resume else None
     if checkpoint:
-        check_resume(config.flat(), checkpoint[1]["facts"]["config"])
+        then = checkpoint[1]["facts"]["config"]
+        config.data.chat_date = config.data.chat_date or then.get("chat_date")
+        check_resume(config.flat(), then)
     elif config.output.resume:
         print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
     lab = Lab(config)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics", "heatmap"],
-    ["settings", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
+    ["settings", "lags", "backbone", "hooks", "annotations", "reading", "prompts", "splits", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation"],
