@@ -4,7 +4,9 @@ Also what a chat template may do to it: write the date, open a `<think>` that th
 as the marker of a role.
 """
 
+from collections.abc import Sequence
 from datetime import date
+from itertools import groupby
 from typing import Any
 
 from streamprobe.errors import InputError, first_line
@@ -117,13 +119,26 @@ def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list
     chat template writes as the marker of a role stays.
     """
     encoded = tokenizer(text, add_special_tokens=prompt != "chat", return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    ids, offsets = list(encoded["input_ids"]), _letter_by_letter(encoded["offset_mapping"], text)
     bos = tokenizer.bos_token_id
     if bos is None:
         return ids, offsets
     lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     n = int(with_bos or (lead > 0 and _marks_roles(prompt, tokenizer)))
     return [bos] * n + ids[lead:], [(0, 0)] * n + offsets[lead:]
+
+
+def _letter_by_letter(offsets: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Offsets in which the tokens of single bytes are those of their own letter.
+
+    Some tokenizers (Unigram with byte fallback) say of every byte of several unknown letters that it covers them all.
+    """
+    found: list[tuple[int, int]] = []
+    for (start, end), equal in groupby(offsets):
+        n = len(list(equal))
+        letters = [i for i in range(start, end) for _ in text[i].encode()] if n > 1 else []
+        found += [(i, i + 1) for i in letters] if len(letters) == n else [(start, end)] * n
+    return found
 
 
 def _marks_roles(prompt: str, tokenizer: Any) -> bool:
