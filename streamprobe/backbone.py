@@ -48,9 +48,18 @@ def read_config(model: str, **where: Any) -> Any:
 def load_tokenizer(model: str, **where: Any) -> Any:
     """The model's tokenizer, which says of every token which characters it covers, white space included.
 
-    Raises InputError if it cannot.
+    Raises InputError if it cannot, and for files that are no tokenizer's.
     """
-    tokenizer = _loader("AutoTokenizer", model, **where)
+    try:
+        tokenizer = _loader("AutoTokenizer", model, **where)
+    except Exception as error:
+        if type(error) not in (Exception, TypeError, AttributeError):  # bare ones are those of `tokenizers`
+            raise
+        raise InputError(
+            f"model {model} with a tokenizer that cannot be read ({first_line(error)})",
+            "the tokenizer's files as they were saved",
+            "check tokenizer.json and tokenizer_config.json",
+        ) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",
@@ -69,8 +78,8 @@ def keep_white_space(backend: Any) -> None:
     """
     from tokenizers import Tokenizer, models
 
-    def untrimmed(part: dict[str, Any]) -> dict[str, Any]:
-        return part | {"trim_offsets": False} if "trim_offsets" in part else part
+    def untrimmed(entry: dict[str, Any]) -> dict[str, Any]:
+        return entry | {"trim_offsets": False} if "trim_offsets" in entry else entry
 
     now = json.loads(backend.to_str())["post_processor"]
     then = json.loads(json.dumps(now), object_hook=untrimmed)

@@ -41,6 +41,8 @@ class Lab:
             rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
         self.tokenizer = backbone.load_tokenizer(model.model, **self.source)
         data.chat_date = prompts.resolve_day(data.prompt, data.chat_date, self.tokenizer)
+        if data.chat_date:
+            print(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)", flush=True)
         self.splits, self.counts = chains.load_chains(
             rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
             chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response, data.chat_date),

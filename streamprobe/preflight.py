@@ -24,7 +24,7 @@ def check_splits(splits: Mapping[str, Sequence[Chain]], labels: Sequence[str], c
             raise InputError(
                 f"no {name} chains{reasons}",
                 "at least one in every split",
-                "mend the data, or use more or a larger share",
+                "fix the data, use more problems, or a larger --test_share or --validation_share",
             )
     for label in labels:
         if not counts.labels[label]:

@@ -56,7 +56,8 @@ def _render(problem: str, tokenizer: Any, day: str | None) -> str:
             options = {"chat_template": CLOCK + template, "chat_day": _codes(chosen)}
         return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **options)
     except (  # what a template, which is a program, can raise
-        TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+        TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError,
+        TypeError, ValueError,
     ) as error:  # fmt: skip
         raise InputError(
             f"a chat template that cannot be rendered ({type(error).__name__}: {first_line(error)})",

@@ -1,4 +1,4 @@
-"""What stands in front of a response: every token once, the same on every day, and a broken template told in one line."""
+"""What stands in front of a response: every token once, the same on every day, and a broken template reported in one line."""
 
 import json
 import re
@@ -182,6 +182,7 @@ def set_today(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
 def test_the_day_is_kept_in_the_config_and_on_resume(dated, capsys, monkeypatch, model_dir):
     set_today(monkeypatch, "2024-03-05")
     assert main([str(dated), "--output_dir", "a"]) == 0
+    assert "the chat template writes the date: 2024-03-05" in capsys.readouterr().out
     config = yaml.safe_load(Path("a/config.yaml").read_text())
     assert config["chat_date"] == "2024-03-05"
     set_today(monkeypatch, "2024-03-06")  # after midnight
@@ -222,13 +223,17 @@ BROKEN = {
     "no such entry": "{{ dict(a=1)['b'].c }}",
     "an endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "too long a range": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "a break outside of a loop": "{% break %}",
+    "a file": "{% include 'x' %}",
+    "too much memory": "{{ 'a' * 10 ** 13 }}",
+    "no text": 5,
     "an unknown filter": "{{ messages | nothing }}",
     "no default": {"tool_use": TURN, "rag": TURN},
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_template_is_told_in_one_line(name):
+def test_a_broken_template_is_reported_in_one_line(name):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = BROKEN[name]
     with pytest.raises(InputError, match="a chat template that cannot be rendered") as error:

@@ -118,6 +118,13 @@ def test_rows_without_a_problem_are_each_their_own(missing):
     assert Counter(split_chains(["one problem"] * 640)) == {"train": 640}  # negative control
 
 
+def test_rows_with_an_empty_problem_are_all_used(tokenizer):
+    rows = [row | {"problem": ""} for row in make_rows(64, seed=5)]
+    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
+    assert {name: len(chains) for name, chains in splits.items()} == split_counts(64)
+    assert counts.used == 64 and not counts.refused
+
+
 def split_counts(n: int) -> dict[str, int]:
     """Chains of each split where every problem has one."""
     n_test = int(0.2 * n)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from streamprobe.annotations import Section
 from streamprobe.backbone import keep_white_space, load_tokenizer
 from streamprobe.chains import Record, tokenize
+from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 from streamprobe.prompts import encode
 
@@ -154,6 +155,26 @@ def test_white_space_has_offsets_and_the_ids_stay(name):
     spans = walk(byte_pieces([after.tokens[i] for i in real]), text)
     assert [after.offsets[i] for i in real] == spans
     assert len(before.ids) - len(real) == {"with a BOS token": 1, "Roberta's": 2}.get(name, 0)
+
+
+FILES = {
+    "a list": ("tokenizer.json", "[]"),
+    "another kind of model": ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'),
+    "a config that is a list": ("tokenizer_config.json", "[]"),
+    "a BOS token that is a number": ("tokenizer_config.json", '{"bos_token": 5}'),
+    "a list of templates that are none": ("tokenizer_config.json", '{"chat_template": [1, 2]}'),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_tokenizer_that_cannot_be_read_is_reported_in_one_line(tmp_path, name):
+    folder = save(byte_level(processors.ByteLevel()), "PreTrainedTokenizerFast", tmp_path)
+    load_tokenizer(folder)  # negative control
+    file, content = FILES[name]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match="a tokenizer that cannot be read") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 def fallback(model: str) -> Tokenizer:
