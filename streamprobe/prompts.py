@@ -4,6 +4,7 @@ Also what a chat template may do to it: write the date, open a `<think>` that th
 as the marker of a role.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import date
 from itertools import groupby
@@ -12,6 +13,7 @@ from typing import Any
 from streamprobe.errors import InputError, first_line
 
 PROBLEM = "\ue000"  # stands for a problem in a prompt whose own text is asked for: a letter that no text has
+MARKER = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 CLOCK = (  # in front of a chat template: its `strftime_now` writes the day that it is given, at midnight
     "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}{% for code, value in chat_day.items() %}"
     "{% set ns.text = ns.text.replace(code, value) %}{% endfor %}{{ ns.text }}{% endmacro %}\n"
@@ -93,11 +95,11 @@ def resolve_day(prompt: str, day: str | None, tokenizer: Any) -> str | None:
 def open_response(problem: str, response: str, prompt: str, tokenizer: Any, day: str | None = None) -> tuple[str, str]:
     """The text before this very response, and the marker (such as `<think>`) that was left out at its end, or "".
 
-    It is left out where the response begins with it: it stands in the text once.
+    It is left out where the response begins with it, so that it stands in the text once.
     """
     head = format_prompt(problem, prompt, tokenizer, day)
     start = response.lstrip()
-    if start[:1] not in ("<", "["):
+    if not MARKER.match(start):
         return head, ""
     tail = format_prompt(PROBLEM, prompt, tokenizer, day).rpartition(PROBLEM)[2]  # the problem itself is left alone
     marker = repeated_marker(tail, start) if head.endswith(tail) else ""
@@ -105,10 +107,13 @@ def open_response(problem: str, response: str, prompt: str, tokenizer: Any, day:
 
 
 def repeated_marker(tail: str, start: str) -> str:
-    """The longest `<...>` or `[...]` with which `tail` ends, but for white space, and `start` begins; "" for none."""
-    tail = tail.rstrip()
-    for n in range(min(len(tail), len(start)), 1, -1):
-        if start[0] in "<[" and start[n - 1] in ">]" and tail.endswith(start[:n]):
+    """What `tail`, but for white space, ends and `start` begins with: `<...>` or `[...]`, and more if there is; or "".
+
+    Whole words: `[answer] a` is none where `start` goes on as `[answer] also`.
+    """
+    tail, marker = tail.rstrip(), MARKER.match(start)
+    for n in range(min(len(tail), len(start)), marker.end() - 1 if marker else len(start), -1):
+        if tail.endswith(start[:n]) and not (start[n - 1].isalnum() and start[n : n + 1].isalnum()):
             return start[:n]
     return ""
 

@@ -39,6 +39,8 @@ MARKERS = {  # what the template ends with, what the response begins with, the m
     "several in a row": ("<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>so", "<|channel|>analysis<|message|>"),
     "the last of several": ("<|assistant|><think>", "<think>so", "<think>"),
     "in brackets": ("[THINK]", "[THINK]so", "[THINK]"),
+    "a role": ("<|im_start|>assistant\n", "<|im_start|>assistant\nso", "<|im_start|>assistant"),
+    "half of a word behind one": ("[answer] a", "[answer] also", ""),
     "an empty block": ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\nso", "<think>\n\n</think>"),
     "none in the response": ("<think>\n", "so", ""),
     "another one": ("<think>\n", "<reason>so", ""),
