@@ -124,6 +124,7 @@ def make_record(
     """One row as a Record beside what was found of its annotation, or the reason why the row is refused.
 
     kind: the response as it was written (`original`), or the annotated sections joined by spaces (`rejoined`).
+    unlabelled: see `tokenize` and `why_unused`.
     """
     if not (isinstance(problem, str) and isinstance(response, str) and isinstance(annotated, str)):
         return "with a field that is missing or not text"
@@ -205,7 +206,7 @@ def tokenize(
         if label in labels:
             codes[t, labels.index(label)] = INSIDE if number == seen else ONSET
         seen = number if number >= 0 else seen
-    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first, "", marker)
+    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first, marker=marker)
 
 
 def load_chains(

@@ -148,5 +148,8 @@ def _letter_by_letter(offsets: Sequence[tuple[int, int]], text: str) -> list[tup
 
 
 def _marks_roles(prompt: str, tokenizer: Any) -> bool:
-    """Whether the chat template writes the BOS token more than once, as ChatML may: then it marks the turns."""
-    return prompt == "chat" and format_prompt(PROBLEM, prompt, tokenizer).count(tokenizer.bos_token) > 1
+    """Whether the chat template writes the BOS token behind the beginning too, as ChatML may: then it marks the turns."""
+    if prompt != "chat":
+        return False
+    head, bos = format_prompt(PROBLEM, prompt, tokenizer), tokenizer.bos_token
+    return bos in re.sub(rf"\A(?:{re.escape(bos)})+", "", head)

@@ -109,8 +109,8 @@ def test_a_bos_token_that_marks_a_role_stays_once(template, bos):
 
 def test_a_bos_token_that_marks_no_role_is_taken_away_without_bos():
     """The negative control: it is not left wherever a template writes it, nor where the problem holds another."""
-    tokenizer = make_tokenizer(adds="$A", chat_template="{{ bos_token }}" + TURN)
-    for problem in ("why?", "why <s>?"):
+    for problem, n in (("why?", 1), ("why <s>?", 1), ("why?", 2)):
+        tokenizer = make_tokenizer(adds="$A", chat_template="{{ bos_token }}" * n + TURN)
         record = Record("x", problem, "wait no.", [Section("backtracking", 0, 8)])
         chain = tokenize(record, tokenizer, LABELS, "chat", "response", "ignore", False)
         text = f"[user]{problem}wait no."
