@@ -36,7 +36,7 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
         raise InputError(
             f"the prompt {ascii(head[:60])}, which is not Unicode",
             "text without half characters (surrogates)",
-            "fix --prompt, or the chat template",
+            "write --prompt, or the chat template, without them",
         )
     return head
 
@@ -148,7 +148,7 @@ def _letter_by_letter(offsets: Sequence[tuple[int, int]], text: str) -> list[tup
 
 
 def _marks_roles(prompt: str, tokenizer: Any) -> bool:
-    """Whether the chat template writes the BOS token behind the beginning too, as ChatML may: then it marks the turns."""
+    """Whether the chat template writes the BOS token elsewhere than at its start, as ChatML may: it marks the turns."""
     if prompt != "chat":
         return False
     head, bos = format_prompt(PROBLEM, prompt, tokenizer), tokenizer.bos_token
