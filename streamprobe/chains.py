@@ -55,6 +55,7 @@ class Counts:
     lost_sections: int = 0
     unbalanced_tags: int = 0
     without_sections: int = 0  # chains that are used as negatives
+    without_problem: int = 0  # chains that are used with an empty one
     refused: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids of the chains
     markers: Counter[str] = field(default_factory=Counter)  # left out of a prompt, see `Chain` -> chains
     labels: Counter[str] = field(default_factory=Counter)  # label -> sections
@@ -74,6 +75,7 @@ class Counts:
         """Counts a chain that is used."""
         self.used += 1
         self.without_sections += not found.sections
+        self.without_problem += not record.problem.strip()
         self.markers.update([marker] * bool(marker))
         self.repaired += bool(found.edited or found.lost or found.unbalanced)
         self.edited_sections += found.edited
@@ -222,9 +224,9 @@ def load_chains(
     """Rows -> the chains of `train`, `validation` and `test`, and what became of each row.
 
     `fields` names the columns of id, problem, response and annotation; the category of a chain is in `category_column`,
-    or else in its id.  A row without an id is named by its place (the first is `#1`).  The split is drawn over all
-    rows, so that a refused chain moves no other.  Chains of more than `context` tokens are refused.  Raises InputError
-    for a test category that no row has.
+    or else in its id.  A row without an id is named by its place (the first is `#1`), one without a problem has an
+    empty one.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than `context`
+    tokens are refused.  Raises InputError for a test category that no row has.
     """
     counts = Counts(read=len(rows))
     id_column, problem_column, *text_columns = fields
@@ -239,7 +241,8 @@ def load_chains(
         if not is_unicode(id + kind):
             counts.refuse("with an id or a category that is not Unicode", id)
             continue
-        problem, response, annotated = (row.get(name) for name in (problem_column, *text_columns))
+        response, annotated = (row.get(name) for name in text_columns)
+        problem = "" if row.get(problem_column) is None else row[problem_column]
         made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled)
         if isinstance(made, str):
             counts.refuse(made, id)

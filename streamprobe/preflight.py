@@ -120,6 +120,8 @@ def _notes(counts: Counts) -> list[str]:
         f"prompt    without its last {marker!r} for the {n:,} responses that begin with it"
         for marker, n in counts.markers.most_common()
     ]
+    if counts.without_problem:
+        notes.append(f"          {counts.without_problem:,} texts have no problem before them")
     if counts.without_sections:
         notes.append(f"          {counts.without_sections:,} texts without a section are used as negatives")
     return notes

@@ -118,11 +118,16 @@ def test_rows_without_a_problem_are_each_their_own(missing):
     assert Counter(split_chains(["one problem"] * 640)) == {"train": 640}  # negative control
 
 
-def test_rows_with_an_empty_problem_are_all_used(tokenizer):
-    rows = [row | {"problem": ""} for row in make_rows(64, seed=5)]
+@pytest.mark.parametrize("missing", [None, "", " \n"])
+def test_rows_without_a_problem_are_all_used_and_counted(tokenizer, missing):
+    rows: list[dict[str, Any]] = [row | {"problem": missing} for row in make_rows(64, seed=5)]
+    del rows[3]["problem"]
     splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
     assert {name: len(chains) for name, chains in splits.items()} == split_counts(64)
-    assert counts.used == 64 and not counts.refused
+    assert counts.used == counts.without_problem == 64 and not counts.refused
+    whole = load_chains(make_rows(64, seed=5), FIELDS, tokenizer, LABELS, 512)
+    assert whole[1].without_problem == 0
+    assert [c.id for c in splits["test"]] == [c.id for c in whole[0]["test"]]
 
 
 def split_counts(n: int) -> dict[str, int]:
