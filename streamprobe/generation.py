@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from streamprobe import backbone, prompts
+from streamprobe.chains import Chain
 from streamprobe.checkpoint import write_atomic
 from streamprobe.config import RunConfig, load_config
 from streamprobe.errors import InputError, first_line
@@ -125,6 +126,13 @@ def encode(problem: str, prompt: str, tokenizer: Any, with_bos: bool, day: str |
         while ids and ids[-1] == eos:
             ids = ids[:-1]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def prompt_of(chain: Chain, tokenizer: Any) -> Tensor:
+    """The token ids [T] of a chain up to where the model began to write: with the marker that its prompt left to it."""
+    ends = range(chain.start, len(chain.ids))
+    end = next((e for e in ends if chain.marker in tokenizer.decode(chain.ids[chain.start : e])), chain.start)
+    return chain.ids[:end]
 
 
 def decoding(temperature: float, top_p: float) -> dict[str, Any]:

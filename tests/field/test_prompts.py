@@ -86,6 +86,19 @@ def test_doubled_markers_are_counted_and_shown(tokenizer):
         assert ("<think>" in tokenizer.decode(chain.ids[chain.start :])) == (chain.marker == "<think>")
 
 
+def test_a_model_that_writes_anew_is_given_the_marker_that_its_prompt_ends_with():
+    tokenizer = make_tokenizer(chat_template=TURN + "{{ '<think>\\n' }}")
+    plain, opened = (
+        tokenize(Record("x", "why?", text, []), tokenizer, LABELS, "chat", "response", "negative")
+        for text in ("wait no.", "<think>\nwait no.")
+    )
+    assert plain.marker == "" and opened.marker == "<think>"
+    assert tokenizer.decode(generation.prompt_of(plain, tokenizer)) == "<s>[user]why?<think>\n"
+    assert tokenizer.decode(generation.prompt_of(opened, tokenizer)) == "<s>[user]why?<think>"
+    assert tokenizer.decode(opened.ids[: opened.start]) == "<s>[user]why?"  # negative control
+    assert opened.ids.tolist() == plain.ids.tolist()
+
+
 # --- BOS as the marker of a role ---
 
 CHATML = (
