@@ -7,6 +7,7 @@ Shapes: B chains in a batch, T tokens, D hidden size.
 """
 
 import inspect
+import json
 import pickle
 import re
 import sys
@@ -23,7 +24,13 @@ from torch import Tensor, nn
 from streamprobe.errors import InputError, first_line
 from streamprobe.hooks import FOREIGN, check_taken, count_runs, read, tap
 
-LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)  # and what its files make a loader raise
+LOADING = (
+    *FOREIGN,
+    EOFError,
+    OSError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)  # and what its files make a loader raise
 
 
 @contextmanager
@@ -46,12 +53,16 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if "Weights only load failed" in text:  # torch would go on with how to run what the pickle holds
         name = re.search(r"GLOBAL (\S+)", text)
-        return f"its pickled weights ask for {name[1] if name else 'more than tensors'}, and nothing foreign is unpickled"
+        return (
+            f"its pickled weights ask for {name[1] if name else 'more than tensors'}, and nothing foreign is unpickled"
+        )
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":") and "alidation error" in lines[0]:
         return f"{lines[0]} {lines[1]}"
     said = first_line(error).rstrip(".")
-    return said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
+    return (
+        said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
+    )
 
 
 @contextmanager
@@ -111,18 +122,49 @@ def _depth(config: Any) -> int:
 
 
 def load_tokenizer(model: str, **where: Any) -> Any:
-    """The model's tokenizer; raises InputError if it cannot tell which characters a token covers."""
+    """The model's tokenizer, which says of every token which characters it covers, white space included.
+
+    Raises InputError if it cannot, and for files that are no tokenizer's.
+    """
     from transformers import AutoTokenizer
 
-    with _one_line(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
+    try:
+        with _one_line(model):
+            tokenizer = AutoTokenizer.from_pretrained(model, **where)
+    except Exception as error:
+        if type(error) is not Exception:  # a bare one is that of `tokenizers`
+            raise
+        raise InputError(
+            f"model {model} with a tokenizer that cannot be read ({first_line(error)})",
+            "the tokenizer's files as they were saved",
+            "check tokenizer.json and tokenizer_config.json",
+        ) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",
             "a fast tokenizer (it says which characters each token covers)",
             "use a model with a tokenizer.json",
         )
+    keep_white_space(tokenizer.backend_tokenizer)
     return tokenizer
+
+
+def keep_white_space(backend: Any) -> None:
+    """Lets a `tokenizers.Tokenizer` (changed in place) count white space to the characters of a token.
+
+    A byte-level post-processor with `trim_offsets` leaves it out, so that a token of white space alone covers nothing.
+    The token ids stay as they are.
+    """
+    from tokenizers import Tokenizer, models
+
+    def untrimmed(entry: dict[str, Any]) -> dict[str, Any]:
+        return entry | {"trim_offsets": False} if "trim_offsets" in entry else entry
+
+    now = json.loads(backend.to_str())["post_processor"]
+    then = json.loads(json.dumps(now), object_hook=untrimmed)
+    if then != now:
+        empty = json.loads(Tokenizer(models.BPE()).to_str())
+        backend.post_processor = Tokenizer.from_str(json.dumps(empty | {"post_processor": then})).post_processor
 
 
 def check_layers(config: Any, layers: Sequence[int]) -> None:
@@ -426,7 +468,9 @@ def frequencies_change(config: Any) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return sys.maxsize
-    return rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", sys.maxsize)
+    return rope.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", sys.maxsize
+    )
 
 
 def _unchunked(config: Any) -> InputError:
@@ -516,4 +560,8 @@ def _distance(a: Tensor, b: Tensor, t: int) -> float:
 
 
 def _tolerance(model: nn.Module, dtype: torch.dtype) -> float:
-    return TOLERANCE_8BIT if getattr(model, "is_loaded_in_8bit", False) else TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    return (
+        TOLERANCE_8BIT
+        if getattr(model, "is_loaded_in_8bit", False)
+        else TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    )

@@ -1,4 +1,4 @@
-"""Annotated text -> token ids and label arrays; and the split.
+"""Annotated text -> token ids and label arrays, by split.
 
 Shapes: T tokens in a chain, C labels.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 from streamprobe.annotations import Annotation, Section, annotate, rejoin
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
+from streamprobe.prompts import encode, is_unicode, open_response
+from streamprobe.splits import split_chains
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Chain:
     support: Tensor  # [T] bool: may this token be a sample?
     start: int = 0  # the first token of the response
     category: str = ""  # the kind of problem, to which results can be split
+    marker: str = ""  # with which the prompt ends and the response begins; it was left out of the prompt
 
 
 @dataclass
@@ -51,18 +54,29 @@ class Counts:
     edited_sections: int = 0
     lost_sections: int = 0
     unbalanced_tags: int = 0
-    refused: Counter[str] = field(default_factory=Counter)  # reason -> chains
+    without_sections: int = 0  # chains that are used as negatives
+    without_problem: int = 0  # chains that are used with an empty one
+    refused: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids of the chains
+    markers: Counter[str] = field(default_factory=Counter)  # left out of a prompt, see `Chain` -> chains
     labels: Counter[str] = field(default_factory=Counter)  # label -> sections
     characters: int = 0
     labelled_characters: int = 0
 
-    def refuse(self, reason: str, id: str) -> None:
-        """Counts a chain that is not used."""
-        self.refused[reason] += 1
+    @property
+    def n_refused(self) -> int:
+        """How many chains were refused."""
+        return sum(map(len, self.refused.values()))
 
-    def use(self, record: Record, found: Annotation) -> None:
+    def refuse(self, reason: str, id: str) -> None:
+        """Counts a chain that is not used; `id` is written in letters that every file takes."""
+        self.refused.setdefault(reason, []).append(id.encode(errors="backslashreplace").decode())
+
+    def use(self, record: Record, found: Annotation, marker: str = "") -> None:
         """Counts a chain that is used."""
         self.used += 1
+        self.without_sections += not found.sections
+        self.without_problem += not record.problem.strip()
+        self.markers.update([marker] * bool(marker))
         self.repaired += bool(found.edited or found.lost or found.unbalanced)
         self.edited_sections += found.edited
         self.lost_sections += found.lost
@@ -84,6 +98,7 @@ class Reading(NamedTuple):
     unlabelled: str = "ignore"
     bos: bool = True
     response: str = "original"  # or `rejoined`, see `make_record`
+    day: str | None = None  # on which a chat template is rendered, YYYY-MM-DD; none is today
 
 
 class Division(NamedTuple):
@@ -94,21 +109,28 @@ class Division(NamedTuple):
     seed: int = 42
     test_categories: Sequence[str] | None = None  # the test chains are those of these categories
     validate_on_test: bool = False  # no validation chains but the test chains
+    by: str = "problem"  # or `chain`, see `split_chains`
 
 
 READ, DIVIDED = Reading(), Division()
 
 
 def make_record(
-    id: str, problem: object, response: object, annotated: object, kind: str = "original"
+    id: str,
+    problem: object,
+    response: object,
+    annotated: object,
+    kind: str = "original",
+    unlabelled: str = "ignore",
 ) -> tuple[Record, Annotation] | str:
     """One row as a Record beside what was found of its annotation, or the reason why the row is refused.
 
     kind: the response as it was written (`original`), or the annotated sections joined by spaces (`rejoined`).
+    unlabelled: see `tokenize` and `why_unused`.
     """
     if not (isinstance(problem, str) and isinstance(response, str) and isinstance(annotated, str)):
         return "with a field that is missing or not text"
-    if any("\ud800" <= c <= "\udfff" for c in problem + response):
+    if not is_unicode(problem + response):
         return "with text that is not Unicode"
     if not response.strip():
         return "with an empty response"
@@ -116,71 +138,27 @@ def make_record(
         response, found = rejoin(annotated)
     else:
         found = annotate(annotated, response)
-    if not found.sections:
-        return "without a section that is found in the response"
-    return Record(id, problem, response, found.sections), found
+    reason = why_unused(response, found, unlabelled)
+    return reason or (Record(id, problem, response, found.sections), found)
+
+
+def why_unused(response: str, found: Annotation, unlabelled: str) -> str | None:
+    """The reason why a text with this annotation cannot be used, if there is one.
+
+    A text without a section is one of negatives (`unlabelled: negative`), unless its sections were lost.
+    """
+    if not is_unicode(response + "".join(section.label for section in found.sections)):
+        return "with text that is not Unicode"
+    if found.sections:
+        return None
+    if found.lost:
+        return "none of whose sections is found in the response"
+    return "without a section" if unlabelled == "ignore" or not response else None
 
 
 def category_of(id: str) -> str:
     """The kind of problem that an id names: the part before its number; nothing where it is a number alone."""
     return re.sub(r"[\W_]*\d+$", "", id)
-
-
-def split_chains(
-    problems: Sequence[str],
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    seed: int = 42,
-    test: Sequence[bool] | None = None,
-) -> list[str]:
-    """`train`, `validation`, `test` or `duplicate` for each chain.
-
-    The test chains are the first `test_share` of numpy's `RandomState(seed).permutation`, as in the original
-    experiment; the next ones, until `validation_share` of the rest is reached, are validation.  Chains that share a
-    problem never cross: a twin of a validation problem is validation too, and a twin of a test problem is left out
-    (`duplicate`), since the test set is the original's.  With `test`, the test chains are those where it is True.
-    """
-    order = np.random.RandomState(seed).permutation(len(problems)).tolist()
-    n_test = int(len(problems) * test_share)
-    first = order[:n_test] if test is None else [i for i in order if test[i]]
-    where = [""] * len(problems)
-    for i in first:
-        where[i] = "test"
-    held_out = {problems[i] for i in first}
-    others = [i for i in order if not where[i]]
-    rest = [i for i in others if problems[i] not in held_out]
-    validation = {problems[i] for i in rest[: round(len(rest) * validation_share)]}
-    for i in others:
-        where[i] = "duplicate" if problems[i] in held_out else "validation" if problems[i] in validation else "train"
-    return where
-
-
-def format_prompt(problem: str, prompt: str, tokenizer: Any) -> str:
-    """The text before the response: `chat` is the tokenizer's chat template, all else a format string of {problem}."""
-    if prompt != "chat":
-        return prompt.replace("{problem}", problem)
-    if not tokenizer.chat_template:
-        raise InputError(
-            "prompt: chat with a tokenizer that has no chat template",
-            "a tokenizer with one",
-            "use --prompt '{problem}\\n\\n' or another format string",
-        )
-    turn = [{"role": "user", "content": problem}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
-def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text that `format_prompt` began, and the characters start .. end that each covers.
-
-    Where the tokenizer has a BOS token the ids start with exactly one, or with none if not `with_bos`.
-    """
-    encoded = tokenizer(text, add_special_tokens=prompt != "chat", return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids, offsets
-    lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-    return [bos] * with_bos + ids[lead:], [(0, 0)] * with_bos + offsets[lead:]
 
 
 def tokenize(
@@ -191,15 +169,17 @@ def tokenize(
     support: str,
     unlabelled: str,
     with_bos: bool = True,
+    day: str | None = None,
 ) -> Chain:
     """One record as token ids and label codes.
 
     A token takes the label of the section that holds its last character that is not white space (its last character,
     where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
-    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.
+    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.  `day`: see
+    `format_prompt`.
     """
-    head = format_prompt(record.problem, prompt, tokenizer)
+    head, marker = open_response(record.problem, record.response, prompt, tokenizer, day)
     text = head + record.response
     ids, offsets = encode(text, prompt, tokenizer, with_bos)
     special = set(tokenizer.all_special_ids)
@@ -228,7 +208,7 @@ def tokenize(
         if label in labels:
             codes[t, labels.index(label)] = INSIDE if number == seen else ONSET
         seen = number if number >= 0 else seen
-    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first)
+    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first, marker=marker)
 
 
 def load_chains(
@@ -244,42 +224,50 @@ def load_chains(
     """Rows -> the chains of `train`, `validation` and `test`, and what became of each row.
 
     `fields` names the columns of id, problem, response and annotation; the category of a chain is in `category_column`,
-    or else in its id.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than
-    `context` tokens are refused.  Raises InputError for a test category that no row has.
+    or else in its id.  A row without an id is named by its place (the first is `#1`), one without a problem has an
+    empty one.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than `context`
+    tokens are refused.  Raises InputError for a test category that no row has.
     """
     counts = Counts(read=len(rows))
-    id_column, problem_column, response_column, annotation_column = fields
-    problems = [row.get(problem_column) for row in rows]  # a missing one is nobody's twin
-    names = [p if isinstance(p, str) else f"row {i} has no problem" for i, p in enumerate(problems)]
-    ids = [str(row.get(id_column)) for row in rows]
+    id_column, problem_column, *text_columns = fields
+    ids = [f"#{i}" if (id := row.get(id_column)) is None else str(id) for i, row in enumerate(rows, 1)]
     kinds = [str(row.get(category_column)) for row in rows] if category_column else [category_of(id) for id in ids]
-    where = split_chains(
-        names,
-        division.test_share,
-        0.0 if division.validate_on_test else division.validation_share,
-        division.seed,
-        None if division.test_categories is None else _in_categories(kinds, division.test_categories),
-    )
+    where = _divide([row.get(problem_column) for row in rows], kinds, division)
     splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
     for row, id, kind, split in zip(rows, ids, kinds, where, strict=True):
         if split == "duplicate":
-            counts.refused["with a problem of the test split"] += 1
+            counts.refuse("with a problem of the test split", id)
             continue
-        problem, response, annotated = (row.get(name) for name in (problem_column, response_column, annotation_column))
-        made = make_record(id, problem, response, annotated, reading.response)
+        if not is_unicode(id + kind):
+            counts.refuse("with an id or a category that is not Unicode", id)
+            continue
+        response, annotated = (row.get(name) for name in text_columns)
+        problem = "" if row.get(problem_column) is None else row[problem_column]
+        made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled)
         if isinstance(made, str):
-            counts.refused[made] += 1
+            counts.refuse(made, id)
             continue
-        chain = tokenize(made[0], tokenizer, labels, *reading[:4])
+        chain = tokenize(made[0], tokenizer, labels, *reading[:4], day=reading.day)
         chain.category = kind
         if len(chain.ids) > context:
-            counts.refused[f"longer than the model's context of {context:,} tokens"] += 1
+            counts.refuse(f"longer than the model's context of {context:,} tokens", id)
             continue
-        counts.use(*made)
+        counts.use(*made, chain.marker)
         splits[split].append(chain)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
     return splits, counts
+
+
+def _divide(problems: Sequence[object], kinds: Sequence[str], division: Division) -> list[str]:
+    return split_chains(
+        problems,
+        test_share=division.test_share,
+        validation_share=0.0 if division.validate_on_test else division.validation_share,
+        seed=division.seed,
+        by=division.by,
+        test=None if division.test_categories is None else _in_categories(kinds, division.test_categories),
+    )
 
 
 def _in_categories(kinds: Sequence[str], chosen: Sequence[str]) -> list[bool]:

@@ -88,19 +88,19 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
     Raises InputError where that run is another one, or is finished and its checkpoint is gone: it would be replaced.
     """
     checkpoint = load_run(folder)
-    if checkpoint:
-        check_resume(config.flat(), checkpoint.facts["config"])
-        return checkpoint
-    if holds_results(folder):
+    if not checkpoint and holds_results(folder):
         raise InputError(
             f"--resume in {folder}, which holds results but no {STATE}",
             "a checkpoint to go on from",
             "put it back, or start a new run without --resume in another folder",
         )
-    if (folder / "config.yaml").exists():
-        check_resume(config.flat(), read_config(folder))
-    print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
-    return None
+    if checkpoint or (folder / "config.yaml").exists():
+        then = checkpoint.facts["config"] if checkpoint else read_config(folder)
+        config.data.chat_date = config.data.chat_date or then.get("chat_date")
+        check_resume(config.flat(), then)
+    if not checkpoint:
+        print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
+    return checkpoint
 
 
 def needed_room(fits: Sequence[Fit], folder: Path) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprobe import backbone, chains
-from streamprobe.chains import format_prompt
+from streamprobe import backbone, prompts
+from streamprobe.chains import Chain
 from streamprobe.config import RunConfig, load_config
 from streamprobe.errors import InputError, first_line
 from streamprobe.probes import ProbeBank, load_probes
@@ -115,14 +115,21 @@ def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def encode(problem: str, prompt: str, tokenizer: Any, with_bos: bool) -> Tensor:
-    """The token ids [T] of a problem as they stand before a response in a run of this `prompt` and `bos`."""
-    ids, _ = chains.encode(format_prompt(problem, prompt, tokenizer), prompt, tokenizer, with_bos)
+def encode(problem: str, prompt: str, tokenizer: Any, with_bos: bool, day: str | None = None) -> Tensor:
+    """The token ids [T] of a problem before a response in a run of this `prompt`, `bos` and `chat_date` (`day`)."""
+    ids, _ = prompts.encode(prompts.format_prompt(problem, prompt, tokenizer, day), prompt, tokenizer, with_bos)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if prompt != "chat" and eos not in (None, bos):  # some tokenizers end every text with it
         while ids and ids[-1] == eos:
             ids = ids[:-1]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def prompt_of(chain: Chain, tokenizer: Any) -> Tensor:
+    """The token ids [T] of a chain up to where the model began to write: with the marker that its prompt left to it."""
+    ends = range(chain.start, len(chain.ids))
+    end = next((e for e in ends if chain.marker in tokenizer.decode(chain.ids[chain.start : e])), chain.start)
+    return chain.ids[:end]
 
 
 def decoding(temperature: float, top_p: float) -> dict[str, Any]:

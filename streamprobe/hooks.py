@@ -94,7 +94,9 @@ def check_taken(taken: Mapping[int, Tensor], layers: Sequence[int], batch: int, 
         shape = tuple(taken[layer].shape) if layer in taken else None
         if shape is None:
             raise InputError(
-                f"layer {layer}, whose block does not run on text alone", "blocks that do", "choose others with --layers"
+                f"layer {layer}, whose block does not run on text alone",
+                "blocks that do",
+                "choose others with --layers",
             )
         if len(shape) != 3 or shape[:2] != (batch, tokens):
             raise InputError(

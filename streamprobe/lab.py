@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from streamprobe import backbone, chains, controls, preflight
+from streamprobe import backbone, chains, controls, preflight, prompts
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
@@ -40,12 +40,15 @@ class Lab:
         if data.max_chains and data.max_chains < len(rows):
             rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
         self.tokenizer = backbone.load_tokenizer(model.model, **self.source)
+        data.chat_date = prompts.resolve_day(data.prompt, data.chat_date, self.tokenizer)
+        if data.chat_date:
+            print(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)", flush=True)
         self.splits, self.counts = chains.load_chains(
             rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
-            chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response),
+            chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response, data.chat_date),
             chains.Division(
                 data.test_share, data.validation_share, data.split_seed, data.test_categories,
-                data.validation == "test",
+                data.validation == "test", data.split_by,
             ),
             data.category_column,
         )  # fmt: skip

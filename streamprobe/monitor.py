@@ -202,7 +202,8 @@ def run(argv: Sequence[str] | None) -> None:
     config, bank = generation.open_run(given.run, given)
     place = pick(given.run, bank, given)
     model, tokenizer = generation.load_whole(config, bank)
-    ids = generation.encode(given.prompt, config.data.prompt, tokenizer, config.data.bos)
+    data = config.data
+    ids = generation.encode(given.prompt, data.prompt, tokenizer, data.bos, data.chat_date)
     room = context(model.config) - len(ids)
     if room <= 0:
         raise InputError(

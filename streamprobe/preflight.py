@@ -20,11 +20,11 @@ def check_splits(splits: Mapping[str, Sequence[Chain]], labels: Sequence[str], c
     """Raises InputError for an empty split and for a label that never occurs."""
     for name, chains in splits.items():
         if not chains:
-            reasons = f" ({counts.refused.total()} chains refused: {refusals(counts)})" if counts.refused else ""
+            reasons = f" ({counts.n_refused} chains refused: {refusals(counts)})" if counts.refused else ""
             raise InputError(
                 f"no {name} chains{reasons}",
                 "at least one in every split",
-                "mend the data, or use more or a larger share",
+                "fix the data, use more problems, or a larger --test_share or --validation_share",
             )
     for label in labels:
         if not counts.labels[label]:
@@ -62,8 +62,13 @@ def check_census(census: Census, columns: Sequence[Column], splits: Mapping[str,
 
 
 def refusals(counts: Counts) -> str:
-    """Why chains were refused, and how many for each reason."""
-    return ", ".join(f"{n} {reason}" for reason, n in counts.refused.most_common())
+    """Why chains were refused, how many for each reason, and the names of the first ones."""
+    by_size = sorted(counts.refused.items(), key=lambda refused: -len(refused[1]))
+    return ", ".join(f"{len(ids)} {reason} ({_names(ids)})" for reason, ids in by_size)
+
+
+def _names(ids: Sequence[str], most: int = 3) -> str:
+    return ", ".join([*(id[:60] for id in ids[:most]), *["..."] * (len(ids) > most)])
 
 
 def describe(
@@ -81,9 +86,10 @@ def describe(
         f"chains    {counts.read:,} read, {counts.used:,} used ({counts.repaired:,} of them repaired: "
         f"{counts.edited_sections} sections edited, {counts.lost_sections} lost, {counts.unbalanced_tags} tags "
         f"unbalanced), "
-        f"{counts.refused.total():,} refused{': ' + refusals(counts) if counts.refused else ''}",
+        f"{counts.n_refused:,} refused{': ' + refusals(counts) if counts.refused else ''}",
         f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
         + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
+        *_notes(counts),
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
     ]
@@ -106,6 +112,19 @@ def describe(
         example(splits["train"], labels, tokenizer),
     ]
     return "\n".join(lines)
+
+
+def _notes(counts: Counts) -> list[str]:
+    """What else is to be known of the chains that are used."""
+    notes = [
+        f"prompt    without its last {marker!r} for the {n:,} responses that begin with it"
+        for marker, n in counts.markers.most_common()
+    ]
+    if counts.without_problem:
+        notes.append(f"          {counts.without_problem:,} texts have no problem before them")
+    if counts.without_sections:
+        notes.append(f"          {counts.without_sections:,} texts without a section are used as negatives")
+    return notes
 
 
 def describe_weights(sizes: Mapping[str, int], deepest: int) -> str:

@@ -1,6 +1,7 @@
 """The keys of a config, in groups, each with its unit, its default and its meaning."""
 
 from dataclasses import dataclass, field
+from datetime import date
 from math import isfinite
 from typing import Any, Literal
 
@@ -54,6 +55,13 @@ class ModelConfig:
         )
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass
 class DataConfig:
     """The annotated chains."""
@@ -71,10 +79,15 @@ class DataConfig:
         r"{problem}\n\n",
         r"Text before the response: a string that holds {problem} (\n is a line end), or chat for the chat template.",
     )
+    chat_date: str | None = key(
+        None, "Day that a chat template writes, YYYY-MM-DD; none is the day on which the run begins."
+    )
     support: Literal["response", "all"] = key(
         "response", "Tokens that count: the response's, or all, with the problem as negatives."
     )
-    unlabelled: Literal["ignore", "negative"] = key("ignore", "Response text in no section: left out, or negative.")
+    unlabelled: Literal["ignore", "negative"] = key(
+        "ignore", "Response text in no section: left out (a text without any is refused), or negative."
+    )
     response: Literal["original", "rejoined"] = key(
         "original", "The response as it was written, or the annotated sections alone, joined by spaces."
     )
@@ -86,11 +99,16 @@ class DataConfig:
     bos: bool = key(True, "Begin every chain with the BOS token, where the tokenizer has one.")
     category_column: str | None = key(None, "Column with the kind of problem; none is the id without its number.")
     max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")
-    test_share: float = key(0.2, "Share of all chains held out for results.csv.")
-    validation_share: float = key(0.1, "Share of the other chains that stops training and picks thresholds.")
+    test_share: float = key(0.2, "Share of all problems held out for results.csv.")
+    validation_share: float = key(0.1, "Share of the other problems that stops training and picks thresholds.")
     split_seed: int = key(42, "Seed of the split.")
+    split_by: Literal["problem", "chain"] = key(
+        "problem",
+        "What is drawn: problems, each with all of its chains; or chains, as in the original experiment, where another "
+        "chain of a test problem is left out.",
+    )
     split: Literal["random", "category"] = key(
-        "random", "Test chains are a random test_share of all, or those of test_categories: does a probe transfer?"
+        "random", "Test chains are a random test_share, or those of test_categories: does a probe transfer?"
     )
     test_categories: list[str] | None = key(None, "With split category: the kinds of problem that are held out.")
     validation: Literal["own", "test"] = key(
@@ -109,6 +127,12 @@ class DataConfig:
             "write {problem} where the problem goes",
         )
         self.prompt = self.prompt.replace(r"\n", "\n")
+        require(
+            self.chat_date is None or _is_day(self.chat_date),
+            f"chat_date {self.chat_date}",
+            "a day of the form YYYY-MM-DD",
+            "try 2026-01-31",
+        )
         require(
             (self.split == "category") == bool(self.test_categories),
             f"split {self.split} with test_categories {' '.join(self.test_categories or ['none'])}",

@@ -207,7 +207,7 @@ def run(argv: Sequence[str] | None) -> None:
     model, tokenizer = generation.load_whole(config, bank)
     block = decoder_layers(model)[layer]
     chosen = evenly(lab.splits["test"], given.problems)
-    prompts = [chain.ids[: chain.start] for chain in chosen]
+    prompts = [generation.prompt_of(chain, tokenizer) for chain in chosen]
     room = context(model.config) - max(map(len, prompts))
 
     probe = nn.functional.normalize(bank.weight[place].to(model.device), dim=0)

@@ -106,7 +106,9 @@ def stream(
     buffer = LagBuffer(columns, labels)
     lengths = [len(c.ids) for c in chains]
     apart = frequencies_change(backbone.config)
-    batches = [part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)]
+    batches = [
+        part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)
+    ]
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in batches:
             longest = max(lengths[i] for i in batch)

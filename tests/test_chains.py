@@ -19,15 +19,15 @@ from streamprobe.chains import (
     Record,
     category_of,
     fingerprint,
-    format_prompt,
     load_chains,
     make_record,
-    split_chains,
     tokenize,
 )
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
+from streamprobe.prompts import format_prompt
 from streamprobe.reading import read_rows
+from streamprobe.splits import split_chains
 
 FIELDS = ("task_id", "problem", "reasoning_chain", "annotated_chain")
 LABELS = ["backtracking", "deduction"]
@@ -56,10 +56,10 @@ def test_test_split_is_the_head_of_the_permutation(n, seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_twins_never_cross(seed):
+def test_twins_never_cross_where_chains_are_drawn(seed):
     rng = np.random.default_rng(seed)
     problems = [f"problem {i}" for i in rng.integers(0, 60, 100)]
-    where = split_chains(problems, seed=seed)
+    where = split_chains(problems, seed=seed, by="chain")
     order = np.random.RandomState(seed).permutation(100)
     assert all(where[i] == "test" for i in order[:20])
     assert where.count("test") == 20
@@ -74,7 +74,7 @@ def test_twins_never_cross(seed):
 
 @pytest.mark.parametrize(("shares", "counts"), [((0.0, 0.1), (0, 10, 90)), ((0.5, 0.0), (50, 0, 50))])
 def test_shares(shares, counts):
-    where = split_chains([str(i) for i in range(100)], *shares)
+    where = split_chains([str(i) for i in range(100)], test_share=shares[0], validation_share=shares[1])
     assert tuple(where.count(name) for name in ("test", "validation", "train")) == counts
 
 
@@ -275,7 +275,7 @@ def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
     assert {name: len(chains) for name, chains in splits.items()} == {"train": 36, "validation": 4, "test": 10}
     assert counts.as_dict() | {"labels": 0, "characters": 0, "labelled_characters": 0} == {
         "read": 50, "used": 50, "repaired": 0, "edited_sections": 0, "lost_sections": 0, "unbalanced_tags": 0,
-        "refused": {}, "labels": 0, "characters": 0, "labelled_characters": 0,
+        "without_sections": 0, "without_problem": 0, "markers": {}, "refused": {}, "labels": 0, "characters": 0, "labelled_characters": 0,
     }  # fmt: skip
     assert counts.labels["backtracking"] == sum(r["annotated_chain"].count('["backtracking"]') for r in rows)
     assert counts.characters == sum(len(r["reasoning_chain"]) for r in rows)
@@ -295,7 +295,7 @@ def test_load_chains_counts_what_it_refuses(tokenizer):
             (4, "x", '["deduction"]x["end-section"]'),
         ],
         "with an empty response": [("p5", " \n", "x"), ("p6", "", "")],
-        "without a section that is found in the response": [("p7", "one two", "one two")],
+        "without a section": [("p7", "one two", "one two")],
         "longer than the model's context of 300 tokens": [("p8", *["box " * 400] * 2), ("p9", *["box " * 300] * 2)],
         "with a problem of the test split": [(rows[order[3]]["problem"], "box", '["deduction"]box["end-section"]')],
     }
@@ -309,12 +309,15 @@ def test_load_chains_counts_what_it_refuses(tokenizer):
     rows[edited]["annotated_chain"] = rows[edited]["annotated_chain"].replace(".", ", so.", 1)
     unbalanced = next(place)
     rows[unbalanced]["annotated_chain"] = rows[unbalanced]["annotated_chain"].removesuffix('["end-section"]')
-    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 300)
-    assert counts.refused == {reason: len(values) for reason, values in bad.items()}
-    assert counts.read == 50 and counts.used == 50 - sum(counts.refused.values())
+    by_chain = Division(by="chain")
+    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 300, division=by_chain)
+    assert {reason: len(ids) for reason, ids in counts.refused.items()} == {
+        reason: len(values) for reason, values in bad.items()
+    }
+    assert counts.read == 50 and counts.used == 50 - counts.n_refused == 50 - sum(map(len, counts.refused.values()))
     assert sum(map(len, splits.values())) == counts.used
     assert (counts.repaired, counts.edited_sections, counts.unbalanced_tags, counts.lost_sections) == (2, 1, 1, 0)
-    clean = load_chains(make_rows(50, seed=5), FIELDS, tokenizer, LABELS, 300)[0]
+    clean = load_chains(make_rows(50, seed=5), FIELDS, tokenizer, LABELS, 300, division=by_chain)[0]
     assert [c.id for c in splits["test"]] == [c.id for c in clean["test"]]
     for name in splits:
         assert {c.id for c in splits[name]} <= {c.id for c in clean[name]}
@@ -414,7 +417,8 @@ def test_row_without_a_field_is_refused_and_not_the_file(tmp_path, tokenizer):
     del rows[order[10]]["annotated_chain"]
     read = read_rows(write(tmp_path / "x.json", rows), "train", FIELDS)
     counts = load_chains(read, FIELDS, tokenizer, LABELS, 512)[1]
-    assert counts.refused == {"with a field that is missing or not text": 1} and counts.used == 19
+    name = rows[order[10]]["task_id"]
+    assert counts.refused == {"with a field that is missing or not text": [name]} and counts.used == 19
 
 
 BROKEN = {
@@ -478,7 +482,8 @@ def test_json_lines_with_line_separators_in_strings_and_a_byte_order_mark(tmp_pa
 def test_a_lone_surrogate_is_refused(tokenizer):
     rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30)]
     rows[3]["reasoning_chain"] += "\ud83d"
-    assert load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused == {"with text that is not Unicode": 1}
+    refused = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused
+    assert refused == {"with text that is not Unicode": [rows[3]["task_id"]]}
 
 
 # --- the original experiment's way of reading, for comparison ---

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics", "heatmap", "hardware"],
     ["hooks", "files"],
-    ["settings", "lags", "backbone", "annotations", "reading", "task", "muon"],
+    ["settings", "lags", "backbone", "annotations", "reading", "prompts", "splits", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation", "folder"],

@@ -1,0 +1,55 @@
+"""Which chains are for training, validation and test, so that no problem is in two of them."""
+
+import unicodedata
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+def same_problem(problem: object, row: int) -> Hashable:
+    """What twins have in common: the problem with plain line ends, no white space around it, and composed letters.
+
+    A row without a problem is nobody's twin: what is given back is the number of the row.
+    """
+    if not isinstance(problem, str) or not problem.strip():
+        return row
+    plain = problem.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return unicodedata.normalize("NFC", plain)
+
+
+def split_chains(
+    problems: Sequence[object],
+    *,
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+    seed: int = 42,
+    by: str = "problem",
+    test: Sequence[bool] | None = None,
+) -> list[str]:
+    """`train`, `validation`, `test` or `duplicate` for each chain, given the problem of each; twins never cross.
+
+    by `problem`: the different problems, in the order of their first chains, are drawn by numpy's
+    `RandomState(seed).permutation`; the first `test_share` of them are test, the next ones validation, until
+    `validation_share` of the rest is reached.  All chains of a problem go together.  by `chain`: the chains are drawn,
+    as in the original experiment, and a twin of a test chain that is not test itself is left out (`duplicate`), since
+    the test chains are the original's.  With `test`, the test chains are those where it is True, and their twins are
+    left out, too.
+    """
+    names = [same_problem(problem, row) for row, problem in enumerate(problems)]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    units = names if by == "chain" else list(number)  # what is drawn
+    unit_of = range(len(names)) if by == "chain" else [number[name] for name in names]
+    order = np.random.RandomState(seed).permutation(len(units)).tolist()
+    if test is None:
+        first = set(order[: int(len(units) * test_share)])
+        test = [unit in first for unit in unit_of]
+    held_out = {name for name, chosen in zip(names, test, strict=True) if chosen}
+    rest = [units[i] for i in order if units[i] not in held_out]
+    validation = set(rest[: round(len(rest) * validation_share)])
+    return [
+        "test" if chosen
+        else "duplicate" if name in held_out
+        else "validation" if name in validation
+        else "train"
+        for name, chosen in zip(names, test, strict=True)
+    ]  # fmt: skip
