@@ -42,7 +42,7 @@ class Lab:
         self.tokenizer = backbone.load_tokenizer(model.model, **self.source)
         self.splits, self.counts = chains.load_chains(
             rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
-            chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response),
+            chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response, data.names),
             chains.Division(
                 data.test_share, data.validation_share, data.split_seed, data.test_categories,
                 data.validation == "test",

@@ -1,11 +1,13 @@
 """What will be fed to the model, in numbers and in one example, and what that takes, before anything is trained."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from streamprobe.annotations import END, plain_name
 from streamprobe.chains import Chain, Counts
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
@@ -13,6 +15,8 @@ from streamprobe.memory import Plan
 from streamprobe.stream import TokenBatch, count_tokens, make_batches
 
 Census = dict[str, tuple[int, Tensor, Tensor]]  # split -> tokens, and valid and positive ones of each column [K]
+FEW = 20  # chains, from which on a label that only one of them has is named
+SHOWN = 5  # names in a line
 MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
 
 
@@ -84,6 +88,7 @@ def describe(
         f"{counts.refused.total():,} refused{': ' + refusals(counts) if counts.refused else ''}",
         f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
         + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
+        *describe_tags(counts),
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
     ]
@@ -106,6 +111,41 @@ def describe(
         example(splits["train"], labels, tokenizer),
     ]
     return "\n".join(lines)
+
+
+def describe_tags(counts: Counts) -> list[str]:
+    """Lines on what is odd about the annotator's tags: their form, nearly equal names, names in a single chain."""
+    lines = []
+    if counts.strange_tags:
+        forms = _listed([f"{form} {n:,}" for form, n in counts.strange_tags.most_common()])
+        lines.append(
+            f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: {forms} "
+            "(--label_names '<NAME>=LABEL' makes such a form a tag)"
+        )
+    for label, names in near_names(counts.labels).items():
+        found = _listed([f"{name!r} {counts.labels[name]:,}" for name in names])
+        pairs = _listed([shlex.quote(f"{name}={label}") for name in names], " ")
+        lines.append(f"names     {found}, nearly {label!r}: counted apart, unless --label_names {pairs}")
+    rare = sorted(name for name, n in counts.label_chains.items() if n == 1)
+    if rare and counts.used >= FEW:
+        lines.append(
+            f"rare      labels in a single chain, a slip or the model's own text: {_listed(list(map(repr, rare)))} "
+            "(--label_names maps a name to another)"
+        )
+    return lines
+
+
+def near_names(labels: Mapping[str, int]) -> dict[str, list[str]]:
+    """The commonest label of each group that differs in case, numbering or separators alone -> the others."""
+    groups: dict[str, list[str]] = {plain_name(END): [END]}
+    for name in sorted(labels, key=lambda name: (-labels[name], name)):
+        groups.setdefault(plain_name(name), []).append(name)
+    return {first: others for first, *others in groups.values() if others}
+
+
+def _listed(words: Sequence[str], separator: str = ", ") -> str:
+    """The words in a row, the first few of them where there are many."""
+    return separator.join([*words[:SHOWN], *(["..."] if len(words) > SHOWN else [])])
 
 
 def describe_weights(sizes: Mapping[str, int], deepest: int) -> str:

@@ -57,7 +57,7 @@ def test_exact_copy_gives_exact_spans(seed):
     for row in make_rows(10, seed):
         text, sections, _ = parse_annotations(row["annotated_chain"])
         assert text == row["reasoning_chain"]
-        assert annotate(row["annotated_chain"], text) == Annotation(sections, 0, 0, 0)
+        assert annotate(row["annotated_chain"], text)[:4] == (sections, 0, 0, 0)
 
 
 PIECES = [
@@ -82,20 +82,20 @@ def changed(index: int, text: str) -> str:
 def test_edited_word_in_the_middle(text):
     found = annotate(changed(1, text), ORIGINAL)
     assert texts(found, ORIGINAL) == FOUND
-    assert found[1:] == (1, 0, 0)
+    assert found[1:4] == (1, 0, 0)
 
 
 def test_edited_word_at_the_border_moves_only_that_border():
     found = annotate(changed(1, " XXXXX echo foxtrot golf."), ORIGINAL)
     assert texts(found, ORIGINAL) == [FOUND[0], ("backtracking", "echo foxtrot golf."), *FOUND[2:]]
-    assert found[1:] == (1, 0, 0)
+    assert found[1:4] == (1, 0, 0)
 
 
 @pytest.mark.parametrize("kept", range(1, len(PIECES)))
 def test_copy_that_lost_its_tail_loses_no_other_section(kept):
     found = annotate(tagged(PIECES[:kept]), ORIGINAL)
     assert texts(found, ORIGINAL) == [(label, text.strip()) for label, text in PIECES[:kept] if label]
-    assert found[1:] == (0, 0, 0)
+    assert found[1:4] == (0, 0, 0)
 
 
 @pytest.mark.parametrize("kept", range(1, len(PIECES)))
@@ -104,7 +104,7 @@ def test_original_that_lost_its_tail_loses_only_sections_in_it(kept):
     found = annotate(tagged(PIECES), original)
     expected = [(label, text.strip()) for label, text in PIECES[:kept] if label]
     assert texts(found, original) == expected
-    assert found[1:] == (0, len(FOUND) - len(expected), 0)
+    assert found[1:4] == (0, len(FOUND) - len(expected), 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -122,7 +122,7 @@ def test_text_dropped_between_sections(seed):
             expected.append(Section(label, len(original), len(original) + len(stretch)))
         original += stretch
     annotated = tagged(pieces)
-    assert annotate(annotated, original) == Annotation(expected, 0, 0, 0)
+    assert annotate(annotated, original)[:4] == (expected, 0, 0, 0)
     _, moved, _ = parse_annotations(annotated)  # negative control: places in the copy are wrong in the original
     assert moved != expected
 
@@ -136,7 +136,7 @@ def test_long_text_of_few_words():
     _, sections, _ = parse_annotations(tagged(pieces))
     pieces[15] = ("deduction", "so" + pieces[15][1])
     found = annotate(tagged(pieces), text)
-    assert found == Annotation(sections, 1, 0, 0)
+    assert found[:4] == (sections, 1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +148,12 @@ def test_section_that_is_more_than_half_lost_is_lost(word, lost):
     found = annotate(tagged(copy), original)
     rest = [("deduction", "first"), ("deduction", "last")]
     assert texts(found, original) == (rest if lost else [rest[0], ("backtracking", "abcd"), rest[1]])
-    assert found[1:] == (1 - lost, lost, 0)
+    assert found[1:4] == (1 - lost, lost, 0)
 
 
 def test_nothing_in_common_is_lost():
     found = annotate('["a"]abc def["end-section"]', "123, 456")
-    assert found == Annotation([], 0, 1, 0)
+    assert found[:4] == ([], 0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_white_space_is_no_difference(copy):
     original = "one two\nthree four"
     found = annotate(copy, original)
     assert texts(found, original) == [("a", "one two"), ("b", "three\nfour".replace("\n", " "))]
-    assert found[1:] == (0, 0, 0)
+    assert found[1:4] == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_exact_copy_property(drawn):
         if label and piece.strip():
             expected.append(Section(label, cursor, cursor + len(piece)))
         cursor += len(piece)
-    assert annotate(tagged(pieces), text) == Annotation(expected, 0, 0, 0)
+    assert annotate(tagged(pieces), text)[:4] == (expected, 0, 0, 0)
 
 
 @given(annotated_texts(), st.data())
@@ -261,7 +261,8 @@ def test_real_chains():
     assert sum("backtracking" in chain for chain in labels) == 424
     assert sum(f.lost for f in found) <= 5
     for f in found:
-        assert all(a.end <= b.start for a, b in zip(f.sections, f.sections[1:], strict=False))
+        spans = list(dict.fromkeys((s.start, s.end) for s in f.sections))  # once where a section has two labels
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_edited_sections_share_no_white_space(copy, original):
     ],
 )
 def test_white_space_alone_does_not_find_a_section(copy, original):
-    assert annotate(copy, original) == Annotation([], 0, 1, 0)
+    assert annotate(copy, original)[:4] == ([], 0, 1, 0)
 
 
 @settings(max_examples=300)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
-    ["errors", "lifts", "metrics", "heatmap"],
+    ["errors", "lifts", "metrics", "heatmap", "alignment"],
     ["settings", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
