@@ -28,6 +28,7 @@ WORD = re.compile(rf"(?P<mark>{MARK.pattern})|\w+|[^\w\s]")
 END = "end-section"
 NAMES: Mapping[str, str] = MappingProxyType({})  # as they are
 RUNS, LETTERS = (4, 1), (4, 2)  # words, and letters between them, in a row that are matched, the longest first
+FAR = 100  # characters: a section is cut at no shorter gap
 
 
 class Section(NamedTuple):
@@ -243,17 +244,17 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
 
 
 def _without_strays(hits: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
-    """The characters of a section that were found, less those behind a gap in the original longer than the section."""
-    while len(hits) > 1 and (gaps := np.diff(first[hits])).max() > size:
+    """The characters of a section that were found, less those behind a gap in the original longer than all of it."""
+    while len(hits) > 1 and (gaps := np.diff(first[hits])).max() > max(size, FAR):
         cut = int(gaps.argmax()) + 1
         hits = max(hits[:cut], hits[cut:], key=len)
     return hits
 
 
 def plain_name(name: str) -> str:
-    """What a label is called apart from case, a number in front and the signs between its words."""
-    words = re.sub(r"[\W_]+", " ", fold(name).text.casefold()).strip()
-    return re.sub(r"^[\d ]+", "", words) or words
+    """What a label is called apart from case, a number in front and the signs around its words."""
+    letters = re.sub(r"[\W_]+", "", fold(name).text.casefold())
+    return re.sub(r"^\d+", "", letters) or letters or name
 
 
 def check_names(names: Mapping[str, str], known: Collection[str]) -> None:

@@ -88,7 +88,7 @@ def describe(
         f"{counts.refused.total():,} refused{': ' + refusals(counts) if counts.refused else ''}",
         f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
         + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
-        *describe_tags(counts),
+        *describe_tags(counts, labels),
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
     ]
@@ -113,7 +113,7 @@ def describe(
     return "\n".join(lines)
 
 
-def describe_tags(counts: Counts) -> list[str]:
+def describe_tags(counts: Counts, labels: Sequence[str]) -> list[str]:
     """Lines on what is odd about the annotator's tags: their form, nearly equal names, names in a single chain."""
     lines = []
     if counts.strange_tags:
@@ -122,7 +122,7 @@ def describe_tags(counts: Counts) -> list[str]:
             f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: {forms} "
             "(--label_names '<NAME>=LABEL' makes such a form a tag)"
         )
-    for label, names in near_names(counts.labels).items():
+    for label, names in near_names(counts.labels, labels).items():
         found = _listed([f"{name!r} {counts.labels[name]:,}" for name in names])
         pairs = _listed([shlex.quote(f"{name}={label}") for name in names], " ")
         lines.append(f"names     {found}, nearly {label!r}: counted apart, unless --label_names {pairs}")
@@ -135,10 +135,13 @@ def describe_tags(counts: Counts) -> list[str]:
     return lines
 
 
-def near_names(labels: Mapping[str, int]) -> dict[str, list[str]]:
-    """The commonest label of each group that differs in case, numbering or separators alone -> the others."""
+def near_names(found: Mapping[str, int], labels: Sequence[str]) -> dict[str, list[str]]:
+    """Names that differ in case, numbering or separators alone: the one that is probed, or the commonest -> the others.
+
+    What is nearly the end of a section is counted to it.
+    """
     groups: dict[str, list[str]] = {plain_name(END): [END]}
-    for name in sorted(labels, key=lambda name: (-labels[name], name)):
+    for name in sorted(found, key=lambda name: (name not in labels, -found[name], name)):
         groups.setdefault(plain_name(name), []).append(name)
     return {first: others for first, *others in groups.values() if others}
 
