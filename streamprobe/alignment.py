@@ -1,6 +1,7 @@
 """An edited copy of a text laid beside it: which of its words is which, also in long texts and in looping ones."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ import numpy as np
 from rapidfuzz.distance import LCSseq
 
 PLAIN = str.maketrans(dict.fromkeys("“”„‟«»", '"') | dict.fromkeys("‘’‚‛‹›", "'") | dict.fromkeys("‐‑‒–—―−", "-"))
-MAX_CELLS = 8_000_000_000  # words of the one text times words of the other, an eighth of a byte each
+MAX_CELLS = 2_000_000_000  # items of the one text times items of the other, an eighth of a byte each, at once
+ANCHOR = 16  # items of a run at which longer texts are cut in two
 
 
 class Folded(NamedTuple):
@@ -43,7 +45,11 @@ def match_runs(a: Sequence[int], b: Sequence[int], sizes: Sequence[int]) -> list
         while i < n and j < m and a[n - 1] == b[m - 1]:
             n, m = n - 1, m - 1
             partner[n] = m
-        if i == n or j == m or level == len(sizes) or (n - i) * (m - j) > MAX_CELLS:
+        if i == n or j == m or level == len(sizes):
+            continue
+        if (n - i) * (m - j) > MAX_CELLS:
+            x, y = _halve(a[i:n], b[j:m])
+            left += [(i, i + x, j, j + y, level), (i + x, n, j + y, m, level)]
             continue
         blocks = LCSseq.opcodes(*_runs(a[i:n], b[j:m], sizes[level])).as_matching_blocks()
         start, other = i, j
@@ -53,6 +59,15 @@ def match_runs(a: Sequence[int], b: Sequence[int], sizes: Sequence[int]) -> list
             start, other = x + 1, y + 1
         left.append((start, n, other, m, level + 1))
     return partner
+
+
+def _halve(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
+    """Where to cut two long texts: at the run nearest the middle that each has once, or else in the middle."""
+    runs = _runs(a, b, ANCHOR)
+    once = [{run for run, n in Counter(text).items() if n == 1} for text in runs]
+    shared = [i for i, run in enumerate(runs[0]) if run in once[0] and run in once[1]]
+    middle = min(shared, key=lambda i: abs(2 * i - len(a)), default=-1)
+    return (middle, runs[1].index(runs[0][middle])) if middle > 0 else (len(a) // 2, len(b) // 2)
 
 
 def _runs(a: Sequence[int], b: Sequence[int], size: int) -> list[list[int]]:

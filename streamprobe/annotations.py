@@ -24,10 +24,13 @@ TAG = rf"\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]"
 NAME = r"""[/"'`*]{0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}["'`*]{0,2}"""  # holds a letter
 FORMS = rf"""\[{NAME}\]|<{NAME}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]"""
 MARK = re.compile(rf"(?P<tag>{TAG})|{FORMS}")  # of folded text: a tag, or what may have been meant as one
-WORD = re.compile(rf"(?P<mark>{MARK.pattern})|\w+|[^\w\s]")
+WORD = re.compile(rf"(?P<tag>{TAG})|\w+|[^\w\s]")
 END = "end-section"
 NAMES: Mapping[str, str] = MappingProxyType({})  # as they are
 RUNS, LETTERS = (4, 1), (4, 2)  # words, and letters between them, in a row that are matched, the longest first
+MAX_LETTERS = (
+    100_000_000  # letters of the copy times those of the original: larger stretches are matched by words alone
+)
 FAR = 100  # characters: a section is cut at no shorter gap
 
 
@@ -74,16 +77,15 @@ class Word(NamedTuple):
     key: str  # equal words have equal ones
     start: int
     end: int
-    mark: bool
+    tag: bool
 
 
 def split_words(text: str) -> list[Word]:
-    """The words, signs and marks of a folded text; in a mark neither kind of quotes nor white space tells."""
+    """The words, signs and tags of a folded text; in a tag neither the kind of quotes nor white space tells."""
     words = []
     for found in WORD.finditer(text):
-        is_mark = found["mark"] is not None
-        key = "".join(found[0].split()).replace("'", '"') if is_mark else found[0]
-        words.append(Word(key, *found.span(), is_mark))
+        tag = found["tag"] is not None
+        words.append(Word("".join(found[0].split()).replace("'", '"') if tag else found[0], *found.span(), tag))
     return words
 
 
@@ -160,15 +162,18 @@ def visible(text: str, tags: Sequence[Mark]) -> np.ndarray:
 def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     """For each character of `copy`, the first and the last one of `original` that it is, or -1: int64 [len(copy)] each.
 
-    Words are matched first, then the letters of what lies between matched words.  White space is not matched, nor is a
-    mark (see `find_marks`) unless the word before or behind it is, too.
+    Words are matched first, then the letters of what lies between matched words.  White space is not matched, nor is
+    what looks like a tag and is nowhere in the original; a tag is only if the word before or behind it is, too.
     """
     a, b = fold(copy), fold(original)
     theirs = split_words(b.text)
-    known = {word.key for word in theirs if word.mark}
+    tags = {word.key for word in theirs if word.tag}
+    forms = [mark for mark in MARK.finditer(a.text) if not mark["tag"]]
+    strange = {form for form in {mark[0] for mark in forms} if form not in b.text}
+    gone = {i for mark in forms if mark[0] in strange for i in range(*mark.span())}
     mine, border = [], [True]
     for word in split_words(a.text):
-        if word.mark and word.key not in known:
+        if word.start in gone or (word.tag and word.key not in tags):
             border[-1] = True
         else:
             mine.append(word)
@@ -182,7 +187,7 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     where = [-1] * len(a.text)
     start = other = 0  # the first words that are not matched yet
     for i, j in enumerate(partner[1:]):
-        if j < 0 or (i < len(mine) and mine[i].mark and partner[i] != j - 1 and partner[i + 2] != j + 1):
+        if j < 0 or (i < len(mine) and mine[i].tag and partner[i] != j - 1 and partner[i + 2] != j + 1):
             continue
         if start < i and other < j:
             _match_letters(where, a.text, b.text, mine[start:i], theirs[other:j])
@@ -205,7 +210,9 @@ def _spread(word: Word, size: int) -> Sequence[int]:
 
 def _match_letters(where: list[int], copy: str, original: str, mine: Sequence[Word], theirs: Sequence[Word]) -> None:
     """Fills `where` for the letters of some words of a copy that are somewhere among those of other words."""
-    a, b = ([i for word in words if not word.mark for i in range(word.start, word.end)] for words in (mine, theirs))
+    a, b = ([i for word in words if not word.tag for i in range(word.start, word.end)] for words in (mine, theirs))
+    if len(a) * len(b) > MAX_LETTERS:
+        return
     partner = match_runs([ord(copy[i]) for i in a], [ord(original[j]) for j in b], LETTERS)
     for i, j in zip(a, partner, strict=True):
         if j >= 0:

@@ -196,13 +196,13 @@ space = st.sampled_from(["", " ", "\n\n"])
 
 
 @st.composite
-def annotated_texts(draw):
+def annotated_texts(draw, words=ink):
     """A random text cut into random sections, also in the middle of words: (its pieces, the text)."""
     pieces = draw(
         st.lists(
             st.tuples(
                 st.sampled_from([None, *LABELS]),
-                st.tuples(space, st.lists(ink, max_size=4).map(" ".join), space).map("".join),
+                st.tuples(space, st.lists(words, max_size=4).map(" ".join), space).map("".join),
             ),
             min_size=1,
             max_size=8,
@@ -222,6 +222,36 @@ def test_exact_copy_property(drawn):
             expected.append(Section(label, cursor, cursor + len(piece)))
         cursor += len(piece)
     assert annotate(tagged(pieces), text)[:4] == (expected, 0, 0, 0)
+
+
+BRACKETS = [
+    '["total"]',
+    "['x']",
+    '["name", "age"]',
+    "[1]",
+    "[x]",
+    "<b>",
+    '["open"',
+    "{k}",
+    '("yes")',
+    "[“a”]",
+    '["total"]["x"]',
+]
+
+
+@settings(max_examples=300)
+@given(annotated_texts(st.one_of(ink, st.sampled_from(BRACKETS))))
+def test_exact_copy_of_text_with_brackets_property(drawn):
+    """Whatever brackets the model writes, an unedited copy gives back the very spans, and none of them is a tag."""
+    pieces, text = drawn
+    expected, cursor = [], 0
+    for label, piece in pieces:
+        if label and piece.strip():
+            expected.append(Section(label, cursor, cursor + len(piece)))
+        cursor += len(piece)
+    found = annotate(tagged(pieces), text)
+    assert found[:4] == (expected, 0, 0, 0)
+    assert not found.strange and set(found.names) <= set(LABELS)
 
 
 @given(annotated_texts(), st.data())
