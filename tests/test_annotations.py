@@ -9,7 +9,8 @@ from conftest import make_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamprobe.annotations import Annotation, Section, annotate, parse_annotations
+from streamprobe.annotations import Annotation, Section, annotate, check_names, parse_annotations, plain_name
+from streamprobe.errors import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "all_annotated_chains.json"
 LABELS = ("deduction", "backtracking", "initializing")
@@ -42,6 +43,18 @@ PARSED = {
     "only space": ('["a"] \n["end-section"]["b"]two["end-section"]', " \ntwo", [("b", 2, 5)], 0),
     "any label": ('["x-y_2"]one["end-section"]', "one", [("x-y_2", 0, 3)], 0),
     "label of two words": ('["a b"]one["end-section"]', "one", [("a b", 0, 3)], 0),
+    "two labels": ('["a"]["b"]one["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 0),
+    "two labels apart": ('["a"] \n["b"]one["end-section"]', " \none", [("a", 2, 5), ("b", 2, 5)], 0),
+    "two labels in a tag": ('["a", "b"]one["end-section"]two', "onetwo", [("a", 0, 3), ("b", 0, 3)], 0),
+    "two labels, two ends": ('["a"]["b"]one["end-section"]["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 0),
+    "two labels, three ends": ('["a"]["b"]one["end-section"]["end-section"]["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 1),
+    "two labels, unclosed": ('["a"]["b"]one', "one", [("a", 0, 3), ("b", 0, 3)], 1),
+    "the same label twice": ('["a"]["a"]one["end-section"]', "one", [("a", 0, 3)], 1),
+    "an end too late": ('["a"]["b"]one["end-section"]two["end-section"]', "onetwo", [("a", 0, 3), ("b", 0, 3)], 1),
+    "single quotes": ("['a']one['end-section']", "one", [("a", 0, 3)], 0),
+    "curly quotes": ("[“a”]one[‘end-section’]", "one", [("a", 0, 3)], 0),
+    "spaces within": ('[ "a" ,"b" ]one["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 0),
+    "a label as it is written": ('["Überlegung …"]one["end-section"]', "one", [("Überlegung …", 0, 3)], 0),
     "no tag": ('["a\nb"]one[1] [end-section][""]', '["a\nb"]one[1] [end-section][""]', [], 0),
 }  # fmt: skip
 
@@ -337,7 +350,52 @@ def test_edited_copy_and_original_property(drawn, data):
         end = section.end
 
 
-@pytest.mark.parametrize("mark", ["\x1b", "\x07", "\u202e", "\n"])
+def test_a_section_is_not_blown_up_by_a_stray_word():
+    """The copy lacks a long stretch, in which a word of the next section happens to be."""
+    lost = " ".join(f"w{i}" for i in range(200))
+    original = f"first part here. {lost} Strange {lost} Wait, that is not right."
+    copy = '["a"]first part here.["end-section"] ["b"]Strange, that is not right.["end-section"]'
+    found = annotate(copy, original)
+    assert texts(found, original) == [("a", "first part here."), ("b", ", that is not right.")]
+
+
+def test_a_stretch_that_is_missing_at_a_border_belongs_to_no_section():
+    """Whatever the missing sentence begins or ends with."""
+    original = "So we add two. So we add three. So we have five."
+    copy = '["a"]So we add two.["end-section"] ["b"]So we have five.["end-section"]'
+    assert texts(annotate(copy, original), original) == [("a", "So we add two."), ("b", "So we have five.")]
+
+
+def test_names_are_mapped_before_anything_is_counted():
+    copy = '["5. back"]one["end-section"] <back>two["end-section"] ["Back"]three["stop"]'
+    names = {"5. back": "back", "Back": "back", "<back>": "back", "stop": "end-section"}
+    found = annotate(copy, "one two three", names)
+    assert texts(found, "one two three") == [("back", "one"), ("back", "two"), ("back", "three")]
+    assert found[1:4] == (0, 0, 0) and set(found.names) == set(names) and not found.strange
+    assert [s.label for s in annotate(copy, "one two three").sections] == ["5. back", "Back"]  # negative control
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("Backtracking", "backtracking"), ("5. backtracking", "backtracking"), ("back_tracking", "backtracking"),
+        ("back-Tracking", "backtracking"), (" 12) BACK tracking ", "backtracking"), ("back tracks", "backtracks"),
+        ("5", "5"), ("?", "?"), ("É", plain_name("e\u0301")),
+    ],
+)  # fmt: skip
+def test_nearly_equal_names_have_one_plain_name(name, plain):
+    assert plain_name(name) == plain
+
+
+def test_a_name_that_is_not_there_names_the_nearest():
+    check_names({"Backtracking": "backtracking"}, {"Backtracking", "deduction"})
+    with pytest.raises(InputError, match="no tag names 'Backtrack'; expected a name .* the nearest is 'Backtracking'"):
+        check_names({"Backtrack": "backtracking"}, {"Backtracking", "deduction"})
+    with pytest.raises(InputError, match="expected a name that the data have; fix"):
+        check_names({"Backtrack": "backtracking"}, set())
+
+
+@pytest.mark.parametrize("mark", ["\x1b", "\x07", "\u202e", "\u2028", "\u200b", "\n"])
 def test_a_tag_holds_nothing_invisible(mark: str) -> None:
     """What could command a terminal, or turn its text around, is no label."""
     text = f'["a{mark}b"]one["end-section"] ["c"]two["end-section"]'
