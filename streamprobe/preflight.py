@@ -117,10 +117,11 @@ def describe_tags(counts: Counts, labels: Sequence[str]) -> list[str]:
     """Lines on what is odd about the annotator's tags: their form, nearly equal names, names in a single chain."""
     lines = []
     if counts.strange_tags:
-        forms = _listed([f"{form} {n:,}" for form, n in counts.strange_tags.most_common()])
+        forms = counts.strange_tags.most_common()
+        pair = shlex.quote(f"{forms[0][0]}=LABEL")
         lines.append(
-            f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: {forms} "
-            "(--label_names '<NAME>=LABEL' makes such a form a tag)"
+            f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: "
+            f"{_listed([f'{form} {n:,}' for form, n in forms])} (--label_names {pair} reads it as LABEL)"
         )
     for label, names in near_names(counts.labels, labels).items():
         found = _listed([f"{name!r} {counts.labels[name]:,}" for name in names])
