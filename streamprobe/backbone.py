@@ -128,17 +128,17 @@ def load_tokenizer(model: str, **where: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        with _one_line(model):
+    with _one_line(model):
+        try:
             tokenizer = AutoTokenizer.from_pretrained(model, **where)
-    except Exception as error:
-        if type(error) is not Exception:  # a bare one is that of `tokenizers`
-            raise
-        raise InputError(
-            f"model {model} with a tokenizer that cannot be read ({first_line(error)})",
-            "the tokenizer's files as they were saved",
-            "check tokenizer.json and tokenizer_config.json",
-        ) from error
+        except Exception as error:
+            if type(error) not in (Exception, TypeError, AttributeError):  # bare ones are those of `tokenizers`
+                raise
+            raise InputError(
+                f"model {model} with a tokenizer that cannot be read ({first_line(error)})",
+                "the tokenizer's files as they were saved",
+                "check tokenizer.json and tokenizer_config.json",
+            ) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",

@@ -6,15 +6,16 @@ Shapes: T tokens in a chain, C labels.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from streamprobe.annotations import Annotation, Section, annotate, rejoin
+from streamprobe.annotations import NAMES, Annotation, Section, annotate, check_names, rejoin
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 from streamprobe.prompts import encode, is_unicode, open_response
@@ -50,7 +51,9 @@ class Counts:
 
     read: int = 0
     used: int = 0
-    repaired: int = 0  # chains with an edited or lost section or an unbalanced tag, used all the same
+    repaired: int = (
+        0  # chains with an edited or lost section or a tag that is unbalanced or not understood, used all the same
+    )
     edited_sections: int = 0
     lost_sections: int = 0
     unbalanced_tags: int = 0
@@ -59,6 +62,8 @@ class Counts:
     refused: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids of the chains
     markers: Counter[str] = field(default_factory=Counter)  # left out of a prompt, see `Chain` -> chains
     labels: Counter[str] = field(default_factory=Counter)  # label -> sections
+    label_chains: Counter[str] = field(default_factory=Counter)  # label -> chains
+    strange_tags: Counter[str] = field(default_factory=Counter)  # a tag whose form is not understood -> how often
     characters: int = 0
     labelled_characters: int = 0
 
@@ -77,13 +82,15 @@ class Counts:
         self.without_sections += not found.sections
         self.without_problem += not record.problem.strip()
         self.markers.update([marker] * bool(marker))
-        self.repaired += bool(found.edited or found.lost or found.unbalanced)
+        self.repaired += bool(found.edited or found.lost or found.unbalanced or found.strange)
         self.edited_sections += found.edited
         self.lost_sections += found.lost
         self.unbalanced_tags += found.unbalanced
         self.labels.update(s.label for s in found.sections)
+        self.label_chains.update({s.label for s in found.sections})
+        self.strange_tags.update(found.strange)
         self.characters += len(record.response)
-        self.labelled_characters += sum(s.end - s.start for s in found.sections)
+        self.labelled_characters += sum(end - start for start, end in {(s.start, s.end) for s in found.sections})
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain numbers and dicts."""
@@ -99,6 +106,7 @@ class Reading(NamedTuple):
     bos: bool = True
     response: str = "original"  # or `rejoined`, see `make_record`
     day: str | None = None  # on which a chat template is rendered, YYYY-MM-DD; none is today
+    label_names: Mapping[str, str] = NAMES  # labels that are called otherwise here
 
 
 class Division(NamedTuple):
@@ -122,6 +130,7 @@ def make_record(
     annotated: object,
     kind: str = "original",
     unlabelled: str = "ignore",
+    label_names: Mapping[str, str] = NAMES,
 ) -> tuple[Record, Annotation] | str:
     """One row as a Record beside what was found of its annotation, or the reason why the row is refused.
 
@@ -135,9 +144,11 @@ def make_record(
     if not response.strip():
         return "with an empty response"
     if kind == "rejoined":
-        response, found = rejoin(annotated)
+        response, found = rejoin(annotated, response, label_names)
     else:
-        found = annotate(annotated, response)
+        found = annotate(annotated, response, label_names)
+    if found.strange and not found.asked:
+        return f"whose tags are all of a form that is not understood, such as {found.strange[0]}"
     reason = why_unused(response, found, unlabelled)
     return reason or (Record(id, problem, response, found.sections), found)
 
@@ -174,7 +185,8 @@ def tokenize(
     """One record as token ids and label codes.
 
     A token takes the label of the section that holds its last character that is not white space (its last character,
-    where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
+    where all are), so a token that straddles a border belongs to the later section; and several labels, where sections
+    of several hold it.  Text in no section is UNKNOWN
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
     (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.  `day`: see
     `format_prompt`.
@@ -183,14 +195,17 @@ def tokenize(
     text = head + record.response
     ids, offsets = encode(text, prompt, tokenizer, with_bos)
     special = set(tokenizer.all_special_ids)
-    of_char = np.full(len(text), -1 if unlabelled == "ignore" else -2, dtype=np.int64)  # which section, -2: negative
-    of_char[: len(head)] = -1 if support == "response" else -2
-    for number, section in enumerate(record.sections):
-        of_char[len(head) + section.start : len(head) + section.end] = number
+    known = np.full(len(text), unlabelled == "negative")  # whether a character's labels are known
+    known[: len(head)] = support == "all"
+    of_char = np.full((len(text), len(labels)), -1, dtype=np.int64)  # the number of each label's section
+    for number, (label, begin, stop) in enumerate(record.sections):
+        known[len(head) + begin : len(head) + stop] = True
+        if label in labels:
+            of_char[len(head) + begin : len(head) + stop, labels.index(label)] = number
 
     codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
     sample = np.zeros(len(ids), dtype=bool)
-    seen, first = -1, len(ids)
+    seen, first = np.full(len(labels), -1), len(ids)
     for t, (token, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
         if token in special or start >= end:
             continue
@@ -200,14 +215,11 @@ def tokenize(
         elif support == "response":
             continue
         sample[t] = True
-        number = of_char[last]
-        if number == -1:
+        if not known[last]:
             continue
-        codes[t] = OUTSIDE
-        label = record.sections[number].label if number >= 0 else None
-        if label in labels:
-            codes[t, labels.index(label)] = INSIDE if number == seen else ONSET
-        seen = number if number >= 0 else seen
+        number = of_char[last]
+        codes[t] = np.where(number < 0, OUTSIDE, np.where(number == seen, INSIDE, ONSET))
+        seen = np.where(number < 0, seen, number)
     return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first, marker=marker)
 
 
@@ -226,7 +238,7 @@ def load_chains(
     `fields` names the columns of id, problem, response and annotation; the category of a chain is in `category_column`,
     or else in its id.  A row without an id is named by its place (the first is `#1`), one without a problem has an
     empty one.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than `context`
-    tokens are refused.  Raises InputError for a test category that no row has.
+    tokens are refused.  Raises InputError for a test category or a label's name that no row has.
     """
     counts = Counts(read=len(rows))
     id_column, problem_column, *text_columns = fields
@@ -234,7 +246,9 @@ def load_chains(
     kinds = [str(row.get(category_column)) for row in rows] if category_column else [category_of(id) for id in ids]
     where = _divide([row.get(problem_column) for row in rows], kinds, division)
     splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
-    for row, id, kind, split in zip(rows, ids, kinds, where, strict=True):
+    named: set[str] = set()
+    progress = tqdm(rows, desc="align", unit="chain", delay=2, disable=None, leave=False)
+    for row, id, kind, split in zip(progress, ids, kinds, where, strict=True):
         if split == "duplicate":
             counts.refuse("with a problem of the test split", id)
             continue
@@ -243,10 +257,11 @@ def load_chains(
             continue
         response, annotated = (row.get(name) for name in text_columns)
         problem = "" if row.get(problem_column) is None else row[problem_column]
-        made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled)
+        made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled, reading.label_names)
         if isinstance(made, str):
             counts.refuse(made, id)
             continue
+        named.update(made[1].names)
         chain = tokenize(made[0], tokenizer, labels, *reading[:4], day=reading.day)
         chain.category = kind
         if len(chain.ids) > context:
@@ -254,6 +269,7 @@ def load_chains(
             continue
         counts.use(*made, chain.marker)
         splits[split].append(chain)
+    check_names(reading.label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
     return splits, counts

@@ -92,6 +92,8 @@ def _as_arguments(path: Path, keys: list[str]) -> list[str]:
             raise _unknown(str(name), keys, f"config {path}")
         if value is None:
             continue
+        if name == "label_names" and isinstance(value, dict):
+            value = [f"{old}={new}" for old, new in value.items()]
         require(
             not isinstance(value, dict),
             f"config {path}: {name} with keys inside",

@@ -45,7 +45,9 @@ class Lab:
             print(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)", flush=True)
         self.splits, self.counts = chains.load_chains(
             rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
-            chains.Reading(data.prompt, data.support, data.unlabelled, data.bos, data.response, data.chat_date),
+            chains.Reading(
+                data.prompt, data.support, data.unlabelled, data.bos, data.response, data.chat_date, data.names
+            ),
             chains.Division(
                 data.test_share, data.validation_share, data.split_seed, data.test_categories,
                 data.validation == "test", data.split_by,

@@ -1,11 +1,13 @@
 """What will be fed to the model, in numbers and in one example, and what that takes, before anything is trained."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from streamprobe.annotations import END, plain_name
 from streamprobe.chains import Chain, Counts
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
@@ -13,6 +15,8 @@ from streamprobe.memory import Plan
 from streamprobe.stream import TokenBatch, count_tokens, make_batches
 
 Census = dict[str, tuple[int, Tensor, Tensor]]  # split -> tokens, and valid and positive ones of each column [K]
+FEW = 20  # chains, from which on a label that only one of them has is named
+SHOWN = 5  # names in a line
 MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
 
 
@@ -90,6 +94,7 @@ def describe(
         f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
         + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
         *_notes(counts),
+        *describe_tags(counts, labels),
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
     ]
@@ -125,6 +130,45 @@ def _notes(counts: Counts) -> list[str]:
     if counts.without_sections:
         notes.append(f"          {counts.without_sections:,} texts without a section are used as negatives")
     return notes
+
+
+def describe_tags(counts: Counts, labels: Sequence[str]) -> list[str]:
+    """Lines on what is odd about the annotator's tags: their form, nearly equal names, names in a single chain."""
+    lines = []
+    if counts.strange_tags:
+        forms = counts.strange_tags.most_common()
+        pair = shlex.quote(f"{forms[0][0]}=LABEL")
+        lines.append(
+            f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: "
+            f"{_listed([f'{form} {n:,}' for form, n in forms])} (--label_names {pair} reads it as LABEL)"
+        )
+    for label, names in near_names(counts.labels, labels).items():
+        found = _listed([f"{name!r} {counts.labels[name]:,}" for name in names])
+        pairs = _listed([shlex.quote(f"{name}={label}") for name in names], " ")
+        lines.append(f"names     {found}, nearly {label!r}: counted apart, unless --label_names {pairs}")
+    rare = sorted(name for name, n in counts.label_chains.items() if n == 1)
+    if rare and counts.used >= FEW:
+        lines.append(
+            f"rare      labels in a single chain, a slip or the model's own text: {_listed(list(map(repr, rare)))} "
+            "(--label_names maps a name to another)"
+        )
+    return lines
+
+
+def near_names(found: Mapping[str, int], labels: Sequence[str]) -> dict[str, list[str]]:
+    """Names that differ in case, numbering or separators alone: the one that is probed, or the commonest -> the others.
+
+    What is nearly the end of a section is counted to it.
+    """
+    groups: dict[str, list[str]] = {plain_name(END): [END]}
+    for name in sorted(found, key=lambda name: (name not in labels, -found[name], name)):
+        groups.setdefault(plain_name(name), []).append(name)
+    return {first: others for first, *others in groups.values() if others}
+
+
+def _listed(words: Sequence[str], separator: str = ", ") -> str:
+    """The words in a row, the first few of them where there are many."""
+    return separator.join([*words[:SHOWN], *(["..."] if len(words) > SHOWN else [])])
 
 
 def describe_weights(sizes: Mapping[str, int], deepest: int) -> str:

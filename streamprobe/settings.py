@@ -96,6 +96,9 @@ class DataConfig:
         "A chain with an activation that is infinite or not a number: end in a line that names it, or read all chains "
         "once more at the start and leave such chains out.",
     )
+    label_names: list[str] | None = key(
+        None, "Labels to call otherwise, each as NAME=LABEL, such as '5. backtracking=backtracking'."
+    )
     bos: bool = key(True, "Begin every chain with the BOS token, where the tokenizer has one.")
     category_column: str | None = key(None, "Column with the kind of problem; none is the id without its number.")
     max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")
@@ -142,6 +145,22 @@ class DataConfig:
         require(
             self.max_chains is None or self.max_chains > 0, f"max_chains {self.max_chains}", "at least 1", "drop it"
         )
+        for pair in self.label_names or []:
+            name, _, label = pair.rpartition("=")
+            require(
+                bool(name.strip() and label.strip()) and pair.isprintable(),
+                f"label_names {pair!r}",
+                "a name and what to call it, as in Backtracking=backtracking",
+                "correct --label_names",
+            )
+        names = [pair.rpartition("=")[0] for pair in self.label_names or []]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"label_names with {twice} twice", "each name once", "drop one in --label_names")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """`label_names` as name -> label."""
+        return {name: label for name, _, label in (pair.rpartition("=") for pair in self.label_names or [])}
 
 
 @dataclass

@@ -18,13 +18,13 @@ Shapes: P problems, B of them in a batch, T tokens of a prompt, N tokens, D hidd
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ from streamprobe.lags import Column
 from streamprobe.stream import TokenBatch, stream
 
 MARKER = r"\b(?:wait|hmm|actually|no(?=,))\b"  # `no` counts where a comma follows
+PATIENCE = 5.0  # seconds in which a marker must be through with one response
 CHAINS = 200  # training chains from which the directions and their scale are taken, at most
 RESAMPLES = 1000
 TITLES = {"events": "events a response", "any": "with any", "early": "early", "missed": "missed", "solved": "solved"}
@@ -161,15 +162,28 @@ def judge(marker: str | None, texts: Sequence[str]) -> Judge:
     """
     if marker is None and all(map(behaviour.is_problem, texts)):
         return lambda prompt, text: behaviour.read_response(behaviour.read_problem(prompt), text)
+    wanted = MARKER if marker is None else marker
     try:
-        pattern = re.compile(MARKER if marker is None else marker, re.IGNORECASE)
-    except re.error as error:
-        raise InputError(f"marker {marker!r} ({error})", "a regular expression of Python", "mend --marker") from None
-    if pattern.search(""):
+        pattern = regex.compile(wanted, regex.IGNORECASE)
+    except (regex.error, RecursionError) as error:
+        raise InputError(f"marker {marker!r} ({error})", "a regular expression of Python", "correct --marker") from None
+
+    def count(text: str) -> int:
+        try:
+            return sum(1 for _ in pattern.finditer(text, timeout=PATIENCE))
+        except (TimeoutError, MemoryError):
+            raise InputError(
+                f"marker {wanted!r}, which takes more than {PATIENCE:g} s or all memory on a response of "
+                f"{len(text):,} characters",
+                "a regular expression without repetitions of repetitions, such as (a+)+",
+                "correct --marker",
+            ) from None
+
+    if count(""):
         raise InputError(
-            f"marker {marker!r}, which matches no text at all", "a marker of some letters", "mend --marker"
+            f"marker {marker!r}, which matches no text at all", "a marker of some letters", "correct --marker"
         )
-    return lambda _prompt, text: {"events": sum(1 for _ in pattern.finditer(text))}
+    return lambda _prompt, text: {"events": count(text)}
 
 
 def parse(argv: Sequence[str] | None) -> Any:

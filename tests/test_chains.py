@@ -117,6 +117,10 @@ BORDERS = {  # response, sections, codes of backtracking, codes of deduction; to
     "space ends a token": ("ab cd efghij", [(B, 0, 2), (D, 3, 12)], [S, N, N, N], [N, S, Y, Y]),
     "only space": ("abc   def", [(B, 0, 3), (D, 5, 9)], [S, N, N], [N, S, Y]),
     "only space, unlabelled": ("abc   def", [(B, 0, 3), (D, 6, 9)], [S, U, N], [N, U, S]),
+    "both labels": ("abcdefghijkl", [(B, 0, 6), (D, 0, 6), (D, 6, 12)], [S, Y, N, N], [S, Y, S, Y]),
+    "a label inside the other": ("abcdefghijkl", [(D, 0, 12), (B, 3, 6)], [N, S, N, N], [S, Y, Y, Y]),
+    "with a label not asked for": ("abcdefghijkl", [(X, 0, 6), (B, 0, 6)], [S, Y, U, U], [N, N, U, U]),
+    "both labels, unlabelled behind": ("abcdefghijkl", [(B, 0, 5), (D, 0, 5)], [S, U, U, U], [S, U, U, U]),
     "short last": ("abcd", [(B, 3, 4)], [U, S], [U, N]),
 }
 
@@ -273,9 +277,10 @@ def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
     rows = make_rows(50, seed=5)
     splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
     assert {name: len(chains) for name, chains in splits.items()} == {"train": 36, "validation": 4, "test": 10}
-    assert counts.as_dict() | {"labels": 0, "characters": 0, "labelled_characters": 0} == {
+    assert counts.as_dict() | {"labels": 0, "label_chains": 0, "characters": 0, "labelled_characters": 0} == {
         "read": 50, "used": 50, "repaired": 0, "edited_sections": 0, "lost_sections": 0, "unbalanced_tags": 0,
-        "without_sections": 0, "without_problem": 0, "markers": {}, "refused": {}, "labels": 0, "characters": 0, "labelled_characters": 0,
+        "without_sections": 0, "without_problem": 0, "markers": {}, "refused": {}, "labels": 0,
+        "label_chains": 0, "strange_tags": {}, "characters": 0, "labelled_characters": 0,
     }  # fmt: skip
     assert counts.labels["backtracking"] == sum(r["annotated_chain"].count('["backtracking"]') for r in rows)
     assert counts.characters == sum(len(r["reasoning_chain"]) for r in rows)
@@ -321,6 +326,41 @@ def test_load_chains_counts_what_it_refuses(tokenizer):
     assert [c.id for c in splits["test"]] == [c.id for c in clean["test"]]
     for name in splits:
         assert {c.id for c in splits[name]} <= {c.id for c in clean[name]}
+
+
+def test_a_section_of_two_labels_counts_for_each_and_its_characters_once(tokenizer):
+    rows = [row_of("which?", "one two. three.", '["a"]["b"]one two.["end-section"] ["a"]three.["end-section"]')]
+    splits, counts = load_chains(rows, FIELDS, tokenizer, ["a", "b"], 512)
+    assert counts.labels == {"a": 2, "b": 1} and counts.label_chains == {"a": 1, "b": 1}
+    assert (counts.labelled_characters, counts.characters, counts.repaired) == (14, 15, 0)
+    (chain,) = splits["train"]
+    text = [tokenizer.decode(chain.ids[chain.codes[:, c] >= INSIDE]) for c in range(2)]
+    assert text == ["one two. three.", "one two."]
+    assert [(chain.codes[:, c] == ONSET).sum() for c in range(2)] == [2, 1]
+
+
+def test_labels_take_their_names_from_the_reading(tokenizer):
+    rows = make_rows(30, seed=5)
+    for row in rows[::2]:
+        row["annotated_chain"] = row["annotated_chain"].replace('["backtracking"]', '["5. Backtracking"]')
+    plain = fingerprint(load_chains(make_rows(30, seed=5), FIELDS, tokenizer, LABELS, 512)[0])
+    assert fingerprint(load_chains(rows, FIELDS, tokenizer, LABELS, 512)[0]) != plain  # negative control
+    for response in ("original", "rejoined"):
+        reading = Reading(response=response, label_names={"5. Backtracking": "backtracking"})
+        splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512, reading)
+        assert set(counts.labels) == {"backtracking", "deduction", "initializing"}
+        assert response == "rejoined" or fingerprint(splits) == plain
+    with pytest.raises(InputError, match="no tag names 'Backtracking'"):
+        load_chains(rows, FIELDS, tokenizer, LABELS, 512, Reading(label_names={"Backtracking": "backtracking"}))
+
+
+def test_tags_that_are_not_understood_are_counted(tokenizer):
+    rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30, seed=5)]
+    rows[0]["annotated_chain"] = rows[0]["annotated_chain"].replace('["deduction"]', "<deduction>", 1)
+    rows[1]["annotated_chain"] = "<deduction>" + rows[1]["reasoning_chain"]
+    counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1]
+    assert counts.strange_tags == {"<deduction>": 1} and counts.repaired == 1
+    assert counts.refused == {"whose tags are all of a form that is not understood, such as <deduction>": ["beta_0"]}
 
 
 def test_context_is_counted_in_tokens(tokenizer):

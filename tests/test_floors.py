@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
-    ["errors", "lifts", "metrics", "heatmap", "hardware"],
+    ["errors", "lifts", "metrics", "heatmap", "hardware", "alignment"],
     ["hooks", "files"],
     ["settings", "lags", "backbone", "annotations", "reading", "prompts", "splits", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],

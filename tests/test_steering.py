@@ -4,10 +4,15 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import regex
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -295,6 +300,30 @@ def test_a_marker_of_ones_own():
         steering.judge("(", ["which box?"])
 
 
+ENDLESS = "(a|aa)+$"
+
+
+def test_a_marker_that_would_not_end_is_refused(monkeypatch):
+    monkeypatch.setattr(steering, "PATIENCE", 0.2)
+    count = steering.judge(ENDLESS, ["which box?"])
+    assert count("", "aaa") == {"events": 1}
+    with pytest.raises(InputError, match="takes more than 0.2 s or all memory on a response of 81 characters") as error:
+        count("", "a" * 80 + "!")
+    assert "\n" not in str(error.value)
+
+
+def test_a_marker_that_would_not_end_fails_without_a_limit():
+    """The standard library has none: the same marker is still at work after a second."""
+    code = f"import re; re.search({ENDLESS!r}, 'a' * 80 + '!')"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", code], timeout=1)
+
+
+@given(st.text("waithmnoACTUALLY, .\nſKéß", max_size=40))
+def test_the_default_marker_means_the_same_in_both_libraries(text):
+    assert regex.findall(steering.MARKER, text, regex.IGNORECASE) == re.findall(steering.MARKER, text, re.IGNORECASE)
+
+
 def test_problems_of_other_wording_are_judged_by_the_marker():
     count = steering.judge(None, ["reach 7 with 3 4 ?", "obtain 7 with 3 4 ?"])
     assert count("obtain 7 with 3 4 ?", "wait , wait") == {"events": 2}
@@ -420,6 +449,8 @@ CASES = {
     "huge strength": ([*OK, "--strengths", "1e300"], "1,000,000"),
     "empty marker": ([*OK, "--marker", "x*"], "matches no text"),
     "marker": ([*OK, "--marker", "("], "marker"),
+    "deep marker": ([*OK, "--marker", "(" * 20_000 + "a" + ")" * 20_000], "recursion"),
+    "endless marker": ([*OK, "--marker", "(?R)"], "'(?R)', which takes more than 5 s or all memory"),
     "json in no folder": ([*OK, "--json", "gone/x.json"], "gone/x.json"),
     "unknown option": ([*OK, "--prompt", "x"], "--prompt"),
     "CUDA where there is none": ([*OK, "--device_map", "cuda:7"], "cuda:7"),
