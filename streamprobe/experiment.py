@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from streamprobe import backbone, preflight, report, results, table, transcripts
 from streamprobe.checkpoint import load_run, save_run
 from streamprobe.config import RunConfig
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError
 from streamprobe.fits import Checkpoint, make_fits, standing
 from streamprobe.lab import Lab, Memories
 from streamprobe.metrics import measure
 from streamprobe.probes import ProbeBank
 from streamprobe.provenance import choose_folder, peak_memory, write_config
+from streamprobe.system.console import say
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
 
@@ -31,17 +31,10 @@ def run(config: RunConfig) -> Path | None:
 
     Raises InputError for what the user can mend.
     """
-    try:
-        if not config.output.dry_run:
-            return _run(config)
-        _dry_run(config)
-        return None
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"too little device memory ({first_line(error)})",
-            "room for the model, a batch and the activations",
-            "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit",
-        ) from error
+    if not config.output.dry_run:
+        return _run(config)
+    _dry_run(config)
+    return None
 
 
 def _run(config: RunConfig) -> Path:
@@ -51,9 +44,9 @@ def _run(config: RunConfig) -> Path:
     if checkpoint:
         check_resume(config.flat(), checkpoint[1]["facts"]["config"])
     elif config.output.resume:
-        print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
+        say(f"nothing to resume in {folder}: starting at the first pass")
     lab = Lab(config)
-    print(lab.preflight, flush=True)
+    say(lab.preflight)
     lab.load_model()
     facts = lab.facts()
     if checkpoint:
@@ -74,7 +67,7 @@ def _run(config: RunConfig) -> Path:
     tracker.text("1 verdict", printed)
     tracker.outcome(config.flat(), table.headline(rows))
     tracker.close()
-    print(f"\n{printed}\n{table.describe_files(folder)}", flush=True)
+    say(f"\n{printed}\n{table.describe_files(folder)}")
     return folder
 
 
@@ -82,13 +75,13 @@ def _dry_run(config: RunConfig) -> None:
     lab = Lab(config)
     model, training, layers = config.model, config.training, config.probes.layers
     sizes = backbone.weight_bytes(lab.model_config, layers, model.trust_remote_code)
-    print(lab.preflight, preflight.describe_weights(sizes, max(layers)), sep="\n\n", flush=True)
+    say(f"{lab.preflight}\n\n{preflight.describe_weights(sizes, max(layers))}")
     lab.load_model()
     plan, *_ = lab.plan(None)
     loaded = backbone.loaded_bytes(lab.model)
     timed = preflight.time_batch(lab.splits["train"], lab.stream, model.max_batch_tokens, training.seed + 1)
     needs = preflight.describe_needs(lab.splits, plan, training.max_passes, model.max_batch_tokens, loaded, timed)
-    print(needs, flush=True)
+    say(needs)
 
 
 def fit(
@@ -112,7 +105,7 @@ def fit(
         seconds, lap = time.perf_counter() - lap, time.perf_counter()
         tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
         tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)
-        print(f"pass {number:<4}{seconds:>8.1f} s   {standing(fits)}", flush=True)
+        say(f"pass {number:<4}{seconds:>8.1f} s   {standing(fits)}")
 
     validation = partial(held_out.in_order, lambda: lab.read("validation"))
     passes = train(

@@ -14,6 +14,7 @@ from streamprobe.lab import Lab
 from streamprobe.newton import NewtonSolver
 from streamprobe.solvers import AdamSolver
 from streamprobe.stream import TokenBatch
+from streamprobe.system.console import say
 from streamprobe.trainer import Fit, Share
 
 Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
@@ -65,7 +66,7 @@ def make_fits(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple
     for fit in fits:
         fit.solver.load(parts[fit.name])
         fit.best.load(parts[f"{fit.name}-best"])
-    print(f"resumed   after pass {about['pass']}", flush=True)
+    say(f"resumed   after pass {about['pass']}")
     return fits, (about["pass"], about["tokens"])
 
 

@@ -4,9 +4,8 @@ Shapes: T tokens.
 """
 
 import argparse
-import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from streamprobe import backbone, chains
 from streamprobe.chains import format_prompt
 from streamprobe.checkpoint import write_atomic
 from streamprobe.config import RunConfig, load_config
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError
 from streamprobe.probes import ProbeBank, load_probes
+from streamprobe.system.console import say
 
 
 def make_parser(doc: str, prog: str) -> ArgumentParser:
@@ -69,23 +69,7 @@ def write_file(path: Path, name: str, content: str) -> None:
         write_atomic(path, content.encode())
     except OSError as error:
         raise InputError(f"{name} {path} ({error})", "a file that can be written", f"mend --{name}") from error
-    print(f"wrote {path}")
-
-
-def status(work: Callable[[], None]) -> int:
-    """Does the work of a command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    try:
-        work()
-    except InputError as error:
-        print(f"streamprobe: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        told = InputError(f"too little device memory ({first_line(error)})", "room for the model", "free some")
-        print(f"streamprobe: {told}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    say(f"wrote {path}")
 
 
 def open_run(folder: Path, given: argparse.Namespace) -> tuple[RunConfig, ProbeBank]:

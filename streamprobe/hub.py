@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from streamprobe import generation
 from streamprobe.errors import InputError, first_line
 from streamprobe.probes import FILE, find_probes, read_about
 from streamprobe.results import place
+from streamprobe.system.console import guard, say
 
 CARD = """---
 {head}---
@@ -140,12 +140,12 @@ def run(argv: Sequence[str] | None) -> None:
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     given = parser.parse_args(argv)
-    print(push_to_hub(given.run, given.repo, given.private))
+    say(push_to_hub(given.run, given.repo, given.private))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    return generation.status(lambda: run(argv))
+    return guard(lambda: run(argv))
 
 
 if __name__ == "__main__":

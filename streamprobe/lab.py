@@ -18,6 +18,7 @@ from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
 from streamprobe.reading import read_rows
 from streamprobe.stream import TokenBatch, stream
+from streamprobe.system.console import say, shows_progress
 
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 
@@ -81,7 +82,7 @@ class Lab:
         self.n_real, self.columns = len(real), [columns[k] for k in kept]
         self.census = {name: (n, valid[kept], hits[kept]) for name, (n, valid, hits) in census.items()}
         if len(kept) < len(columns):
-            print(f"permuted  {len(columns) - len(kept)} columns without both classes are left out", flush=True)
+            say(f"permuted  {len(columns) - len(kept)} columns without both classes are left out")
         nothing = torch.zeros(1, len(probes.labels), dtype=torch.int8)
         widths = [part.shape[1] for part in controls.side_features(1, 0, nothing, probes.controls)]
         ends = np.cumsum([0, *widths]).tolist()
@@ -133,7 +134,8 @@ class Lab:
     def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
         """One trip over a split through the model, with a progress bar in a terminal."""
         total = sum(len(c.ids) for c in self.splits[split])
-        with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
+        hidden = not shows_progress()
+        with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
 
             def count(tokens: int, padded: int) -> None:
                 self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
@@ -167,11 +169,10 @@ class Lab:
                 "give the --memory_gb that it then had, or start a new run",
             )
         kept = n_validation * plan.keep_validation
-        print(
+        say(
             f"memory    {(plan.rows + kept) * one / 1e9:.2f} GB on {plan.home} for "
             + (f"all {plan.rows + kept:,} training and validation tokens: the model reads them once" if plan.keep_train
                else f"a pool of {plan.rows:,} of {n_train:,} training tokens: the model reads them in every pass"),
-            flush=True,
         )  # fmt: skip
         return plan, sizes
 
@@ -204,7 +205,7 @@ class Lab:
         shared = bool(before[3]) if before else all_probes > room / 2 or 0 <= spare < all_probes
         taken = vectors + one + (0 if shared else all_probes)
         kind = f"one per layer: {all_probes / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
-        print(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}", flush=True)
+        say(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}")
         return shared, taken
 
     @property

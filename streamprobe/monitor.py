@@ -13,7 +13,6 @@ Shapes: B chains in a batch, T tokens of the prompt, L layers, K columns.
 import csv
 import math
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -31,6 +30,7 @@ from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column
 from streamprobe.probes import ProbeBank
+from streamprobe.system.console import guard, printable, say, shows_colour, write
 
 
 def watch(
@@ -146,11 +146,6 @@ def shade(probability: float) -> tuple[int, int, int]:
     return 255, round(255 - 175 * probability), round(255 - 195 * probability)
 
 
-def printable(text: str) -> str:
-    """Text without control characters, so that what a model writes cannot command the terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
-
-
 def for_terminal(mark: Mark, before: bool, colour: bool) -> str:
     """The token with its colour, bold and underlined in an alarm; ▲ where one begins, without colour ▼ where it ends.
 
@@ -210,23 +205,23 @@ def run(argv: Sequence[str] | None) -> None:
     assert bank.threshold is not None
     threshold = bank.threshold[place].sigmoid().item()
     legend = f"layer {layer}, {column}, {bank.solver}; alarm (▲) from a probability of {threshold:.3f} on"
-    colour = sys.stdout.isatty()
-    print(printable(legend), printable(given.prompt), sep="\n\n", flush=True)
+    colour = shows_colour()
+    say(f"{legend}\n\n{given.prompt}")
     torch.manual_seed(given.seed)
     options = generation.decoding(given.temperature, given.top_p)
     steps = watch(model, bank, ids, min(given.max_new_tokens, room), **options)
     shown: list[Mark] = []
     for mark in marks(steps, bank, place, generation.Pieces(tokenizer, ids.tolist())):
-        print(for_terminal(mark, bool(shown) and shown[-1].alarm, colour), end="", flush=True)
+        write(for_terminal(mark, bool(shown) and shown[-1].alarm, colour))
         shown.append(mark)
-    print()
+    say()
     if given.html:
         generation.write_file(given.html, "html", page(f"{given.run.name}: {column}", legend, given.prompt, shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    return generation.status(lambda: run(argv))
+    return guard(lambda: run(argv), smaller="use --device_map cpu")
 
 
 if __name__ == "__main__":

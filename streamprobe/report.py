@@ -21,6 +21,7 @@ from streamprobe.errors import InputError
 from streamprobe.page import render
 from streamprobe.probes import ProbeBank, bank_tensors
 from streamprobe.results import FIELDS, Row, place
+from streamprobe.system.console import guard, say
 
 WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields that are text
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
@@ -133,19 +134,17 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def run(argv: Sequence[str]) -> None:
+    """The command line; raises InputError for what the user can fix."""
+    if len(argv) != 1:
+        raise InputError(f"{len(argv)} arguments", "the folder of one run", "python -m streamprobe.report runs/demo")
+    write_report(Path(argv[0]))
+    say(f"wrote {Path(argv[0]) / 'report.html'}")
+
+
 def main(argv: Sequence[str]) -> int:
     """`python -m streamprobe.report RUN`; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    try:
-        if len(argv) != 1:
-            raise InputError(
-                f"{len(argv)} arguments", "the folder of one run", "python -m streamprobe.report runs/demo"
-            )
-        write_report(Path(argv[0]))
-    except InputError as error:
-        print(f"streamprobe: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {Path(argv[0]) / 'report.html'}")
-    return 0
+    return guard(lambda: run(argv))
 
 
 if __name__ == "__main__":

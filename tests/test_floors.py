@@ -1,6 +1,7 @@
 """A module imports only from strictly lower floors, so that none can grow into a knot."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics", "heatmap"],
-    ["settings", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
+    ["settings", "console", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation"],
@@ -32,7 +33,7 @@ def imports(source: str, siblings: set[str]) -> set[str]:
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
             continue
-        parts = [name.replace("streamprobe.demo.", "streamprobe.").split(".") for name in names]
+        parts = [re.sub(r"^streamprobe\.(demo|system)\.", "streamprobe.", name).split(".") for name in names]
         found |= {part[1] for part in parts if part[0] == "streamprobe" and len(part) > 1} & siblings
     return found
 
