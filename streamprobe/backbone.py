@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line
+from streamprobe.system.network import look_for_hub
 
 
 def _loader(kind: str, model: str, **where: Any) -> Any:
@@ -18,6 +19,7 @@ def _loader(kind: str, model: str, **where: Any) -> Any:
     import transformers
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    look_for_hub(model)
     try:
         return getattr(transformers, kind).from_pretrained(model, **where)
     except torch.OutOfMemoryError:  # told by whoever launched the run

@@ -17,6 +17,7 @@ from streamprobe.lab import Lab, Memories
 from streamprobe.metrics import measure
 from streamprobe.probes import ProbeBank
 from streamprobe.provenance import choose_folder, peak_memory, write_config
+from streamprobe.publication import without_secrets
 from streamprobe.system.console import say
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
@@ -42,7 +43,7 @@ def _run(config: RunConfig) -> Path:
     folder = choose_folder(config.output.output_dir, config.name, config.output.resume)
     checkpoint = load_run(folder) if config.output.resume else None
     if checkpoint:
-        check_resume(config.flat(), checkpoint[1]["facts"]["config"])
+        check_resume(without_secrets(config.flat()), without_secrets(checkpoint[1]["facts"]["config"]))
     elif config.output.resume:
         say(f"nothing to resume in {folder}: starting at the first pass")
     lab = Lab(config)
@@ -65,7 +66,7 @@ def _run(config: RunConfig) -> Path:
     report.write_report(folder)
     printed = f"{table.table(rows, verdicts)}\n{table.describe_cost(cost)}"
     tracker.text("1 verdict", printed)
-    tracker.outcome(config.flat(), table.headline(rows))
+    tracker.outcome(facts["config"], table.headline(rows))
     tracker.close()
     say(f"\n{printed}\n{table.describe_files(folder)}")
     return folder

@@ -16,6 +16,7 @@ from streamprobe.lags import Column, make_columns
 from streamprobe.memory import ActivationMemory, Plan, Sizes, memory_room, plan_memory
 from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
+from streamprobe.publication import without_secrets
 from streamprobe.reading import read_rows
 from streamprobe.stream import TokenBatch, stream
 from streamprobe.system.console import say, shows_progress
@@ -217,7 +218,7 @@ class Lab:
     def facts(self) -> dict[str, Any]:
         """What defines the numbers of this run."""
         return {
-            "config": self.config.flat(), "versions": versions(), "git_commit": git_commit(),
+            "config": without_secrets(self.config.flat()), "versions": versions(), "git_commit": git_commit(),
             "data_fingerprint": self.fingerprint, "model_fingerprint": model_fingerprint(self.model),
             "device": device_name(self.device), "dtype": str(backbone.pick_dtype(self.config.model.dtype)),
         }  # fmt: skip

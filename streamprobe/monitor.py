@@ -10,7 +10,6 @@ at or above the threshold that validation chose.  In a library: `watch`.
 Shapes: B chains in a batch, T tokens of the prompt, L layers, K columns.
 """
 
-import csv
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from streamprobe import generation
 from streamprobe.backbone import context, decoder_layers
+from streamprobe.csvfiles import read_csv
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column
@@ -98,14 +98,12 @@ class Mark(NamedTuple):
 def best_layer(folder: Path, bank: ProbeBank, column: Column) -> int:
     """The layer whose probe of this column has the highest test AUROC in the run's results.csv."""
     asked = {"solver": bank.solver, "label": column.label, "target": column.target, "lag": str(column.lag)}
+    rows = read_csv(folder / "results.csv", [*asked, "layer", "auroc", "control"], "give --layer")
+    own = [row for row in rows if not row["control"] and asked.items() <= row.items()]
     try:
-        with open(folder / "results.csv", newline="", encoding="utf-8") as f:
-            rows = [r for r in csv.DictReader(f) if not r["control"] and asked.items() <= r.items()]
-        areas = {int(r["layer"]): float(r["auroc"]) for r in rows}
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise InputError(
-            f"no readable results.csv in {folder} ({error})", "the results, to pick the best layer", "give --layer"
-        ) from error
+        areas = {int(row["layer"]): float(row["auroc"]) for row in own}
+    except ValueError as error:
+        raise InputError(f"results.csv in {folder} ({error})", "one that a run wrote", "give --layer") from error
     return max(bank.layers, key=lambda layer: areas.get(layer, -1.0) if areas.get(layer) == areas.get(layer) else -1.0)
 
 
@@ -162,6 +160,8 @@ def for_terminal(mark: Mark, before: bool, colour: bool) -> str:
 
 
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>
+<meta http-equiv=Content-Security-Policy
+content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
 <title>{title}</title><style>
 body {{ font: 16px/1.8 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 pre {{ font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from streamprobe.errors import InputError, first_line
 from streamprobe.lags import Column
+from streamprobe.system.network import look_for_hub
 
 FILE = "probes.safetensors"
 
@@ -157,6 +158,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
+    look_for_hub(repo)
     try:
         return Path(hf_hub_download(repo, FILE, revision=revision))
     except (OSError, HTTPError, HFValidationError) as error:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from streamprobe.checkpoint import save_tensors, write_atomic
+from streamprobe.csvfiles import cell, read_csv
 from streamprobe.errors import InputError
 from streamprobe.page import render
 from streamprobe.probes import ProbeBank, bank_tensors
+from streamprobe.publication import for_others
 from streamprobe.results import FIELDS, Row, place
 from streamprobe.system.console import guard, say
 
@@ -28,12 +31,12 @@ COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "bes
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
-    """A CSV file: six significant digits; `nan` where a class is absent."""
+    """A CSV file, its cells as `csvfiles.cell` gives them; `nan` where a class is absent."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{v:.6g}" if isinstance(v := row[name], float) else v for name in fields})
+        writer.writerow({name: cell(row[name]) for name in fields})
     write_atomic(path, text.getvalue().encode())
 
 
@@ -50,7 +53,7 @@ def write_summary(folder: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> 
 
 
 def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[str, Any]) -> None:
-    """probes.safetensors: each solver's probes, and what they mean.
+    """probes.safetensors: each solver's probes, and what they mean; of the config in `about` what others may see.
 
     `<solver>.weight` [L, K, D], `.bias` [L, K] and `.threshold` [L, K] are for raw activations.
     """
@@ -60,7 +63,8 @@ def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[st
         tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": bank.threshold}
     first = next(iter(banks.values()))
     layout = {"solvers": list(banks), "layers": first.layers, "columns": [list(c) for c in first.columns]}
-    save_tensors(folder / "probes.safetensors", tensors, {**about, **layout})
+    shown = {name: for_others(value) if name == "config" else value for name, value in about.items()}
+    save_tensors(folder / "probes.safetensors", tensors, {**shown, **layout})
 
 
 def write_transcripts(folder: Path, transcripts: Mapping[str, Any]) -> None:
@@ -73,7 +77,7 @@ def write_report(folder: Path) -> None:
 
     Raises InputError where one of them is missing or broken.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
     rows = _read_rows(folder / "results.csv")
     run = _read_json(folder / "summary.json", "run")["run"]
@@ -81,7 +85,7 @@ def write_report(folder: Path) -> None:
     _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
     try:
         page = render(folder.resolve().name, rows, run, transcripts)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
     try:
         write_atomic(folder / "report.html", page.encode())
@@ -107,7 +111,7 @@ def _broken(path: Path, why: str) -> InputError:
 def _read_json(path: Path, *names: str) -> dict[str, Any]:
     try:
         found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
     _require(path, found, *names)
     return found
@@ -121,16 +125,13 @@ def _require(path: Path, found: Any, *names: str) -> None:
 
 def _read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
-    text = _read(path)
-    try:
-        for line in csv.DictReader(io.StringIO(text)):
+    for line in read_csv(path, FIELDS):
+        try:
             row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
             whole = {name: int(row[name]) for name in COUNTS}
             rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise _broken(path, f"line {len(rows) + 2}: {error}") from error
-    if not rows:
-        raise _broken(path, "no row in it")
+        except (ValueError, OverflowError) as error:
+            raise _broken(path, f"row {len(rows) + 1}: {error}") from error
     return rows
 
 

@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
-    ["errors", "lifts", "metrics", "heatmap"],
-    ["settings", "console", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
+    ["errors", "lifts", "metrics", "heatmap", "network", "publication"],
+    ["settings", "console", "csvfiles", "lags", "backbone", "hooks", "annotations", "reading", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation"],

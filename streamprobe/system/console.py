@@ -78,7 +78,9 @@ def guard(work: Callable[[], object], smaller: str = "free some", interrupted: s
             stream.flush()
         for sink in sinks:
             if sink.lost:
-                told = InputError(f"output that was lost ({sink.lost})", "room for it", "free some; the rest is done")
+                told = InputError(
+                    f"{sink.name} that was lost ({sink.lost})", "room for it", "free some; the rest is done"
+                )
                 warn(f"streamprobe: {told}")
                 status = status or 2
     return status
@@ -106,6 +108,7 @@ class _Sink(io.RawIOBase):
 
     def __init__(self, fd: int):
         self.fd, self.gone, self.lost = fd, False, ""
+        self.name = "standard error" if fd == 2 else "standard output"
 
     def fileno(self) -> int:
         return self.fd
@@ -157,7 +160,7 @@ def _open_streams() -> Iterator[list[_Sink]]:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif isinstance(stream, io.TextIOWrapper) and isinstance(getattr(stream.buffer, "raw", None), io.FileIO):
+        elif isinstance(stream, io.TextIOWrapper) and isinstance(_raw(stream), io.FileIO):
             sinks.append(sink := _Sink(stream.fileno()))
             setattr(sys, name, _text(stream, sink))
     try:
@@ -166,6 +169,11 @@ def _open_streams() -> Iterator[list[_Sink]]:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def _raw(stream: io.TextIOWrapper) -> object:
+    """What lies below the buffer, which `python -u` leaves out."""
+    return getattr(stream.buffer, "raw", stream.buffer)
 
 
 def _text(stream: io.TextIOWrapper, sink: _Sink) -> io.TextIOWrapper:
