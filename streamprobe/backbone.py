@@ -128,6 +128,20 @@ def truncate(config: Any, n_layers: int) -> Any:
     return config
 
 
+def check_device(device_map: str) -> None:
+    """Raises InputError for a device that this machine does not have, or on which nothing can be computed."""
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        usable = torch.empty(0, device=device_map).device.type != "meta"
+    except (RuntimeError, AssertionError):  # an assertion where torch is built without that kind
+        usable = False
+    if not usable:
+        raise InputError(
+            f"device_map {device_map}, which this machine cannot compute on", "auto, cpu, cuda, ...", "fix --device_map"
+        )
+
+
 def load_backbone(
     model: str,
     layers: Sequence[int] | None,
@@ -146,8 +160,7 @@ def load_backbone(
     from transformers import BitsAndBytesConfig
     from transformers.utils import logging
 
-    if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "mend --device_map")
+    check_device(device_map)
     config = read_config(model, **where)
     check_layers(config, layers or [])
     if layers is not None:

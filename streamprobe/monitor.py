@@ -25,6 +25,7 @@ from torch import Tensor
 
 from streamprobe import generation
 from streamprobe.backbone import context, decoder_layers
+from streamprobe.config import check_text
 from streamprobe.csvfiles import read_csv
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
@@ -191,6 +192,7 @@ def run(argv: Sequence[str] | None) -> None:
     generation.check(given)
     if not given.prompt.strip():
         raise InputError("an empty prompt", "some text", "mend --prompt")
+    check_text("prompt", given.prompt)
     generation.check_file(given.html, "html")
     config, bank = generation.open_run(given.run, given)
     place = pick(given.run, bank, given)

@@ -113,17 +113,24 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
     if name not in about["solvers"]:
         raise InputError(f"solver {name!r}", f"one whose probes {path} holds: {about['solvers']}", "choose another")
     layers, columns = about["layers"], [Column(*c) for c in about["columns"]]
-    with safe_open(path, framework="pt") as f:
+    with safe_open(str(path), framework="pt") as f:
         weight, bias, threshold = (f.get_tensor(f"{name}.{part}") for part in ("weight", "bias", "threshold"))
     grid = (len(layers), len(columns))
+    tensors = (weight, bias, threshold)
     if not (weight.shape[:2] == bias.shape == threshold.shape == grid and weight.dim() == 3):
-        raise _broken(path, f"tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
+        raise _broken(path, f"but tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        raise _broken(path, f"but tensors of {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
     return ProbeBank(layers, columns, weight, bias, threshold, name)
 
 
 def find_probes(source: str | Path, revision: str | None = None) -> Path:
     """The safetensors file that `source` of `load_probes` stands for; fetched, if it is on the hub."""
     path = Path(source)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # no name of a file
+        raise InputError(f"{path} ({error})", "the folder of a run, or user/name on the hub", "check it") from error
     if path.is_dir() and not (path / FILE).is_file():
         raise InputError(f"{path}, a folder without {FILE}", "the folder of a finished run", "let it finish: --resume")
     if path.exists():
@@ -142,12 +149,17 @@ def read_about(path: Path) -> dict[str, Any]:
         if not wanted or not about["layers"] or not about["columns"] or wanted - names:
             raise KeyError(*sorted(wanted - names))
         about["layers"] = [int(layer) for layer in about["layers"]]
-        about["columns"] = [
-            [str(label), str(target), int(lag), *rest] for label, target, lag, *rest in about["columns"]
-        ]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        about["columns"] = [_column(*column) for column in about["columns"]]
+        about["config"] = dict(about.get("config", {}))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _broken(path, f"({type(error).__name__}: {error})") from error
+    if all(control for *_, control, _seed in about["columns"]):
+        raise _broken(path, "but controls")
     return about
+
+
+def _column(label: object, target: object, lag: Any, control: object = "", seed: Any = 0) -> list[Any]:
+    return [str(label), str(target), int(lag), str(control), int(seed)]
 
 
 def _broken(path: Path, why: str) -> InputError:

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from streamprobe.errors import InputError
 from streamprobe.publication import clean_url
 from streamprobe.system.network import look_for_hub
 
 Rows = list[dict[str, Any]]
+SECONDS = 2.0  # for a server to take a call; there are two of them
 KINDS = (".json", ".jsonl", ".parquet")
 
 
@@ -30,12 +31,15 @@ def fetch(data: str, sha256: str | None = None) -> str:
 
 
 def _download(url: str) -> str:
-    from datasets import DownloadManager
+    from aiohttp import ClientTimeout
+    from datasets import DownloadConfig, DownloadManager
 
+    patience = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=SECONDS)}}
     try:
-        return str(DownloadManager().download(url))
+        config = DownloadConfig(storage_options={"http": patience, "https": patience})
+        return str(DownloadManager(download_config=config).download(url))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        said = str(error).replace(url, clean_url(url))
+        said = str(error.__cause__ or error).replace(url, clean_url(url))
         raise InputError(
             f"data {clean_url(url)}: {said}", "a URL that can be downloaded", "check the URL and the network"
         ) from None
@@ -82,10 +86,8 @@ def read_rows(data: str, split: str, columns: Sequence[str], sha256: str | None 
 
 def _suffix(data: str) -> str:
     """The ending of a file that can be read, or of the URL of one; nothing for anything else."""
-    try:
-        ending = Path(urlsplit(data).path if "://" in data else data).suffix.lower()
-    except ValueError as error:
-        raise InputError(f"data {clean_url(data)} ({error})", "a URL", "check the URL") from None
+    name = re.split(r"[?#]", data)[0] if "://" in data else data
+    ending = Path(name).suffix.lower()
     return ending if ending in KINDS else ""
 
 
@@ -131,8 +133,7 @@ def parse_json(path: Path) -> Rows:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        first = next((line for line in text.split("\n") if line.strip()), "")
-        if not first.lstrip().startswith("{") or (error.lineno == 1 and "\n" not in text.strip()):
+        if error.msg != "Extra data" or not text.lstrip().startswith("{"):  # no second object behind a first one
             raise
         rows = [_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not isinstance(rows, list):

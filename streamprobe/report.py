@@ -109,8 +109,9 @@ def _broken(path: Path, why: str) -> InputError:
 
 
 def _read_json(path: Path, *names: str) -> dict[str, Any]:
+    text = _read(path)
     try:
-        found = json.loads(_read(path))
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
     _require(path, found, *names)
