@@ -128,8 +128,14 @@ def truncate(config: Any, n_layers: int) -> Any:
     return config
 
 
-def check_device(device_map: str) -> None:
-    """Raises InputError for a device that this machine does not have, or on which nothing can be computed."""
+def check_device(device_map: str, attn_implementation: str | None = None) -> None:
+    """Raises InputError for a device that this machine does not have, and for attention that takes minutes on it."""
+    if attn_implementation == "flex_attention" and (device_map.startswith("cpu") or not torch.cuda.is_available()):
+        raise InputError(
+            "attn_implementation flex_attention on a CPU, for which it is compiled for minutes",
+            "sdpa or eager",
+            "drop --attn_implementation",
+        )
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return
     try:
@@ -160,7 +166,7 @@ def load_backbone(
     from transformers import BitsAndBytesConfig
     from transformers.utils import logging
 
-    check_device(device_map)
+    check_device(device_map, attn_implementation)
     config = read_config(model, **where)
     check_layers(config, layers or [])
     if layers is not None:

@@ -136,6 +136,7 @@ def test(
         )
         for fit, bank, own, threshold, half in zip(fits, banks, scored, thresholds, halves, strict=True)
     ]  # fmt: skip
+    say(f"test      {len(lab.splits['test']):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = results.judge(parts, len(lab.splits["test"]), training.bootstrap, training.seed)
     about = {name: facts[name] for name in ("data_fingerprint", "model_fingerprint")}
     about["config"] = {name: value for name, value in facts["config"].items() if name not in FREE_ON_RESUME}

@@ -8,6 +8,7 @@ Writes probes.safetensors, results.csv and a model card with the results.  They 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,8 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     folder = Path(run)
-    probes = find_probes(folder) if folder.is_dir() else None
-    if probes is None or not (folder / "results.csv").is_file():
+    probes = find_probes(folder) if os.path.isdir(folder) else None
+    if probes is None or not os.path.isfile(folder / "results.csv"):
         raise InputError(f"{folder}, which holds no results.csv", "the folder of a finished run", "check the path")
     about, results = read_about(probes), folder / "results.csv"
     card = make_card(about, read_csv(results, COLUMNS), repo_id)

@@ -180,7 +180,9 @@ def page(title: str, legend: str, prompt: str, shown: Sequence[Mark]) -> str:
         f"title='{escape(f'{m.probability:.3f}   {m.others}')}'>{escape(printable(m.text))}</span>"
         for m in shown
     )
-    return PAGE.format(title=escape(title), legend=escape(legend), prompt=escape(printable(prompt)), body=body)
+    return PAGE.format(
+        title=escape(printable(title)), legend=escape(printable(legend)), prompt=escape(printable(prompt)), body=body
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -4,6 +4,7 @@ Shapes: N tokens, L layers, K columns, D hidden size.  One linear probe per (lay
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,19 +122,15 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
         raise _broken(path, f"but tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
     if not all(tensor.is_floating_point() for tensor in tensors):
         raise _broken(path, f"but tensors of {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
-    return ProbeBank(layers, columns, weight, bias, threshold, name)
+    return ProbeBank(layers, columns, weight.float(), bias.float(), threshold.double(), name)
 
 
 def find_probes(source: str | Path, revision: str | None = None) -> Path:
     """The safetensors file that `source` of `load_probes` stands for; fetched, if it is on the hub."""
     path = Path(source)
-    try:
-        path.exists()
-    except (OSError, ValueError) as error:  # no name of a file
-        raise InputError(f"{path} ({error})", "the folder of a run, or user/name on the hub", "check it") from error
-    if path.is_dir() and not (path / FILE).is_file():
+    if os.path.isdir(path) and not os.path.isfile(path / FILE):
         raise InputError(f"{path}, a folder without {FILE}", "the folder of a finished run", "let it finish: --resume")
-    if path.exists():
+    if os.path.exists(path):
         return path / FILE if path.is_dir() else path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise InputError(f"{path}, which does not exist", "the folder of a run, or user/name on the hub", "check it")

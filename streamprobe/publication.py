@@ -1,5 +1,6 @@
 """What of a run's config may be written down, and what of it others may see."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,13 +58,6 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
 def _last_name(text: str) -> str:
     """A URL or an id on the hub as it stands; the last name of any other path."""
     remote = "://" in text and not text.startswith("file:")
-    if remote or (ON_HUB.fullmatch(text) and not text.startswith(".") and not _is_here(text)):
+    if remote or (ON_HUB.fullmatch(text) and not text.startswith(".") and not os.path.exists(text)):
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
-
-
-def _is_here(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):
-        return False

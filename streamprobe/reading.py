@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,10 +94,7 @@ def _suffix(data: str) -> str:
 
 def _check_local(data: str, is_file: bool) -> None:
     """Raises InputError for a file that is not there, and a path that is there and no such file."""
-    try:
-        there = Path(data).is_file() if is_file else Path(data).exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"data {data} ({error})", "an existing file", "check the path") from None
+    there = os.path.isfile(data) if is_file else os.path.exists(data)
     if is_file and not there:
         raise InputError(f"data {data}, which does not exist", "an existing file", "check the path")
     if there and not is_file:

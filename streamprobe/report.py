@@ -27,6 +27,15 @@ from streamprobe.results import FIELDS, Row, place
 from streamprobe.system.console import guard, say
 
 WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields that are text
+SHARES = (
+    "auroc",
+    "average_precision",
+    "lift",
+    "f1",
+    "tpr",
+    "brier",
+    "base_rate",
+)  # which are drawn, and of the size of 1
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
 
 
@@ -88,7 +97,7 @@ def write_report(folder: Path) -> None:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
     try:
-        write_atomic(folder / "report.html", page.encode())
+        write_atomic(folder / "report.html", page.encode(errors="replace"))
     except OSError as error:
         raise InputError(
             f"{folder / 'report.html'} ({error})", "a file that can be written", "check the folder"
@@ -129,6 +138,9 @@ def _read_rows(path: Path) -> list[Row]:
     for line in read_csv(path, FIELDS):
         try:
             row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
+            wide = [name for name in FIELDS if name.startswith(SHARES) and abs(row[name]) > 1e6]
+            if wide:
+                raise ValueError(f"{wide[0]} {line[wide[0]]}")
             whole = {name: int(row[name]) for name in COUNTS}
             rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
         except (ValueError, OverflowError) as error:

@@ -1,8 +1,8 @@
 """Whether the hub can be reached, asked once and quickly."""
 
+import os
 import re
 from functools import cache
-from pathlib import Path
 from threading import Thread
 
 SECONDS = 3.0
@@ -15,7 +15,7 @@ def look_for_hub(name: str) -> None:
     """
     from huggingface_hub import constants
 
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
         constants.HF_HUB_OFFLINE = not _answers()  # type: ignore[misc]
 
 
