@@ -46,7 +46,7 @@ def facts(bench: Workbench, options: dict[str, Any]) -> dict[str, Any]:
 def cpu_name() -> str:
     """The processor, as Linux calls it."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 

@@ -170,7 +170,8 @@ def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list
 
     Where the tokenizer has a BOS token the ids start with exactly one, or with none if not `with_bos`.
     """
-    encoded = tokenizer(text, add_special_tokens=prompt != "chat", return_offsets_mapping=True)
+    how = {"return_offsets_mapping": True, "verbose": False}  # a text that is too long is reported by the caller
+    encoded = tokenizer(text, add_special_tokens=prompt != "chat", **how)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     bos = tokenizer.bos_token_id
     if bos is None:

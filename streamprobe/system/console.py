@@ -61,6 +61,7 @@ def guard(work: Callable[[], object], smaller: str = "free some", interrupted: s
     """
     with _open_streams() as sinks:
         try:
+            _check_folder()
             work()
             status = 0
         except SystemExit as done:  # of --help
@@ -84,6 +85,14 @@ def guard(work: Callable[[], object], smaller: str = "free some", interrupted: s
                 warn(f"streamprobe: {told}")
                 status = status or 2
     return status
+
+
+def _check_folder() -> None:
+    """Raises InputError for a working directory that is gone, without which libraries cannot even be imported."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"a working directory that is gone ({error})", "one that exists", "cd into another") from None
 
 
 def _reason(error: Exception, smaller: str) -> InputError | None:
