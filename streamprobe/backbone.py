@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line
 from streamprobe.hooks import FOREIGN, check_taken, count_runs, read, tap
+from streamprobe.system.network import look_for_hub
 
 LOADING = (
     *FOREIGN,
@@ -70,6 +71,7 @@ def _one_line(model: str) -> Iterator[None]:
     """Turns what loading raises for a model that the user can change or fix into an InputError."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 
+    look_for_hub(model)
     try:
         with _quiet():
             yield
@@ -293,6 +295,26 @@ def _cut_class(whole: type, n: int) -> type:
     return type(whole.__name__, (whole,), {"__init__": init, "__module__": whole.__module__})
 
 
+def check_device(device_map: str, attn_implementation: str | None = None) -> None:
+    """Raises InputError for a device that this machine does not have, and for attention that takes minutes on it."""
+    if attn_implementation == "flex_attention" and (device_map.startswith("cpu") or not torch.cuda.is_available()):
+        raise InputError(
+            "attn_implementation flex_attention on a CPU, for which it is compiled for minutes",
+            "sdpa or eager",
+            "drop --attn_implementation",
+        )
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        usable = torch.empty(0, device=device_map).device.type != "meta"
+    except (RuntimeError, AssertionError):  # an assertion where torch is built without that kind
+        usable = False
+    if not usable:
+        raise InputError(
+            f"device_map {device_map}, which this machine cannot compute on", "auto, cpu, cuda, ...", "fix --device_map"
+        )
+
+
 def load_backbone(
     model: str,
     layers: Sequence[int] | None,
@@ -310,10 +332,7 @@ def load_backbone(
     """
     from transformers.utils import logging
 
-    if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "change --device_map")
-    if device_map == "meta":
-        raise InputError("device_map meta, where nothing is computed", "auto, cpu or cuda", "change --device_map")
+    check_device(device_map, attn_implementation)
     config = read_config(model, **where)
     check_layers(config, layers or [])
     options = {"device_map": device_map, "ignore_mismatched_sizes": True, **_numbers(dtype, quantization), **where}

@@ -22,9 +22,10 @@ import torch
 
 from streamprobe import clockwork
 from streamprobe.clockwork import JOB, OFFLINE, PASSES, Ledger
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError
 from streamprobe.madeup import SHAPES, Workbench, count
 from streamprobe.provenance import device_name, git_commit, versions
+from streamprobe.system.console import guard, say
 from streamprobe.system.files import check_output, write_output
 
 
@@ -45,7 +46,7 @@ def facts(bench: Workbench, options: dict[str, Any]) -> dict[str, Any]:
 def cpu_name() -> str:
     """The processor, as Linux calls it."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
@@ -129,21 +130,19 @@ def parse(argv: Sequence[str] | None, cuda: bool) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+def run(argv: Sequence[str] | None) -> None:
+    """The command line; raises InputError for what the user can fix."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        options = parse(argv, device.type == "cuda")
-        result = measure_all(options, device)
-        if options.json:
-            write_output(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode(), "json")
-    except (InputError, torch.OutOfMemoryError) as error:
-        line = first_line(error)
-        oom = f"too little device memory ({line}); expected room for model and activations; fix: lower --chains"
-        print(f"streamprobe: {line if isinstance(error, InputError) else oom}", file=sys.stderr)
-        return 2
-    print(table(result))
-    return 0
+    options = parse(argv, device.type == "cuda")
+    result = measure_all(options, device)
+    if options.json:
+        write_output(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode(), "json")
+    say(table(result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
+    return guard(lambda: run(argv), smaller="lower --chains")
 
 
 if __name__ == "__main__":

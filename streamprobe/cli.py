@@ -5,25 +5,21 @@ import sys
 from collections.abc import Sequence
 
 from streamprobe.config import load_config
-from streamprobe.errors import InputError
+from streamprobe.system.console import guard, shows_progress
 
-DEFAULT = "configs/demo.yaml"
+SMALLER = "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit"
+RESUME = "interrupted; the same command with --resume goes on after the last pass"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `run.py`'s command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    argv = list(sys.argv[1:] if argv is None else argv) or [DEFAULT]
-    if not sys.stderr.isatty():
+    """Runs `run.py`'s command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
+    if not shows_progress():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the libraries too
-    try:
-        config = load_config(argv)
-        from streamprobe.experiment import run  # after the config: torch and transformers take seconds to import
+    return guard(lambda: _run(sys.argv[1:] if argv is None else argv), SMALLER, RESUME)
 
-        run(config)
-    except InputError as error:
-        print(f"streamprobe: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("streamprobe: interrupted; the same command with --resume goes on after the last pass", file=sys.stderr)
-        return 130
-    return 0
+
+def _run(argv: Sequence[str]) -> None:
+    config = load_config(argv)
+    from streamprobe.experiment import run  # after the config: torch and transformers take seconds to import
+
+    run(config)

@@ -3,7 +3,6 @@
 Shapes: N tokens, L layers, K columns, D hidden size.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from streamprobe.memory import ActivationMemory
 from streamprobe.metrics import chain_bootstrap, draw_chains, measure
 from streamprobe.provenance import peak_memory
 from streamprobe.solvers import Solver
+from streamprobe.system.console import say, warn
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, Share, evaluate, train
 
@@ -66,7 +66,7 @@ class Ledger:
         result = work()
         self.measured.setdefault(name, []).append(self.clock() - start)
         self.peak.setdefault(name, peak_memory(self.device))
-        print(f"{self.measured[name][-1]:>10.2f} s  {name}", file=sys.stderr, flush=True)
+        warn(f"{self.measured[name][-1]:>10.2f} s  {name}")
         return result
 
     def rows(self) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int
 def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory) -> None:
     """probelab on activations that are already collected, if it is installed."""
     if not baseline.has_probelab():
-        print("peer      probelab is not installed, so it has no row: pip install probelab", flush=True)
+        say("peer      probelab is not installed, so it has no row: pip install probelab")
         return
     acts, _, targets, valid, *_ = memory.pool
     one = acts[:, len(bench.layers) // 2].to(bench.device)

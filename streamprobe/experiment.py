@@ -7,19 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from streamprobe import backbone, preflight, report, results, table, transcripts
 from streamprobe.checkpoint import STATE, Checkpoint, load_run, save_run
 from streamprobe.config import RunConfig
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError
 from streamprobe.fits import make_fits, standing
 from streamprobe.folder import claim_folder, holds_results
 from streamprobe.lab import Lab, Memories
 from streamprobe.metrics import measure
 from streamprobe.probes import ProbeBank
 from streamprobe.provenance import peak_memory, read_config, write_config
+from streamprobe.publication import without_secrets
+from streamprobe.system.console import say
 from streamprobe.system.files import check_room
 from streamprobe.tracking import Tracker
 from streamprobe.trainer import Fit, evaluate, train
@@ -35,17 +36,10 @@ def run(config: RunConfig) -> Path | None:
 
     Raises InputError for what the user can mend.
     """
-    try:
-        if not config.output.dry_run:
-            return _run(config)
-        _dry_run(config)
-        return None
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"too little device memory ({first_line(error)})",
-            "room for the model, a batch and the activations",
-            "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit",
-        ) from error
+    if not config.output.dry_run:
+        return _run(config)
+    _dry_run(config)
+    return None
 
 
 def _run(config: RunConfig) -> Path:
@@ -59,7 +53,7 @@ def _run_in(folder: Path, config: RunConfig) -> None:
     began = time.perf_counter()
     checkpoint = find_checkpoint(config, folder) if config.output.resume else None
     lab = Lab(config)
-    print(lab.preflight, flush=True)
+    say(lab.preflight)
     lab.load_model()
     facts = lab.facts()
     if checkpoint:
@@ -76,9 +70,9 @@ def _run_in(folder: Path, config: RunConfig) -> None:
     report.write_summary(folder, rows, {**facts, **cost, **told})
     report.write_report(folder)
     printed = f"{table.table(rows, verdicts)}\n{table.describe_cost(cost)}"
-    print(f"\n{printed}\n{table.describe_files(folder)}", flush=True)
+    say(f"\n{printed}\n{table.describe_files(folder)}")
     tracker.text("1 verdict", printed)
-    tracker.outcome(config.flat(), table.headline(rows))
+    tracker.outcome(facts["config"], table.headline(rows))
     tracker.close()
 
 
@@ -97,9 +91,9 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
     if checkpoint or (folder / "config.yaml").exists():
         then = checkpoint.facts["config"] if checkpoint else read_config(folder)
         config.data.chat_date = config.data.chat_date or then.get("chat_date")
-        check_resume(config.flat(), then)
+        check_resume(without_secrets(config.flat()), without_secrets(then))
     if not checkpoint:
-        print(f"nothing to resume in {folder}: starting at the first pass", flush=True)
+        say(f"nothing to resume in {folder}: starting at the first pass")
     return checkpoint
 
 
@@ -116,13 +110,13 @@ def _dry_run(config: RunConfig) -> None:
     model, training, layers = config.model, config.training, config.probes.layers
     where = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
     sizes = backbone.weight_bytes(lab.model_config, layers, **where)
-    print(lab.preflight, preflight.describe_weights(sizes, max(layers)), sep="\n\n", flush=True)
+    say(f"{lab.preflight}\n\n{preflight.describe_weights(sizes, max(layers))}")
     lab.load_model()
     plan, *_ = lab.plan(None)
     loaded = backbone.loaded_bytes(lab.model)
     timed = preflight.time_batch(lab.splits["train"], lab.stream, model.max_batch_tokens, training.seed + 1)
     needs = preflight.describe_needs(lab.splits, plan, training.max_passes, model.max_batch_tokens, loaded, timed)
-    print(needs, flush=True)
+    say(needs)
 
 
 def fit(
@@ -148,7 +142,7 @@ def fit(
         seconds, lap = time.perf_counter() - lap, time.perf_counter()
         tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
         tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)
-        print(f"pass {number:<4}{seconds:>8.1f} s   {standing(fits)}", flush=True)
+        say(f"pass {number:<4}{seconds:>8.1f} s   {standing(fits)}")
 
     validation = partial(held_out.in_order, lambda: lab.read("validation"))
     passes = train(
@@ -178,6 +172,7 @@ def test(
         )
         for fit, bank, own, threshold, half in zip(fits, banks, scored, thresholds, halves, strict=True)
     ]  # fmt: skip
+    say(f"test      {len(lab.splits['test']):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = results.judge(parts, len(lab.splits["test"]), training.bootstrap, training.seed)
     about = {name: facts[name] for name in ("data_fingerprint", "model_fingerprint")}
     about["config"] = {name: value for name, value in facts["config"].items() if name not in FREE_ON_RESUME}

@@ -13,6 +13,7 @@ from streamprobe.lab import Lab
 from streamprobe.newton import NewtonSolver
 from streamprobe.solvers import AdamSolver
 from streamprobe.stream import TokenBatch
+from streamprobe.system.console import say
 from streamprobe.trainer import Fit, Share
 
 
@@ -61,7 +62,7 @@ def make_fits(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple
     for fit in fits:
         fit.solver.load(checkpoint.parts.get(fit.name, {}))
         fit.best.load(checkpoint.parts.get(f"{fit.name}-best", {}))
-    print(f"resumed   after pass {checkpoint.passes}", flush=True)
+    say(f"resumed   after pass {checkpoint.passes}")
     return fits, (checkpoint.passes, checkpoint.tokens)
 
 

@@ -45,7 +45,7 @@ def claim_folder(output_dir: str | None, name: str, resume: bool) -> Iterator[Pa
     try:
         check_files(claim.folder)
         if claim.lock is None:
-            print(f"lock      {claim.folder} is on a file system without locks: start no second run there", flush=True)
+            say(f"lock      {claim.folder} is on a file system without locks: start no second run there")
         yield claim.folder
     finally:
         claim.release()

@@ -4,9 +4,9 @@ Shapes: T tokens.
 """
 
 import argparse
-import sys
+import os
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from streamprobe import backbone, prompts
 from streamprobe.chains import Chain
 from streamprobe.config import RunConfig, load_config
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError
 from streamprobe.probes import ProbeBank, load_probes
+from streamprobe.system.console import say
 from streamprobe.system.files import check_output, write_output
 
 
@@ -32,6 +33,7 @@ def make_parser(doc: str, prog: str) -> ArgumentParser:
     add("--label", help="label of the probe (default: the run's first)")
     add("--target", help="target of the probe: token, onset or within (default: the run's first)")
     add("--model", help="folder or hub id of the model, if it is no longer where the run found it")
+    add("--trust_remote_code", action="store_true", help="run the Python code that comes with the run's model")
     add("--device_map", help="where the model lies: auto, cpu, cuda, ... (default: as in the run)")
     add("--max_new_tokens", type=int, default=256, help="most tokens of a response (%(default)s)")
     add("--temperature", type=float, default=0.0, help="of the sampling; 0 takes the likeliest token (%(default)s)")
@@ -66,35 +68,29 @@ def check_file(path: Path | None, name: str) -> None:
 def write_file(path: Path, name: str, content: str) -> None:
     """Writes what --`name` asked for; raises InputError where that cannot be."""
     write_output(path, content.encode(errors="backslashreplace"), name)
-    print(f"wrote {path}")
-
-
-def status(work: Callable[[], None]) -> int:
-    """Does the work of a command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    try:
-        work()
-    except InputError as error:
-        print(f"streamprobe: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        told = InputError(f"too little device memory ({first_line(error)})", "room for the model", "free some")
-        print(f"streamprobe: {told}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    say(f"wrote {path}")
 
 
 def open_run(folder: Path, given: argparse.Namespace) -> tuple[RunConfig, ProbeBank]:
-    """A run's config, with --model and --device_map of `given` put in, and its probes."""
-    if not folder.is_dir():
+    """A run's config, with --model and --device_map of `given` put in, and its probes.
+
+    Raises InputError for a config that trusts a model's code where `given` does not: the folder may be a stranger's.
+    """
+    if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a finished run", "check the path")
-    if not (folder / "config.yaml").is_file():
+    if not os.path.isfile(folder / "config.yaml"):
         raise InputError(f"{folder}, a folder without config.yaml", "the folder of a finished run", "check the path")
     bank = load_probes(folder, given.solver)
     changed = {"--model": given.model, "--device_map": given.device_map}
     argv = [word for name, value in changed.items() if value is not None for word in (name, value)]
-    return load_config([str(folder / "config.yaml"), *argv]), bank
+    config = load_config([str(folder / "config.yaml"), *argv])
+    if config.model.trust_remote_code and not given.trust_remote_code:
+        raise InputError(
+            f"{folder}, whose config runs Python code that comes with {config.model.model}",
+            "your word that you trust it",
+            "give --trust_remote_code, too",
+        )
+    return config, bank
 
 
 def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:

@@ -7,19 +7,25 @@ Writes probes.safetensors, results.csv and a model card with the results.  They 
 """
 
 import argparse
-import csv
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save
 
-from streamprobe import generation
+from streamprobe.csvfiles import read_csv
 from streamprobe.errors import InputError, first_line
 from streamprobe.probes import FILE, find_probes, read_about
+from streamprobe.publication import ON_HUB, for_others
 from streamprobe.results import place
+from streamprobe.system.console import guard, say
 
+COLUMNS = ("solver", "label", "target", "layer", "lag", "control", "auroc", "auroc_low", "auroc_high")
 CARD = """---
 {head}---
 
@@ -53,11 +59,12 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     folder = Path(run)
-    probes = find_probes(folder) if folder.is_dir() else None
-    if probes is None or not (folder / "results.csv").is_file():
+    probes = find_probes(folder) if os.path.isdir(folder) else None
+    if probes is None or not os.path.isfile(folder / "results.csv"):
         raise InputError(f"{folder}, which holds no results.csv", "the folder of a finished run", "check the path")
-    card = make_card(read_about(probes), read_results(folder / "results.csv"), repo_id)
-    files: dict[str, str | bytes] = {FILE: str(probes), "results.csv": str(folder / "results.csv")}
+    about, results = read_about(probes), folder / "results.csv"
+    card = make_card(about, read_csv(results, COLUMNS), repo_id)
+    files: dict[str, str | bytes] = {FILE: for_upload(probes, about), "results.csv": str(results)}
     files["README.md"] = card.encode()
     api = HfApi()
     try:
@@ -73,13 +80,17 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
     return f"{api.endpoint}/{repo_id}"
 
 
-def read_results(path: Path) -> list[dict[str, str]]:
-    """The rows of a results.csv."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            return list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} ({error})", "a results.csv that a run wrote", "check the path") from error
+def for_upload(path: Path, about: dict[str, Any]) -> str | bytes:
+    """The file of probes `path`, or its content without what others may not see of the config in `about`.
+
+    Runs leave that out; an older one may not have, and other keys than the package's may hold anything.
+    """
+    shown = {**about, "config": for_others(about["config"])}
+    with safe_open(str(path), framework="pt") as f:
+        if set(f.metadata()) == {"streamprobe"} and for_others(about["config"]) == about["config"]:
+            return str(path)
+        tensors = {name: f.get_tensor(name) for name in sorted(f.keys())}
+    return save(tensors, {"streamprobe": json.dumps(shown, sort_keys=True)})
 
 
 def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: str) -> str:
@@ -87,8 +98,8 @@ def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: st
 
     `about` is the probes' metadata; a model that is a folder is not named.
     """
-    model = str(about.get("config", {}).get("model", ""))
-    on_hub = model.count("/") == 1 and not Path(model).exists()
+    model = str(for_others(about.get("config", {})).get("model", ""))
+    on_hub = ON_HUB.fullmatch(model) is not None
     head: dict[str, Any] = {"library_name": "streamprobe", "tags": ["linear-probes", "interpretability"]}
     if on_hub:
         head["base_model"] = model
@@ -99,7 +110,7 @@ def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: st
             area, low, high = (float(row[key]) for key in ("auroc", "auroc_low", "auroc_high"))
             cell = f"{area:.3f}" + (f" ({low:.3f}&ndash;{high:.3f})" if low == low else "")
             groups.setdefault(name, {})[place(row), int(row["lag"])] = cell
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"results.csv with {error}", "one that a run wrote", "check the path") from error
     labels = dict.fromkeys(str(column[0]) for column in about["columns"])
     return CARD.format(
@@ -140,12 +151,12 @@ def run(argv: Sequence[str] | None) -> None:
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     given = parser.parse_args(argv)
-    print(push_to_hub(given.run, given.repo, given.private))
+    say(push_to_hub(given.run, given.repo, given.private))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    return generation.status(lambda: run(argv))
+    return guard(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from streamprobe.lags import Column, make_columns
 from streamprobe.memory import ActivationMemory, Plan, Reserve, Sizes, memory_room, plan_memory
 from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
+from streamprobe.publication import without_secrets
 from streamprobe.reading import read_rows
 from streamprobe.stream import SCREENING, TokenBatch, check_finite, find_bad_chains, stream
+from streamprobe.system.console import say, shows_progress
 
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
 
@@ -42,7 +44,7 @@ class Lab:
         self.tokenizer = backbone.load_tokenizer(model.model, **self.source)
         data.chat_date = prompts.resolve_day(data.prompt, data.chat_date, self.tokenizer)
         if data.chat_date:
-            print(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)", flush=True)
+            say(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)")
         self.splits, self.counts = chains.load_chains(
             rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
             chains.Reading(
@@ -95,7 +97,7 @@ class Lab:
         self.n_real, self.columns = len(real), [columns[k] for k in kept]
         self.census = {name: (n, valid[kept], hits[kept]) for name, (n, valid, hits) in census.items()}
         if len(kept) < len(columns):
-            print(f"permuted  {len(columns) - len(kept)} columns without both classes are left out", flush=True)
+            say(f"permuted  {len(columns) - len(kept)} columns without both classes are left out")
         nothing = torch.zeros(1, len(probes.labels), dtype=torch.int8)
         widths = [part.shape[1] for part in controls.side_features(1, 0, nothing, probes.controls)]
         ends = np.cumsum([0, *widths]).tolist()
@@ -149,7 +151,7 @@ class Lab:
         if bad:
             gone = set(map(id, bad))
             self.splits = {name: [c for c in split if id(c) not in gone] for name, split in self.splits.items()}
-            print(f"skipped   {len(bad)} chains with activations that are infinite or not numbers", flush=True)
+            say(f"skipped   {len(bad)} chains with activations that are infinite or not numbers")
             self._take_stock()
 
     def stream(
@@ -172,7 +174,8 @@ class Lab:
         """
         chosen = self.splits[split]
         total = sum(len(c.ids) for c in chosen)
-        with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
+        hidden = not shows_progress()
+        with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
 
             def count(tokens: int, padded: int) -> None:
                 self._count_forward(tokens, padded)
@@ -213,11 +216,10 @@ class Lab:
                 "give the --memory_gb that it then had, or start a new run",
             )
         kept = n_validation * plan.keep_validation
-        print(
+        say(
             f"memory    {(plan.rows + kept) * one / 1e9:.2f} GB on {plan.home} for "
             + (f"all {plan.rows + kept:,} training and validation tokens: the model reads them once" if plan.keep_train
                else f"a pool of {plan.rows:,} of {n_train:,} training tokens: the model reads them in every pass"),
-            flush=True,
         )  # fmt: skip
         return plan, sizes
 
@@ -268,7 +270,7 @@ class Lab:
         shared = bool(before[3]) if before else all_probes > room / 2 or 0 <= spare < all_probes
         taken = vectors + one + (0 if shared else all_probes)
         kind = f"one per layer: {all_probes / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
-        print(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}", flush=True)
+        say(f"curvature {taken / 1e9:.2f} GB on {self.device}, {kind}")
         return shared, taken
 
     @property
@@ -280,7 +282,7 @@ class Lab:
     def facts(self) -> dict[str, Any]:
         """What defines the numbers of this run."""
         return {
-            "config": self.config.flat(), "versions": versions(), "git_commit": git_commit(),
+            "config": without_secrets(self.config.flat()), "versions": versions(), "git_commit": git_commit(),
             "data_fingerprint": self.fingerprint, "model_fingerprint": model_fingerprint(self.model),
             "device": device_name(self.device), "dtype": str(backbone.pick_dtype(self.config.model.dtype)),
         }  # fmt: skip

@@ -10,10 +10,8 @@ at or above the threshold that validation chose.  In a library: `watch`.
 Shapes: B chains in a batch, T tokens of the prompt, L layers, K columns.
 """
 
-import csv
 import math
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -27,10 +25,13 @@ from torch import Tensor
 
 from streamprobe import generation
 from streamprobe.backbone import context, decoder_layers
+from streamprobe.config import check_text
+from streamprobe.csvfiles import read_csv
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column
 from streamprobe.probes import ProbeBank
+from streamprobe.system.console import guard, printable, say, shows_colour, write
 
 
 def watch(
@@ -100,14 +101,12 @@ class Mark(NamedTuple):
 def best_layer(folder: Path, bank: ProbeBank, column: Column) -> int:
     """The layer whose probe of this column has the highest test AUROC in the run's results.csv."""
     asked = {"solver": bank.solver, "label": column.label, "target": column.target, "lag": str(column.lag)}
+    rows = read_csv(folder / "results.csv", [*asked, "layer", "auroc", "control"], "give --layer")
+    own = [row for row in rows if not row["control"] and asked.items() <= row.items()]
     try:
-        with open(folder / "results.csv", newline="", encoding="utf-8") as f:
-            rows = [r for r in csv.DictReader(f) if not r["control"] and asked.items() <= r.items()]
-        areas = {int(r["layer"]): float(r["auroc"]) for r in rows}
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise InputError(
-            f"no readable results.csv in {folder} ({error})", "the results, to pick the best layer", "give --layer"
-        ) from error
+        areas = {int(row["layer"]): float(row["auroc"]) for row in own}
+    except ValueError as error:
+        raise InputError(f"results.csv in {folder} ({error})", "one that a run wrote", "give --layer") from error
     return max(bank.layers, key=lambda layer: areas.get(layer, -1.0) if areas.get(layer) == areas.get(layer) else -1.0)
 
 
@@ -148,11 +147,6 @@ def shade(probability: float) -> tuple[int, int, int]:
     return 255, round(255 - 175 * probability), round(255 - 195 * probability)
 
 
-def printable(text: str) -> str:
-    """Text without control characters, so that what a model writes cannot command the terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
-
-
 def for_terminal(mark: Mark, before: bool, colour: bool) -> str:
     """The token with its colour, bold and underlined in an alarm; ▲ where one begins, without colour ▼ where it ends.
 
@@ -169,6 +163,8 @@ def for_terminal(mark: Mark, before: bool, colour: bool) -> str:
 
 
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>
+<meta http-equiv=Content-Security-Policy
+content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
 <title>{title}</title><style>
 body {{ font: 16px/1.8 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 pre {{ font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }}
@@ -186,7 +182,9 @@ def page(title: str, legend: str, prompt: str, shown: Sequence[Mark]) -> str:
         f"title='{escape(f'{m.probability:.3f}   {m.others}')}'>{escape(printable(m.text))}</span>"
         for m in shown
     )
-    return PAGE.format(title=escape(title), legend=escape(legend), prompt=escape(printable(prompt)), body=body)
+    return PAGE.format(
+        title=escape(printable(title)), legend=escape(printable(legend)), prompt=escape(printable(prompt)), body=body
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -198,6 +196,7 @@ def run(argv: Sequence[str] | None) -> None:
     generation.check(given)
     if not given.prompt.strip():
         raise InputError("an empty prompt", "some text", "mend --prompt")
+    check_text("prompt", given.prompt)
     generation.check_file(given.html, "html")
     config, bank = generation.open_run(given.run, given)
     place = pick(given.run, bank, given)
@@ -213,23 +212,23 @@ def run(argv: Sequence[str] | None) -> None:
     assert bank.threshold is not None
     threshold = bank.threshold[place].sigmoid().item()
     legend = f"layer {layer}, {column}, {bank.solver}; alarm (▲) from a probability of {threshold:.3f} on"
-    colour = sys.stdout.isatty()
-    print(printable(legend), printable(given.prompt), sep="\n\n", flush=True)
+    colour = shows_colour()
+    say(f"{legend}\n\n{given.prompt}")
     torch.manual_seed(given.seed)
     options = generation.decoding(given.temperature, given.top_p)
     steps = watch(model, bank, ids, min(given.max_new_tokens, room), **options)
     shown: list[Mark] = []
     for mark in marks(steps, bank, place, generation.Pieces(tokenizer, ids.tolist())):
-        print(for_terminal(mark, bool(shown) and shown[-1].alarm, colour), end="", flush=True)
+        write(for_terminal(mark, bool(shown) and shown[-1].alarm, colour))
         shown.append(mark)
-    print()
+    say()
     if given.html:
         generation.write_file(given.html, "html", page(f"{given.run.name}: {column}", legend, given.prompt, shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    return generation.status(lambda: run(argv))
+    return guard(lambda: run(argv), smaller="use --device_map cpu")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,9 @@ class NewtonSolver:
             for k in range(store.shape[1]):
                 bound = grams.curvature(i, k, mean, scale) / (4 * n[k]) + torch.diag(ridge)
                 store[i, k], info = torch.linalg.cholesky_ex(bound)
+                if info:  # features that say the same; sums over a batch are float32: outweigh their rounding
+                    bound.diagonal().add_(torch.finfo(torch.float32).eps * bound.trace())
+                    store[i, k], info = torch.linalg.cholesky_ex(bound)
                 if info or not store[i, k].isfinite().all():
                     raise InputError(
                         f"activations of layer {self.layers[i]} whose Gram matrix cannot be factorised",

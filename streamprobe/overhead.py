@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from streamprobe import generation
 from streamprobe.backbone import pick_dtype
 from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
@@ -25,6 +24,7 @@ from streamprobe.madeup import LAGS, SEED, SHAPES, Shape
 from streamprobe.monitor import watch
 from streamprobe.probes import ProbeBank
 from streamprobe.provenance import device_name
+from streamprobe.system.console import guard, say
 
 PROMPT = 64  # tokens
 
@@ -98,7 +98,7 @@ def run(argv: Sequence[str] | None) -> None:
     rounds = time_rounds(ways, given.rounds, clock)
     ratios = sorted(watched / plain for plain, watched in rounds)
     plain, watched = (median(column) / given.tokens * 1e3 for column in zip(*rounds, strict=True))
-    print(
+    say(
         f"{given.shape}, {model.dtype}, on {device_name(device)}: {given.tokens} tokens, {bank.bias.numel()} probes\n"
         f"plain {plain:.2f} ms{' of CPU time' * given.cpu_time} a token, watched {watched:.2f} ms; "
         f"ratio {median(ratios):.3f} (median of {given.rounds} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f})"
@@ -107,7 +107,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    return generation.status(lambda: run(argv))
+    return guard(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def render(name: str, rows: Sequence[Row], run: Mapping[str, Any], transcripts: 
     """The page of a run: its rows, the `run` part of its summary.json, and its transcripts.json."""
     style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    allowed = f"style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     held = json.dumps(transcripts, separators=(",", ":"))
     for character in "<>&":
         held = held.replace(character, f"\\u{ord(character):04x}")

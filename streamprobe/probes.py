@@ -4,6 +4,7 @@ Shapes: N tokens, L layers, K columns, D hidden size.  One linear probe per (lay
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from streamprobe.errors import InputError, first_line
 from streamprobe.lags import Column
+from streamprobe.system.network import look_for_hub
 
 FILE = "probes.safetensors"
 
@@ -134,20 +136,23 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
     if name not in about["solvers"]:
         raise InputError(f"solver {name!r}", f"one whose probes {path} holds: {about['solvers']}", "choose another")
     layers, columns = about["layers"], [Column(*c) for c in about["columns"]]
-    with safe_open(path, framework="pt") as f:
+    with safe_open(str(path), framework="pt") as f:
         weight, bias, threshold = (f.get_tensor(f"{name}.{part}") for part in ("weight", "bias", "threshold"))
     grid = (len(layers), len(columns))
+    tensors = (weight, bias, threshold)
     if not (weight.shape[:2] == bias.shape == threshold.shape == grid and weight.dim() == 3):
-        raise _broken(path, f"tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
-    return ProbeBank(layers, columns, weight, bias, threshold, name)
+        raise _broken(path, f"but tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        raise _broken(path, f"but tensors of {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
+    return ProbeBank(layers, columns, weight.float(), bias.float(), threshold.double(), name)
 
 
 def find_probes(source: str | Path, revision: str | None = None) -> Path:
     """The safetensors file that `source` of `load_probes` stands for; fetched, if it is on the hub."""
     path = Path(source)
-    if path.is_dir() and not (path / FILE).is_file():
+    if os.path.isdir(path) and not os.path.isfile(path / FILE):
         raise InputError(f"{path}, a folder without {FILE}", "the folder of a finished run", "let it finish: --resume")
-    if path.exists():
+    if os.path.exists(path):
         return path / FILE if path.is_dir() else path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise InputError(f"{path}, which does not exist", "the folder of a run, or user/name on the hub", "check it")
@@ -163,12 +168,17 @@ def read_about(path: Path) -> dict[str, Any]:
         if not wanted or not about["layers"] or not about["columns"] or wanted - names:
             raise KeyError(*sorted(wanted - names))
         about["layers"] = [int(layer) for layer in about["layers"]]
-        about["columns"] = [
-            [str(label), str(target), int(lag), *rest] for label, target, lag, *rest in about["columns"]
-        ]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        about["columns"] = [_column(*column) for column in about["columns"]]
+        about["config"] = dict(about.get("config", {}))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _broken(path, f"({type(error).__name__}: {error})") from error
+    if all(control for *_, control, _seed in about["columns"]):
+        raise _broken(path, "but controls")
     return about
+
+
+def _column(label: object, target: object, lag: Any, control: object = "", seed: Any = 0) -> list[Any]:
+    return [str(label), str(target), int(lag), str(control), int(seed)]
 
 
 def _broken(path: Path, why: str) -> InputError:
@@ -179,6 +189,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
+    look_for_hub(repo)
     try:
         return Path(hf_hub_download(repo, FILE, revision=revision))
     except (OSError, HTTPError, HFValidationError) as error:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,23 +18,35 @@ from typing import Any
 from torch import Tensor
 
 from streamprobe.checkpoint import save_tensors
+from streamprobe.csvfiles import cell, read_csv
 from streamprobe.errors import InputError
 from streamprobe.page import render
 from streamprobe.probes import ProbeBank, bank_tensors
+from streamprobe.publication import for_others
 from streamprobe.results import FIELDS, Row, place
+from streamprobe.system.console import guard, say
 from streamprobe.system.files import write_atomic
 
 WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields that are text
+SHARES = (
+    "auroc",
+    "average_precision",
+    "lift",
+    "f1",
+    "tpr",
+    "brier",
+    "base_rate",
+)  # which are drawn, and of the size of 1
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
-    """A CSV file: six significant digits; `nan` where a class is absent."""
+    """A CSV file, its cells as `csvfiles.cell` gives them; `nan` where a class is absent."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{v:.6g}" if isinstance(v := row[name], float) else v for name in fields})
+        writer.writerow({name: cell(row[name]) for name in fields})
     write_atomic(path, text.getvalue().encode())
 
 
@@ -50,7 +63,7 @@ def write_summary(folder: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> 
 
 
 def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[str, Any]) -> None:
-    """probes.safetensors: each solver's probes, and what they mean.
+    """probes.safetensors: each solver's probes, and what they mean; of the config in `about` what others may see.
 
     `<solver>.weight` [L, K, D], `.bias` [L, K] and `.threshold` [L, K] are for raw activations.
     """
@@ -60,7 +73,8 @@ def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[st
         tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": bank.threshold}
     first = next(iter(banks.values()))
     layout = {"solvers": list(banks), "layers": first.layers, "columns": [list(c) for c in first.columns]}
-    save_tensors(folder / "probes.safetensors", tensors, {**about, **layout})
+    shown = {name: for_others(value) if name == "config" else value for name, value in about.items()}
+    save_tensors(folder / "probes.safetensors", tensors, {**shown, **layout})
 
 
 def write_transcripts(folder: Path, transcripts: Mapping[str, Any]) -> None:
@@ -73,7 +87,7 @@ def write_report(folder: Path) -> None:
 
     Raises InputError where one of them is missing or broken.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
     rows = _read_rows(folder / "results.csv")
     run = _read_json(folder / "summary.json", "run")["run"]
@@ -81,9 +95,9 @@ def write_report(folder: Path) -> None:
     _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
     try:
         page = render(folder.resolve().name, rows, run, transcripts)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
-    write_atomic(folder / "report.html", page.encode())
+    write_atomic(folder / "report.html", page.encode(errors="replace"))
 
 
 def _read(path: Path) -> str:
@@ -100,9 +114,10 @@ def _broken(path: Path, why: str) -> InputError:
 
 
 def _read_json(path: Path, *names: str) -> dict[str, Any]:
+    text = _read(path)
     try:
-        found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
     _require(path, found, *names)
     return found
@@ -116,32 +131,30 @@ def _require(path: Path, found: Any, *names: str) -> None:
 
 def _read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
-    text = _read(path)
-    try:
-        for line in csv.DictReader(io.StringIO(text)):
+    for line in read_csv(path, FIELDS):
+        try:
             row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
+            wide = [name for name in FIELDS if name.startswith(SHARES) and abs(row[name]) > 1e6]
+            if wide:
+                raise ValueError(f"{wide[0]} {line[wide[0]]}")
             whole = {name: int(row[name]) for name in COUNTS}
             rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise _broken(path, f"line {len(rows) + 2}: {error}") from error
-    if not rows:
-        raise _broken(path, "no row in it")
+        except (ValueError, OverflowError) as error:
+            raise _broken(path, f"row {len(rows) + 1}: {error}") from error
     return rows
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line; raises InputError for what the user can fix."""
+    if len(argv) != 1:
+        raise InputError(f"{len(argv)} arguments", "the folder of one run", "python -m streamprobe.report runs/demo")
+    write_report(Path(argv[0]))
+    say(f"wrote {Path(argv[0]) / 'report.html'}")
 
 
 def main(argv: Sequence[str]) -> int:
     """`python -m streamprobe.report RUN`; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    try:
-        if len(argv) != 1:
-            raise InputError(
-                f"{len(argv)} arguments", "the folder of one run", "python -m streamprobe.report runs/demo"
-            )
-        write_report(Path(argv[0]))
-    except InputError as error:
-        print(f"streamprobe: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {Path(argv[0]) / 'report.html'}")
-    return 0
+    return guard(lambda: run(argv))
 
 
 if __name__ == "__main__":

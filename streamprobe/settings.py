@@ -247,7 +247,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_passes", "patience"):
             require(getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"mend --{name}")
-        require(self.bootstrap <= 10**6, f"bootstrap {self.bootstrap}", "at most 1,000,000", "try 1000")
+        require(
+            self.bootstrap <= 10**4,
+            f"bootstrap {self.bootstrap}",
+            "at most 10,000, which place an end of an interval to 0.2% of the resamples",
+            "try 1000",
+        )
         for solver in self.solvers:
             require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "mend --solvers")
         require(

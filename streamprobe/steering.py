@@ -37,6 +37,7 @@ from streamprobe.hooks import steer
 from streamprobe.lab import Lab
 from streamprobe.lags import Column
 from streamprobe.stream import TokenBatch, stream
+from streamprobe.system.console import guard, say
 
 MARKER = r"\b(?:wait|hmm|actually|no(?=,))\b"  # `no` counts where a comma follows
 PATIENCE = 5.0  # seconds in which a marker must be through with one response
@@ -233,7 +234,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     vectors = directions(probe, scale.difference, len(prompts), given.seed)
     cosine = float(vectors["probe"][0] @ vectors["difference of means"][0])
-    print(
+    say(
         f"layer {layer}, {column}, {bank.solver}; {len(prompts)} test problems\n"
         f"strength 1 is {scale.std:.4g}, {scale.std / scale.norm:.1%} of the mean length of an activation "
         f"({scale.norm:.4g}); cosine of the probe's direction with the difference of means {cosine:.2f}\n"
@@ -251,8 +252,8 @@ def run(argv: Sequence[str] | None) -> None:
     for name, strength, responses in steer_sweep(write, vectors, scale.std, given.strengths):
         found = summarise([count(p, r) for p, r in zip(texts, responses, strict=True)], given.seed)
         if not rows:
-            print(f"{'direction':<22}{'strength':>8}" + "".join(f"  {TITLES[key]:>20}" for key in found))
-        print(f"{name:<22}{strength:>8}" + "".join(f"  {cell(*value):>20}" for value in found.values()), flush=True)
+            say(f"{'direction':<22}{'strength':>8}" + "".join(f"  {TITLES[key]:>20}" for key in found))
+        say(f"{name:<22}{strength:>8}" + "".join(f"  {cell(*value):>20}" for value in found.values()))
         rows.append({"direction": name, "strength": strength, **found, "responses": responses})
     if given.json:
         about = {"layer": layer, "column": str(column), "std": scale.std, "norm": scale.norm, "cosine": cosine}
@@ -267,7 +268,7 @@ def cell(value: float, low: float, high: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    return generation.status(lambda: run(argv))
+    return guard(lambda: run(argv), smaller="lower --batch, or use --device_map cpu")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
-    ["errors", "lifts", "metrics", "heatmap", "hardware", "alignment"],
+    ["errors", "lifts", "metrics", "heatmap", "hardware", "alignment", "network", "publication"],
     ["hooks", "files"],
-    ["settings", "lags", "backbone", "annotations", "reading", "prompts", "splits", "task", "muon"],
+    ["settings", "console", "csvfiles", "lags", "backbone", "annotations", "reading", "prompts", "splits", "task", "muon"],
     ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation", "folder"],
