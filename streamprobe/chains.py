@@ -17,7 +17,7 @@ from torch import Tensor
 from streamprobe.annotations import Annotation, Section, annotate, rejoin
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
-from streamprobe.prompts import encode, is_unicode, open_response
+from streamprobe.prompts import encode, is_unicode, open_response, special_ids
 from streamprobe.splits import split_chains
 
 
@@ -182,7 +182,7 @@ def tokenize(
     head, marker = open_response(record.problem, record.response, prompt, tokenizer, day)
     text = head + record.response
     ids, offsets = encode(text, prompt, tokenizer, with_bos)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     of_char = np.full(len(text), -1 if unlabelled == "ignore" else -2, dtype=np.int64)  # which section, -2: negative
     of_char[: len(head)] = -1 if support == "response" else -2
     for number, section in enumerate(record.sections):
