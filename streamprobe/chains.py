@@ -18,7 +18,7 @@ from tqdm import tqdm
 from streamprobe.annotations import NAMES, Annotation, Section, annotate, check_names, rejoin
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
-from streamprobe.prompts import encode, is_unicode, open_response
+from streamprobe.prompts import encode, is_unicode, open_response, special_ids
 from streamprobe.splits import split_chains
 
 
@@ -194,7 +194,7 @@ def tokenize(
     head, marker = open_response(record.problem, record.response, prompt, tokenizer, day)
     text = head + record.response
     ids, offsets = encode(text, prompt, tokenizer, with_bos)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     known = np.full(len(text), unlabelled == "negative")  # whether a character's labels are known
     known[: len(head)] = support == "all"
     of_char = np.full((len(text), len(labels)), -1, dtype=np.int64)  # the number of each label's section

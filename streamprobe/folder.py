@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from streamprobe.checkpoint import STATE
 from streamprobe.errors import InputError
 from streamprobe.system import files
+from streamprobe.system.console import say
 
 RESULTS = (
     "results.csv", "categories.csv", "differences.csv", "reliability.csv", "probes.safetensors", "transcripts.json",

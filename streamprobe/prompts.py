@@ -134,6 +134,12 @@ def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list
     return [bos] * n + ids[lead:], [(0, 0)] * n + offsets[lead:]
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """The tokens that stand for no text; the one for unknown letters does, unless it is a BOS, EOS or pad token too."""
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - others)
+
+
 def _letter_by_letter(offsets: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
     """Offsets in which the tokens of single bytes are those of their own letter.
 

@@ -157,6 +157,21 @@ def test_white_space_has_offsets_and_the_ids_stay(name):
     assert len(before.ids) - len(real) == {"with a BOS token": 1, "Roberta's": 2}.get(name, 0)
 
 
+@pytest.mark.parametrize("pad", ["<pad>", "<unk>"])
+def test_tokens_of_unknown_letters_are_text_unless_they_are_special_otherwise(tmp_path, pad):
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1, "wait": 2, "no": 3, "so": 4}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<unk>", "<pad>"])
+    folder = save(core, "PreTrainedTokenizerFast", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>", "pad_token": pad}))
+    record = Record("x", "so", "so 🙂 wait <pad> no", [Section("deduction", 0, 2), Section("backtracking", 3, 18)])
+    chain = tokenize(record, load_tokenizer(folder), LABELS, "{problem} ", "response", "ignore")
+    assert chain.ids.tolist() == [4, 4, 0, 2, 1, 3]
+    text = pad == "<pad>"  # else it stands for no text, and <pad> is a word
+    assert chain.support.tolist() == [False, True, text, True, not text, True]
+    assert chain.codes[2:4, 0].tolist() == ([ONSET, INSIDE] if text else [UNKNOWN, ONSET])
+
+
 FILES = {
     "a list": ("tokenizer.json", "[]"),
     "another kind of model": ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'),
