@@ -81,7 +81,8 @@ def slide_both(partner: Sequence[int], a: Sequence[int], b: Sequence[int], borde
     slid = list(partner)
     slide_gaps(slid, a, b, border)
     back = invert(slid, len(b))
-    slide_gaps(back, b, a, [i >= 0 and border[i] for i in back] + [True])
+    ends = [i >= 0 and border[i + 1] for i in back]
+    slide_gaps(back, b, a, [(i >= 0 and border[i]) or end for i, end in zip([*back, -1], [True, *ends], strict=True)])
     return invert(back, len(a))
 
 
