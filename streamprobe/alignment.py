@@ -76,6 +76,25 @@ def _runs(a: Sequence[int], b: Sequence[int], size: int) -> list[list[int]]:
     return [[ids.setdefault(run, len(ids)) for run in zip(*(t[d:] for d in range(size)), strict=False)] for t in (a, b)]
 
 
+def slide_both(partner: Sequence[int], a: Sequence[int], b: Sequence[int], border: Sequence[bool]) -> list[int]:
+    """Partners of `a`, where what either text has more than the other is moved to a border of `a`: see `slide_gaps`."""
+    slid = list(partner)
+    slide_gaps(slid, a, b, border)
+    back = invert(slid, len(b))
+    ends = [i >= 0 and border[i + 1] for i in back]
+    slide_gaps(back, b, a, [(i >= 0 and border[i]) or end for i, end in zip([*back, -1], [True, *ends], strict=True)])
+    return invert(back, len(a))
+
+
+def invert(partner: Sequence[int], size: int) -> list[int]:
+    """For each of `size` items whose partner it is, or -1."""
+    inverse = [-1] * size
+    for i, j in enumerate(partner):
+        if j >= 0:
+            inverse[j] = i
+    return inverse
+
+
 def slide_gaps(partner: list[int], a: Sequence[int], b: Sequence[int], border: Sequence[bool]) -> None:
     """Moves what `b` has more than `a` to a border of `a`, where equal items leave a choice of where it is missing.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamprobe.alignment import fold, match_runs, slide_gaps
+from streamprobe.alignment import fold, match_runs, slide_both
 from streamprobe.errors import InputError
 
 INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"  # in no label
@@ -181,9 +181,7 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     border[-1] = True
     ids: dict[str, int] = {}
     x, y = ([ids.setdefault(word.key, len(ids)) for word in words] for words in (mine, theirs))
-    partner = match_runs(x, y, RUNS)
-    slide_gaps(partner, x, y, border)
-    partner = [-1, *partner, len(y)]  # the texts' ends are matched
+    partner = [-1, *slide_both(match_runs(x, y, RUNS), x, y, border), len(y)]  # the texts' ends are matched
     where = [-1] * len(a.text)
     start = other = 0  # the first words that are not matched yet
     for i, j in enumerate(partner[1:]):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamprobe import alignment
-from streamprobe.alignment import fold, match_runs, slide_gaps
+from streamprobe.alignment import fold, match_runs, slide_both, slide_gaps
 
 items = st.lists(st.integers(0, 3), max_size=14)
 
@@ -74,6 +74,19 @@ def test_slid_gaps_lose_no_match(a, b, data):
     slide_gaps(slid, a, b, border)
     check(slid, a, b)
     assert [j >= 0 for j in slid] == [j >= 0 for j in partner]
+    both = slide_both(partner, a, b, border)
+    check(both, a, b)
+    assert sum(j >= 0 for j in both) == sum(j >= 0 for j in partner)
+
+
+def test_what_the_copy_has_more_slides_to_its_borders():
+    """The inserted section begins as the next one, or ends as the one before."""
+    copy, original = [1, 2, 3, 7, 5, 3, 6], [1, 2, 3, 6]
+    for partner in ([0, 1, 2, -1, -1, -1, 3], [0, 1, -1, -1, -1, 2, 3]):
+        for place, wanted in ((2, [0, 1, -1, -1, -1, 2, 3]), (3, [0, 1, 2, -1, -1, -1, 3])):
+            border = [i in (0, place, place + 3, 7) for i in range(8)]
+            assert slide_both(partner, copy, original, border) == wanted
+        assert slide_both(partner, copy, original, [i in (0, 1, 7) for i in range(8)]) == partner  # negative control
 
 
 def test_a_gap_slides_to_the_border():
