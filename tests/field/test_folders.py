@@ -482,7 +482,8 @@ def test_the_standard_output_keeps_what_was_printed(tmp_path: Path) -> None:
         "g.check_file(p, 'html'); g.write_file(p, 'html', 'page\\n')"
     )
     with open(tmp_path / "out", "wb") as out:
-        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, cwd=Path(__file__).parents[2])
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, cwd=Path(__file__).parents[2], env=env)
     assert (tmp_path / "out").read_text() == "before\npage\nwrote /dev/stdout\n"
 
 
