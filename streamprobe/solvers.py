@@ -48,7 +48,7 @@ class Solver(Protocol):
         ...
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes up where the solver that gave `state` stood."""
+        """Takes up where the solver that gave `state` stood.  Raises InputError for the state of another one."""
 
 
 class AdamSolver:

@@ -173,6 +173,18 @@ def test_best_probes_go_on_from_a_file(tmp_path: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "score", "best_pass", "misses", "stopped"])
+def test_best_probes_take_no_tensor_of_another_kind(name: str) -> None:
+    best = BestProbes(bank_of(1), 3)
+    before, state = best.state(), best.state()
+    for other in (state[name][:1], state[name].half(), state[name][None]):
+        with pytest.raises(InputError, match=f"as {name}; expected"):
+            best.load({key: torch.zeros_like(tensor) for key, tensor in state.items()} | {name: other})
+    with pytest.raises(InputError, match=f"nothing as {name}"):
+        best.load({key: tensor for key, tensor in state.items() if key != name})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in best.state().items())
+
+
 PARTS: dict[str, dict[str, Tensor]] = {
     "solver": {
         "weight": torch.tensor([[1.0, -0.0, NAN], [float("inf"), 1e-45, 3.0]]),

@@ -467,7 +467,7 @@ def test_what_the_user_got_wrong_is_told_in_one_line(run_folder, tmp_path, capsy
 
 
 def test_a_file_that_cannot_be_written_is_told(run_folder, tmp_path, capsys):
-    (tmp_path / "x.json.part").mkdir()  # in the way, also of root
+    (tmp_path / "x.json").symlink_to("gone/x.json")  # also for root
     options = "--problems 1 --max_new_tokens 1 --strengths 0".split()
     assert steering.main([str(run_folder), *OK, *options, "--json", str(tmp_path / "x.json")]) == 2
     error = capsys.readouterr().err

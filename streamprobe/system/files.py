@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -150,10 +151,11 @@ def _open_in_place(path: Path) -> BinaryIO:
     """The file, emptied; but an open output stream where it is one (/dev/stdout), whose text must stay."""
     with suppress(FileNotFoundError):
         found = os.stat(path)
-        for stream in (1, 2):
-            with suppress(OSError):
-                if os.path.samestat(found, os.fstat(stream)):
-                    return os.fdopen(os.dup(stream), "wb")
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            with suppress(OSError):  # the number may be closed
+                if os.path.samestat(found, os.fstat(number)):
+                    stream.flush()
+                    return os.fdopen(os.dup(number), "wb")
     return open(path, "wb")
 
 

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,6 +217,22 @@ def test_a_folder_of_part_files_in_the_way_is_refused(config: str, capsys: pytes
         assert f"{name} cannot be written (" in refused(capsys, config, "--output_dir", "out")
 
 
+def test_a_file_for_the_checkpoints_folder_and_what_cannot_be_a_lock_are_refused(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").mkdir()
+    Path("out/checkpoint").write_text("")
+    assert "checkpoint cannot be written" in refused(capsys, config, "--output_dir", "out")
+    Path("out/checkpoint").unlink()
+    (Path("out") / LOCK).mkdir()
+    assert "Is a directory" in refused(capsys, config, "--output_dir", "out")
+    (Path("out") / LOCK).rmdir()
+    Path("precious").write_text("precious")
+    (Path("out") / LOCK).symlink_to("../precious")
+    assert "output_dir out" in refused(capsys, config, "--output_dir", "out")
+    assert Path("precious").read_text() == "precious"
+
+
 def test_a_part_file_is_replaced_and_never_written_through(tmp_path: Path) -> None:
     """Of a killed process, or a link that somebody put there."""
     (tmp_path / "precious").write_text("precious")
@@ -235,8 +252,7 @@ def unprivileged() -> None:
 @pytest.fixture
 def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder, the working directory, that everybody may read and nobody write to."""
-    made = Path("/tmp" if os.path.isdir("/tmp") else ".") / f"streamprobe-{os.getpid()}"
-    made.mkdir(mode=0o755)
+    made = Path(tempfile.mkdtemp(prefix="streamprobe-"))
     monkeypatch.chdir(made)
     made.chmod(0o555)
     yield made
@@ -415,7 +431,7 @@ def test_a_full_disk_under_the_curves_alone_ends_behind_the_checkpoint(
 # Files that the user names
 
 
-def told(path: str | Path) -> str:
+def reported(path: str | Path) -> str:
     """What --html is refused with."""
     with pytest.raises(InputError) as caught:
         generation.check_file(Path(path), "html")
@@ -466,7 +482,8 @@ def test_the_standard_output_keeps_what_was_printed(tmp_path: Path) -> None:
         "g.check_file(p, 'html'); g.write_file(p, 'html', 'page\\n')"
     )
     with open(tmp_path / "out", "wb") as out:
-        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, cwd=Path(__file__).parents[2])
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, cwd=Path(__file__).parents[2], env=env)
     assert (tmp_path / "out").read_text() == "before\npage\nwrote /dev/stdout\n"
 
 
@@ -478,7 +495,7 @@ def test_a_file_that_the_user_named_is_replaced_whole_or_stays(tmp_path: Path) -
     assert page.read_text() == "old" and listed(tmp_path) == {"page.html", "page.html.part"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        assert "No space left" in told(page)
+        assert "No space left" in reported(page)
     assert beside.read_text() == "the user's own"
     longest = tmp_path / f"{'n' * 250}.html"
     generation.check_file(longest, "html")
@@ -493,7 +510,7 @@ def test_what_cannot_be_written_is_reported_up_front(tmp_path: Path, monkeypatch
     for name in ("loop", "to-folder", "far"):
         Path(name).symlink_to({"loop": "loop", "to-folder": ".", "far": "gone/x"}[name])
     for name in (".", "gone/x.html", "n" * 300, "loop", "to-folder", "far", "/proc/x", "a\0b", "/"):
-        told(name)
+        reported(name)
     assert listed() == {"loop", "to-folder", "far"}
 
 
@@ -501,7 +518,7 @@ def test_a_socket_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        told("socket")
+        reported("socket")
     assert stat.S_ISSOCK(os.lstat("socket").st_mode)
 
 
