@@ -65,7 +65,7 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
     about, results = read_about(probes), folder / "results.csv"
     card = make_card(about, read_csv(results, COLUMNS), repo_id)
     files: dict[str, str | bytes] = {FILE: for_upload(probes, about), "results.csv": str(results)}
-    files["README.md"] = card.encode()
+    files["README.md"] = card.encode(errors="replace")
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
