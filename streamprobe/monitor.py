@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from streamprobe import generation
-from streamprobe.backbone import context, decoder_layers
+from streamprobe.blocks import context, decoder_layers
 from streamprobe.errors import InputError
 from streamprobe.hooks import tap
 from streamprobe.lags import Column

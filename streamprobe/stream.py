@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamprobe.backbone import decoder_layers, frequencies_change, make_cache
+from streamprobe.backbone import frequencies_change, make_cache
+from streamprobe.blocks import decoder_layers
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, read, tap
@@ -103,7 +104,9 @@ def stream(
     buffer = LagBuffer(columns, labels)
     lengths = [len(c.ids) for c in chains]
     apart = frequencies_change(backbone.config)
-    batches = [part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)]
+    batches = [
+        part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)
+    ]
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in batches:
             longest = max(lengths[i] for i in batch)

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics", "heatmap"],
-    ["hooks"],
+    ["hooks", "blocks"],
     ["settings", "lags", "backbone", "annotations", "reading", "task", "muon"],
-    ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
+    ["config", "trial", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation"],
     ["trainer", "preflight", "madeup", "charts", "monitor", "hub"],

@@ -10,21 +10,14 @@ from tiny_models import CAUSAL, CHANGES, TYPES, save_tiny, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from streamprobe.backbone import (
-    check_chunks,
-    check_layers,
-    check_reading,
-    context,
-    decoder_layers,
-    load_backbone,
-    read_config,
-    weight_bytes,
-)
+from streamprobe.backbone import check_chunks, load_backbone, read_config, weight_bytes
+from streamprobe.blocks import check_layers, context, decoder_layers
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, steer, tap
 from streamprobe.lags import Column
 from streamprobe.stream import forward, stream
+from streamprobe.trial import check_reading
 
 CHAINS = [torch.arange(3, 3 + n) for n in (12, 9, 17)]  # token ids of chains of other lengths
 WORDS = list(range(3, 50))
@@ -54,7 +47,10 @@ REFUSED = {
     for names, reason in (
         (SEES_AHEAD, "in which a token sees later ones"),
         (NO_TEXT, "which cannot read a text of 23 tokens alone"),
-        (OTHER_SHAPE, r"^layer 0, whose block returns \[.*\] for 5 chains of 23 tokens; expected \[5, 23, hidden size\]"),
+        (
+            OTHER_SHAPE,
+            r"^layer 0, whose block returns \[.*\] for 5 chains of 23 tokens; expected \[5, 23, hidden size\]",
+        ),
         (NO_BLOCKS, "of its (32|8) decoder blocks|names None as the number of its decoder blocks"),
         (NO_CLASS, "Unrecognized configuration class"),
     )
@@ -300,7 +296,9 @@ TOWERS = {
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_text_blocks_are_found_beside_a_tower_of_as_many(name, depth, tmp_path):
     """As many as are kept, and as many as there are."""
-    changes = {part: {k: v if isinstance(v, list) else depth for k, v in sizes.items()} for part, sizes in TOWERS[name].items()}
+    changes = {
+        part: {k: v if isinstance(v, list) else depth for k, v in sizes.items()} for part, sizes in TOWERS[name].items()
+    }
     both = {part: changes.get(part, {}) | CHANGES.get(name, {}).get(part, {}) for part in (*changes, "text_config")}
     whole = save_tiny(name, str(tmp_path), **both)
     cut = load_backbone(str(tmp_path), [1], "float32", device_map="cpu")
@@ -327,7 +325,9 @@ def test_context(name, changes, tokens):
 
 @pytest.mark.parametrize("name", ["rwkv", "xlstm", "mamba", "minimax", "jamba", "recurrent_gemma", "reformer"])
 def test_chunks_are_refused_before_the_weights_load(name):
-    with pytest.raises(InputError, match="^chains longer than max_batch_tokens, and a .* model, which cannot read them"):
+    with pytest.raises(
+        InputError, match="^chains longer than max_batch_tokens, and a .* model, which cannot read them"
+    ):
         check_chunks(tiny_config(name))
 
 

@@ -45,7 +45,14 @@ SMALL: dict[str, Any] = {
     "pronunciation_embed_dim": 8, "shape_vocab_size": 10, "pronunciation_vocab_size": 10, "ext_pw_out_channel": 32,
     "nemo_conv_channels": 32, "downsample_hidden_size": 32, "adapter_out_dim": 32,
 }  # fmt: skip
-PLACES = {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_token_index", "audio_token_id"}
+PLACES = {
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "image_token_index",
+    "audio_token_id",
+}
 
 
 def shrink(cls: type, changes: dict[str, Any]) -> dict[str, Any]:
