@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from streamprobe.blocks import block_list, check_layers, drop_blocks, text_config
 from streamprobe.errors import InputError, first_line
-from streamprobe.hooks import FOREIGN, check_taken, count_runs, read, tap
+from streamprobe.hooks import FOREIGN
 from streamprobe.system.network import look_for_hub
 
 LOADING = (
@@ -35,7 +36,7 @@ LOADING = (
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the library's warnings and tables off the terminal: what matters of them is said in one line."""
     from transformers.utils import logging
 
@@ -59,7 +60,7 @@ def _reason(error: BaseException) -> str:
         )
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":") and "alidation error" in lines[0]:
-        return f"{lines[0]} {lines[1]}"
+        return f"{lines[0]} {lines[1]}".rstrip(".")
     said = first_line(error).rstrip(".")
     return (
         said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
@@ -73,7 +74,7 @@ def _one_line(model: str) -> Iterator[None]:
 
     look_for_hub(model)
     try:
-        with _quiet():
+        with quiet():
             yield
     except (torch.OutOfMemoryError, InputError):  # told by whoever launched the run
         raise
@@ -87,8 +88,8 @@ def _one_line(model: str) -> Iterator[None]:
             ) from error
         expected = "a folder with a model or the id of one on the hub that this transformers can load"
         fix = (
-            "check --model, --revision, --gguf_file and --device_map; for a private model set HF_TOKEN; without network "
-            "give a folder"
+            "check --model, --revision, --gguf_file and --device_map; for a private model set HF_TOKEN; without network"
+            " give a folder"
         )
         if any(isinstance(c, RepositoryNotFoundError) for c in causes):
             raise InputError(f"model {model}, which is not on the hub", expected, fix) from error
@@ -101,26 +102,6 @@ def read_config(model: str, **where: Any) -> Any:
 
     with _one_line(model):
         return AutoConfig.from_pretrained(model, **where)
-
-
-def text_config(config: Any) -> Any:
-    """The part of a model's config that describes its text blocks."""
-    try:
-        return config.get_text_config()
-    except ValueError as error:  # it has several
-        raise _unfit(config, "which is no single decoder of text") from error
-
-
-def _unfit(config: Any, why: str) -> InputError:
-    return InputError(f"a {config.model_type} model, {why}", "a causal decoder", "choose another --model")
-
-
-def _depth(config: Any) -> int:
-    """How many decoder blocks the config says that the whole model has."""
-    n = getattr(text_config(config), "num_hidden_layers", None)
-    if not isinstance(n, int) or n < 1:
-        raise _unfit(config, f"whose config names {n!r} as the number of its decoder blocks")
-    return n
 
 
 def load_tokenizer(model: str, **where: Any) -> Any:
@@ -169,45 +150,6 @@ def keep_white_space(backend: Any) -> None:
         backend.post_processor = Tokenizer.from_str(json.dumps(empty | {"post_processor": then})).post_processor
 
 
-def check_layers(config: Any, layers: Sequence[int]) -> None:
-    """Raises InputError for a model that is no decoder, and for a layer that it does not have."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    sees_ahead = config.model_type in MASKED and not getattr(config, "is_decoder", False)
-    if config.is_encoder_decoder or sees_ahead:
-        raise _unfit(config, "in which a token sees later ones")
-    n = _depth(config)
-    wrong = [layer for layer in layers if not 0 <= layer < n]
-    if wrong:
-        raise InputError(
-            f"layers {' '.join(map(str, wrong))}",
-            f"numbers from 0 to {n - 1} (the model has {n} decoder blocks)",
-            "choose others with --layers",
-        )
-
-
-CONTEXTS = (
-    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "context_length", "n_ctx",
-)  # fmt: skip
-
-
-def context(config: Any) -> int:
-    """Most tokens that the model takes, under whichever name; without a limit where it names none."""
-    named = [getattr(text_config(config), name, None) for name in CONTEXTS]
-    return next((n for n in named if isinstance(n, int) and n > 0), sys.maxsize)
-
-
-def check_vocabulary(config: Any, highest: int) -> None:
-    """Raises InputError if the model has no embedding for the token id `highest`."""
-    size = text_config(config).vocab_size
-    if highest >= size:
-        raise InputError(
-            f"token {highest}, which the model's vocabulary of {size} has not",
-            "the tokenizer of this model",
-            "check the files of --model",
-        )
-
-
 def pick_dtype(dtype: str) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32; other names are torch's."""
     if dtype != "auto":
@@ -220,77 +162,25 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-class Kept(nn.ModuleList):
-    """The first blocks of a model whose others were dropped."""
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of the text decoder's blocks (`layers`, `h`, ...): as long as the config says, or what was kept of it.
-
-    It lies in a module that was built from the text's config; a vision tower has a config of its own.  Of several such
-    lists the one with the most weights is it.
-    """
-    config: Any = model.config
-    for module in model.modules():
-        if isinstance(module, Kept):
-            return module
-    n, kind = _depth(config), text_config(config).model_type
-    decoder: nn.Module = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model  # type: ignore[operator]
-    for root in (decoder, model):
-        lists = [m for m, owner in _lists(root, config) if len(m) == n and owner.model_type == kind]
-        if lists:
-            return max(lists, key=weights)
-    raise _unfit(config, f"in which no list of its {n} decoder blocks is found")
-
-
-def _lists(module: nn.Module, config: Any) -> Iterator[tuple[nn.ModuleList, Any]]:
-    """The lists in a module that are in no other list, each with the config that the module around it was built from."""
-    config = getattr(module, "config", config)
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child, config
-        else:
-            yield from _lists(child, config)
-
-
-def weights(module: nn.Module) -> int:
-    """How many there are, those that several modules share counted once."""
-    return sum(p.numel() for p in module.parameters())
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The text decoder's blocks in order, those that were kept; `model` may have a head, and other towers."""
-    return list(_blocks(model))
-
-
-def _cut(model: Any, n: int) -> None:
-    """Drops the blocks behind the first n, before they have memory."""
-    blocks = _blocks(model)
-    del blocks[n:]
-    blocks.__class__ = Kept
-    names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    for module in model.modules():
-        if tied := getattr(module, "all_tied_weights_keys", None):
-            there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-            module.all_tied_weights_keys = {a: b for a, b in tied.items() if {a, b} <= there}
-
-
 def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The whole model without its head, on no device, so that it takes no memory."""
+    """The whole model without its head, as `AutoModel` would load it, on no device, so that it takes no memory."""
     from transformers import AutoModel
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    own = (getattr(config, "auto_map", None) or {}).get("AutoModel", "")
-    code = {"code_revision": revision} if trust_remote_code and own and "--" not in own else {}
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModel")
     with torch.device("meta"):
-        return AutoModel.from_config(deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, **code)
+        if own and trust_remote_code:
+            kind: Any = get_class_from_dynamic_module(own, config.name_or_path, revision=revision)
+            return kind._from_config(deepcopy(config), dtype=dtype)
+        return AutoModel.from_config(deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _cut_class(whole: type, n: int) -> type:
+def _cut_class(whole: type, n: int) -> Any:
     """The class `whole`, but built without the blocks behind the first n."""
 
     def init(self: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, *args, **options)  # type: ignore[misc]
-        _cut(self, n)
+        drop_blocks(self, n)
 
     return type(whole.__name__, (whole,), {"__init__": init, "__module__": whole.__module__})
 
@@ -380,7 +270,7 @@ def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple
     where = {name: options[name] for name in ("trust_remote_code", "revision") if options.get(name)}
     empty = _empty(config, options["dtype"], **where)
     whole = type(empty)
-    _blocks(empty)  # raises where they are not found
+    block_list(empty)  # raises where they are not found
     if not isinstance(empty.config, type(config)):  # AutoModel takes the text part of this config
         quantized, config = getattr(config, "quantization_config", None), config.get_text_config()
         if quantized is not None:
@@ -425,7 +315,7 @@ def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, 
     def cut(dtype: torch.dtype) -> nn.Module:
         with _one_line(config.name_or_path or config.model_type):
             model = _empty(config, dtype, **where)
-            _cut(model, max(layers) + 1)
+            drop_blocks(model, max(layers) + 1)
         return model
 
     def size(model: nn.Module) -> int:
@@ -460,12 +350,12 @@ def make_cache(config: Any) -> Any:
     try:
         cache = DynamicCache(config=config)
     except FOREIGN as error:
-        raise _unchunked(config) from error
+        raise unchunked(config) from error
     rope = getattr(text_config(config), "rope_parameters", None) or {}
     kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     if not plain or kinds & {"dynamic", "longrope"}:
-        raise _unchunked(config)
+        raise unchunked(config)
     return cache
 
 
@@ -478,109 +368,21 @@ def check_chunks(config: Any, **where: Any) -> None:
     with _one_line(config.name_or_path or config.model_type):
         model = _empty(config, torch.float32, **where)
     if "past_key_values" not in inspect.signature(type(model).forward).parameters:
-        raise _unchunked(config)
+        raise unchunked(config)
 
 
 def frequencies_change(config: Any) -> int:
     """Tokens of a text above which its rotary frequencies are others (longrope); texts on both sides share no batch."""
     text = text_config(config)
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return sys.maxsize
-    return rope.get("original_max_position_embeddings") or getattr(
-        text, "original_max_position_embeddings", sys.maxsize
-    )
+    before = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    return before if before and rope.get("rope_type") == "longrope" else sys.maxsize
 
 
-def _unchunked(config: Any) -> InputError:
+def unchunked(config: Any) -> InputError:
+    """The refusal of a model that cannot read a chain in chunks."""
     return InputError(
         f"chains longer than max_batch_tokens, and a {config.model_type} model, which cannot read them in chunks",
         "plain or sliding attention, and rotary frequencies that do not depend on the length of the text",
         "raise --max_batch_tokens to the length of the longest chain",
-    )
-
-
-# By how much of its length rounding may change an activation whose token is computed beside others: an expert multiplies
-# the tokens that chose it, however many, and sums of another size are taken in another order; 8-bit matrices round what
-# is no outlier in any token of the batch.  A later token that is seen changes an activation by a good part of its length.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-TOLERANCE_8BIT = 1e-1
-CHAINS, TOKENS, CHANGED = 5, 23, 13  # of the test text; tokens from CHANGED on are changed
-
-
-def some_tokens(tokenizer: Any, config: Any) -> list[int]:
-    """Ids that stand for text, evenly spaced in the vocabulary: special and added tokens may stand for pictures."""
-    known = {i for i in tokenizer.get_vocab().values() if i < text_config(config).vocab_size}
-    ids = sorted(known - set(tokenizer.added_tokens_decoder)) or sorted(known)
-    return ids[:: max(1, len(ids) // (CHAINS + TOKENS))]
-
-
-def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], chunked: bool = False) -> int:
-    """Reads a short text twice, with other tokens in its second half; returns the width D of the blocks' outputs.
-
-    `ids` are two or more token ids that the model knows; `chunked` says that texts will be read in chunks.  Raises
-    InputError where a layer's block does not run once and return [B, T, D], where what it returns for a token depends on
-    later ones, and where chunks give something else than the whole.
-    """
-    config: Any = model.config
-    text = _test_text(config, ids)
-    after, kinds = text.clone(), text.unique()
-    assert len(kinds) > 1, "a text of one word cannot be changed"
-    after[:, CHANGED:] = kinds[(torch.searchsorted(kinds, text)[:, CHANGED:] + 1) % len(kinds)]  # each another
-    acts, changed = _states(model, layers, text), _states(model, layers, after)
-    for layer in layers:
-        far = _distance(acts[layer], changed[layer], CHANGED - 1)
-        if far > _tolerance(model, acts[layer].dtype):
-            raise _unfit(config, f"in which a token sees later ones: they change it by {far:.1%} in layer {layer}")
-    if chunked:
-        try:
-            chunks = _states(model, layers, text, make_cache(config))
-        except InputError as error:
-            raise _unchunked(config) from error
-        if any(_distance(acts[i], chunks[i], -1) > _tolerance(model, acts[i].dtype) for i in layers):
-            raise _unchunked(config)
-    return acts[layers[0]].shape[2]
-
-
-def _test_text(config: Any, ids: Sequence[int]) -> Tensor:
-    """Token ids [B, T] with B, T and D all different, each row begun at another of `ids`."""
-    width = getattr(text_config(config), "hidden_size", None)
-    long = min(TOKENS + (width == TOKENS), context(config))
-    row = torch.tensor(list(ids)).repeat(1 + (CHAINS + long) // len(ids))
-    check_vocabulary(config, int(row.max()))
-    return torch.stack([row[b : b + long] for b in range(CHAINS)])
-
-
-@torch.no_grad()
-def _states(model: Any, layers: Sequence[int], text: Tensor, cache: Any = None) -> dict[int, Tensor]:
-    """What the layers' blocks return [B, T, D] for a text [B, T], on the host; in two chunks if there is a cache."""
-    blocks, config = decoder_layers(model), model.config
-    last = blocks[max(layers)] if isinstance(_blocks(model), Kept) else None
-    parts: list[dict[int, Tensor]] = []
-    seen = 0
-    with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
-        for chunk in text.split(text.shape[1] if cache is None else CHANGED, dim=1):
-            seen += chunk.shape[1]
-            mask = torch.ones(len(text), seen, dtype=torch.int64, device=model.device)
-            with _quiet():
-                read(model, chunk.to(model.device), mask, last, cache)
-            check_taken(taken, layers, *chunk.shape)
-            for layer in layers:
-                if runs[layer] > len(parts) + 1:
-                    raise _unfit(config, f"whose block of layer {layer} runs {runs[layer]} times in a forward pass")
-            parts.append({layer: acts.cpu() for layer, acts in taken.items()})
-    return {layer: torch.cat([p[layer] for p in parts], 1) for layer in layers}
-
-
-def _distance(a: Tensor, b: Tensor, t: int) -> float:
-    """How far token t's activations [B, T, D] are apart in the middle one of the chains, in units of their length."""
-    a, b = a[:, t].double(), b[:, t].double()
-    return float(((a - b).norm(dim=1) / a.norm(dim=1)).nan_to_num(0).median())
-
-
-def _tolerance(model: nn.Module, dtype: torch.dtype) -> float:
-    return (
-        TOLERANCE_8BIT
-        if getattr(model, "is_loaded_in_8bit", False)
-        else TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
     )

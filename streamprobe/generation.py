@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprobe import backbone, prompts
+from streamprobe import backbone, blocks, prompts, trial
 from streamprobe.chains import Chain
 from streamprobe.config import RunConfig, load_config
 from streamprobe.errors import InputError
@@ -99,9 +99,9 @@ def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:
     where = {"revision": c.revision, "gguf_file": c.gguf_file, "trust_remote_code": c.trust_remote_code}
     tokenizer = backbone.load_tokenizer(c.model, **where)
     model_config = backbone.read_config(c.model, **where)
-    backbone.check_layers(model_config, bank.layers)
+    blocks.check_layers(model_config, bank.layers)
     model = backbone.load_backbone(c.model, None, c.dtype, c.attn_implementation, c.quantization, c.device_map, **where)
-    width = backbone.check_reading(model, bank.layers, backbone.some_tokens(tokenizer, model_config))
+    width = trial.check_reading(model, bank.layers, trial.some_tokens(tokenizer, model_config))
     if bank.weight.shape[2] != width:
         raise InputError(
             f"probes of {bank.weight.shape[2]} features and a model of hidden size {width}",

@@ -42,7 +42,7 @@ def _replace(output: Output, x: Tensor) -> Output:
     """What a block returned, with x as its residual stream and the rest kept, in the same kind of container."""
     if isinstance(output, Tensor):
         return x
-    make = getattr(type(output), "_make", type(output))  # a named tuple takes its fields one by one
+    make: Any = getattr(type(output), "_make", type(output))  # a named tuple takes its fields one by one
     return make([x, *output[1:]])
 
 
@@ -146,7 +146,8 @@ def read(model: nn.Module, ids: Tensor, mask: Tensor, last: nn.Module | None = N
         if "allocate" in str(error):  # the host's memory
             raise
         raise InputError(
-            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone ({type(error).__name__}: {first_line(error)})",
+            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone "
+            f"({type(error).__name__}: {first_line(error)})",
             "a causal decoder",
             "choose another --model",
         ) from error

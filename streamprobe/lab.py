@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from streamprobe import backbone, chains, controls, preflight, prompts
+from streamprobe import backbone, blocks, chains, controls, preflight, prompts, trial
 from streamprobe.config import RunConfig
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
@@ -35,7 +35,7 @@ class Lab:
             "revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code
         }  # fmt: skip
         model_config = self.model_config = backbone.read_config(model.model, **self.source)
-        backbone.check_layers(model_config, probes.layers)
+        blocks.check_layers(model_config, probes.layers)
         fields = (data.id_column, data.problem_column, data.response_column, data.annotation_column)
         columns = (*fields, data.category_column) if data.category_column else fields
         rows = read_rows(data.data, data.data_split, columns, data.data_sha256)
@@ -46,7 +46,7 @@ class Lab:
         if data.chat_date:
             say(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)")
         self.splits, self.counts = chains.load_chains(
-            rows, fields, self.tokenizer, probes.labels, backbone.context(model_config),
+            rows, fields, self.tokenizer, probes.labels, blocks.context(model_config),
             chains.Reading(
                 data.prompt, data.support, data.unlabelled, data.bos, data.response, data.chat_date, data.names
             ),
@@ -59,7 +59,7 @@ class Lab:
         self.fingerprint = chains.fingerprint(self.splits)
         self._take_stock()
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
-        backbone.check_vocabulary(model_config, highest)
+        blocks.check_vocabulary(model_config, highest)
         longest = max(len(c.ids) for split in self.splits.values() for c in split)
         self.chunked = longest > model.max_batch_tokens
         if self.chunked:
@@ -123,8 +123,8 @@ class Lab:
             **self.source,
         )
         self.device: torch.device = self.model.device  # type: ignore[assignment]
-        tokens = backbone.some_tokens(self.tokenizer, self.model_config)
-        self.hidden_size = backbone.check_reading(self.model, self.config.probes.layers, tokens, self.chunked)
+        tokens = trial.some_tokens(self.tokenizer, self.model_config)
+        self.hidden_size = trial.check_reading(self.model, self.config.probes.layers, tokens, self.chunked)
         if self.config.data.bad_chains == "skip":
             self._skip_bad_chains()
         self.surface_layers = [name for name in controls.Surface.LAYERS if name in self.config.probes.controls]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from streamprobe import generation
-from streamprobe.backbone import context, decoder_layers
+from streamprobe.blocks import context, decoder_layers
 from streamprobe.config import check_text
 from streamprobe.csvfiles import read_csv
 from streamprobe.errors import InputError

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe import generation, monitor
-from streamprobe.backbone import context, decoder_layers
+from streamprobe.blocks import context, decoder_layers
 from streamprobe.chains import Chain
 from streamprobe.demo import behaviour
 from streamprobe.errors import InputError

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamprobe.backbone import decoder_layers, frequencies_change, make_cache
+from streamprobe.backbone import frequencies_change, make_cache
+from streamprobe.blocks import decoder_layers
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, read, tap

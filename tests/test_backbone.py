@@ -1,8 +1,11 @@
 """The cut-off model computes what the full one does, and hooks come and go with their context manager."""
 
+import json
+import os
+import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,8 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from streamprobe.backbone import (
-    check_layers,
-    decoder_layers,
     load_backbone,
     load_tokenizer,
     loaded_bytes,
@@ -20,8 +21,9 @@ from streamprobe.backbone import (
     read_config,
     weight_bytes,
 )
+from streamprobe.blocks import check_layers, decoder_layers
 from streamprobe.errors import InputError
-from streamprobe.hooks import tap
+from streamprobe.hooks import read, steer, tap
 
 SIZES = {
     "vocab_size": 300,
@@ -151,6 +153,128 @@ def test_check_layers_names_all_wrong_ones():
         check_layers(LlamaConfig(**SIZES), [6, 0, -2])
 
 
+# --- dropped blocks take no memory ---
+
+
+class Watched:
+    """A safetensors file that notes what is read of it."""
+
+    read: set[str] = set()
+
+    def __init__(self, *args: Any, **options: Any):
+        from safetensors import safe_open
+
+        self.file = safe_open(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def get_slice(self, name: str) -> Any:
+        inner = self.file.get_slice(name)
+        self.read.discard(name)
+
+        class Slice:
+            def __getitem__(self, index: Any) -> Tensor:
+                Watched.read.add(name)
+                return inner[index]
+
+            def __getattr__(self, attribute: str) -> Any:
+                return getattr(inner, attribute)
+
+        return Slice()
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+def test_dropped_blocks_are_never_read(wide_folder, monkeypatch, quantization, device_map):
+    import transformers.modeling_utils as loading
+
+    if quantization != "none":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(loading, "safe_open", Watched)
+    for layers, n in ([1], 2), ([5], 6):  # the second is the negative control
+        Watched.read = set()
+        load_backbone(wide_folder, layers, "float32", device_map=device_map, quantization=quantization)
+        names = {int(name.split(".")[2]) for name in Watched.read if "layers" in name}
+        assert names == set(range(n)) and "model.embed_tokens.weight" in Watched.read
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama as GGUF, in float32."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf")
+    writer = gguf.GGUFWriter(path / "model.gguf", "llama")
+    for name, value in {
+        "context_length": 64, "embedding_length": 32, "block_count": 6, "feed_forward_length": 64, "head_count": 4,
+        "head_count_kv": 4, "vocab_size": 300,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_layer_norm_rms_eps(1e-6)
+    random = torch.Generator().manual_seed(0)
+    shapes = {"token_embd": (300, 32), "output_norm": (32,), "output": (300, 32)}
+    for i in range(6):
+        shapes |= {f"blk.{i}.attn_{x}": (32, 32) for x in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.attn_norm": (32,), f"blk.{i}.ffn_norm": (32,), f"blk.{i}.ffn_down": (32, 64)}
+        shapes |= {f"blk.{i}.ffn_{x}": (64, 32) for x in ("gate", "up")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", (torch.randn(*shape, generator=random) * 0.3).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_gguf_is_cut(gguf_folder):
+    where = {"gguf_file": "model.gguf"}
+    whole, cut = full_model(gguf_folder, **where), cut_model(gguf_folder, [0, 2], **where)
+    assert len(decoder_layers(whole)) == 6 and len(decoder_layers(cut)) == 3
+    expected, got = outputs(whole, [0, 2]), outputs(cut, [0, 2])
+    for layer in (0, 2):
+        assert torch.equal(got[layer], expected[layer])
+        assert torch.equal(got[layer], hidden_states(whole)[layer + 1])
+    assert not torch.equal(got[0], got[2])  # negative control
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaModel
+
+
+class MyConfig(LlamaConfig):
+    model_type = "my_own"
+
+
+class MyModel(LlamaModel):
+    config_class = MyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.layers:
+            block.mlp.depth = len(self.layers)
+            block.mlp.register_forward_hook(lambda module, _inputs, output: output / module.depth)
+"""
+
+
+def test_the_models_own_code_is_cut(tmp_path):
+    """Only where it is trusted; its blocks depend on the depth."""
+    build("Llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "own.MyConfig", "AutoModel": "own.MyModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(REMOTE)
+    with pytest.raises(InputError, match="contains custom code"):
+        cut_model(tmp_path, [2], trust_remote_code=False)
+    whole, cut = full_model(str(tmp_path), trust_remote_code=True), cut_model(tmp_path, [2], trust_remote_code=True)
+    assert type(cut).__name__ == type(whole).__name__ == "MyModel" and len(decoder_layers(cut)) == 3
+    assert torch.equal(outputs(cut, [2])[2], outputs(whole, [2])[2])
+    for block in cut.layers:
+        block.mlp.depth = 3
+    assert not torch.equal(outputs(cut, [2])[2], outputs(whole, [2])[2])  # negative control: built with three blocks
+    size = weight_bytes(read_config(str(tmp_path), trust_remote_code=True), [2], trust_remote_code=True)
+    assert size["float32"] == loaded_bytes(cut)
+
+
 # --- what cannot be loaded ---
 
 
@@ -180,6 +304,73 @@ def test_no_model(tmp_path, config, message):
     with pytest.raises(InputError, match=message) as error:
         cut_model(str(tmp_path), [0])
     assert str(tmp_path) in str(error.value) and "; fix: " in str(error.value) and "\n" not in str(error.value)
+
+
+class Evil:
+    """What a pickle may hold."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 5}, "32.* is not a multiple of the number of attention heads .5.; expected"),
+        ({"num_hidden_layers": "four"}, "'num_hidden_layers' expected int, got str .value: 'four'"),
+        ({"num_hidden_layers": 0}, "names 0 as the number of its decoder blocks"),
+        ({"vocab_size": 512}, r"embed_tokens.weight of size \[300, 32\]; expected \[512, 32\], as its config says"),
+        ({"hidden_act": "martian"}, "KeyError: 'martian'"),
+        ({"layer_types": ["a"]}, "`layer_types` entries must be in"),
+    ],
+    ids=lambda x: str(x)[:24],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_config_that_does_not_hold_is_said_in_one_line(tmp_path, capfd, changes, said):
+    build("Llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    capfd.readouterr()
+    with pytest.raises(InputError, match=said) as error:
+        cut_model(tmp_path, [1])
+    assert "\n" not in str(error.value) and "; fix: " in str(error.value)
+    assert "".join(capfd.readouterr()) == ""  # the library's own words are kept back
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: torch.save({"a": Evil()}, path), "its pickled weights ask for posix.system"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": Evil()})), "its pickled weights ask for more than tensors"),
+        (lambda path: path.write_bytes(b"garbage" * 99), "its pickled weights ask for more than tensors"),
+        (lambda path: path.write_bytes(b""), "EOFError"),
+    ],
+    ids=["foreign global", "old pickle", "garbage", "empty"],
+)
+def test_pickled_weights_are_refused_in_one_line(tmp_path, capfd, write, said):
+    build("Llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    write(tmp_path / "pytorch_model.bin")
+    capfd.readouterr()
+    with pytest.raises(InputError, match=said) as error:
+        cut_model(tmp_path, [1])
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_pickled_tensors_load(tmp_path):
+    """Negative control."""
+    build("Llama", tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    expected = outputs(cut_model(tmp_path, [1]), [1])[1]
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(outputs(cut_model(tmp_path, [1]), [1])[1], expected)
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu:0", "nowhere"])
+def test_a_device_that_computes_nothing(model_dir, device):
+    with pytest.raises(InputError, match="--device_map"):
+        load_backbone(model_dir, [1], "float32", device_map=device)
 
 
 def test_no_such_folder(tmp_path):
@@ -471,21 +662,31 @@ def test_tap_holds_the_last_forward_pass(model_dir):
         assert not taken[1].requires_grad
 
 
-class Doubles(nn.Module):
-    """A block that returns a tensor or a tuple, and remembers it."""
+class Pair(NamedTuple):
+    """What some blocks return."""
 
-    def __init__(self, as_tuple: bool):
+    hidden: Tensor
+    other: Tensor
+
+
+class Doubles(nn.Module):
+    """A block that returns a tensor, or a container that begins with it, and remembers it."""
+
+    def __init__(self, kind: Any):
         super().__init__()
-        self.as_tuple, self.returned = as_tuple, torch.empty(0)
+        self.kind, self.returned = kind, torch.empty(0)
 
     def forward(self, x: Tensor) -> Any:
         self.returned = 2 * x
-        return (self.returned, x) if self.as_tuple else self.returned
+        return self.kind([self.returned, x]) if self.kind else self.returned
 
 
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_tap_takes_a_tensor_or_the_head_of_a_tuple_without_a_copy(as_tuple):
-    block = Doubles(as_tuple)
+KINDS_OF_OUTPUT = [None, tuple, list, Pair._make]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OUTPUT)
+def test_tap_takes_a_tensor_or_the_head_of_a_container_without_a_copy(kind):
+    block = Doubles(kind)
     x = torch.randn(2, 3, 4, requires_grad=True)
     with tap({"any key": block}) as taken:  # type: ignore[dict-item]
         returned = block(x)
@@ -494,8 +695,63 @@ def test_tap_takes_a_tensor_or_the_head_of_a_tuple_without_a_copy(as_tuple):
         assert got.data_ptr() == block.returned.data_ptr()
         assert got.clone().data_ptr() != block.returned.data_ptr()  # negative control
         assert not got.requires_grad and block.returned.requires_grad
-        (returned[0] if as_tuple else returned).sum().backward()  # the model's own graph is whole
+        (returned[0] if kind else returned).sum().backward()  # the model's own graph is whole
     assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OUTPUT)
+@torch.no_grad()
+def test_steer_gives_back_the_same_kind_of_container(kind):
+    block, x = Doubles(kind), torch.randn(2, 3, 4)
+    plain = block(x)
+    with steer(block, add=torch.ones(4)):
+        changed = block(x)
+    assert type(changed) is type(plain)
+    if kind:
+        assert torch.equal(changed[0], 2 * x + 1) and changed[1] is x and len(changed) == 2
+    else:
+        assert torch.equal(changed, 2 * x + 1)
+
+
+@pytest.mark.parametrize("kind", [dict.fromkeys, lambda _: (), lambda _: ("a", 1), lambda _: None])
+def test_an_output_without_a_tensor_is_refused(kind):
+    block = Doubles(kind)
+    with tap({0: block}), pytest.raises(InputError, match="^a decoder block that returns (dict|tuple|NoneType);"):
+        block(torch.zeros(2, 3, 4))
+
+
+def test_nothing_behind_the_last_block_is_computed(model_dir):
+    """Also with a tap on it, and a change of it; then all hooks are gone."""
+    model, ids = full_model(model_dir), token_ids()
+    blocks, ran = decoder_layers(model), []
+    expected = outputs(model, [1])[1] + 1
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    before = n_hooks(model)
+    with tap({1: blocks[1]}) as taken, steer(blocks[1], add=torch.ones(32)):
+        read(model, ids, torch.ones_like(ids), blocks[1])
+        assert ran == [0, 1] and torch.equal(taken[1], expected)
+    assert n_hooks(model) == before
+    ran.clear()
+    read(model, ids, torch.ones_like(ids))
+    assert ran == [0, 1, 2, 3]  # negative control
+    with pytest.raises(InputError, match="^a LlamaModel, which cannot read a text of 24 tokens alone .IndexError"):
+        read(model, ids + 10_000, torch.ones_like(ids), blocks[1])
+    assert n_hooks(model) == before
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_model(model_dir):
+    model, ids = full_model(model_dir), token_ids()
+    for error in (torch.OutOfMemoryError("out of memory"), RuntimeError("not enough memory: you tried to allocate")):
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        handle = model.register_forward_pre_hook(fail)
+        with pytest.raises(type(error)) as raised:
+            read(model, ids, torch.ones_like(ids))
+        assert not isinstance(raised.value, InputError)
+        handle.remove()
 
 
 def test_folders_can_be_moved(model_dir, tmp_path):

@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamprobe"
 FLOORS = [
     ["errors", "lifts", "metrics", "heatmap", "hardware", "alignment", "network", "publication"],
-    ["hooks", "files"],
+    ["hooks", "files", "blocks"],
     ["settings", "console", "csvfiles", "lags", "backbone", "annotations", "reading", "prompts", "splits", "task", "muon"],
-    ["config", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
+    ["config", "trial", "model", "probes", "moments", "boards", "chains", "controls", "behaviour"],
     ["train", "solvers", "newton", "checkpoint", "stream", "results", "tracking"],
     ["memory", "table", "transcripts", "provenance", "baseline", "generation", "folder"],
     ["trainer", "preflight", "madeup", "charts", "monitor", "hub"],

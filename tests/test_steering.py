@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprobe import steering
-from streamprobe.backbone import decoder_layers
+from streamprobe.blocks import decoder_layers
 from streamprobe.demo import behaviour, task
 from streamprobe.demo.model import PROMPT, answer
 from streamprobe.demo.train import HERE as MODEL

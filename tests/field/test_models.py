@@ -10,21 +10,14 @@ from tiny_models import CAUSAL, CHANGES, TYPES, save_tiny, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from streamprobe.backbone import (
-    check_chunks,
-    check_layers,
-    check_reading,
-    context,
-    decoder_layers,
-    load_backbone,
-    read_config,
-    weight_bytes,
-)
+from streamprobe.backbone import check_chunks, load_backbone, read_config, weight_bytes
+from streamprobe.blocks import check_layers, context, decoder_layers
 from streamprobe.chains import Chain
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, steer, tap
 from streamprobe.lags import Column
 from streamprobe.stream import forward, stream
+from streamprobe.trial import check_reading
 
 CHAINS = [torch.arange(3, 3 + n) for n in (12, 9, 17)]  # token ids of chains of other lengths
 WORDS = list(range(3, 50))

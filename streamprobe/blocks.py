@@ -1,0 +1,124 @@
+"""What a model's config says of its text blocks, and where the model holds them."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from streamprobe.errors import InputError
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its text blocks."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:  # it has several
+        raise unfit(config, "which is no single decoder of text") from error
+
+
+def unfit(config: Any, why: str) -> InputError:
+    """The refusal of a model that can be no backbone."""
+    return InputError(f"a {config.model_type} model, {why}", "a causal decoder", "choose another --model")
+
+
+def depth(config: Any) -> int:
+    """How many decoder blocks the config says that the whole model has."""
+    n = getattr(text_config(config), "num_hidden_layers", None)
+    if not isinstance(n, int) or n < 1:
+        raise unfit(config, f"whose config names {n!r} as the number of its decoder blocks")
+    return n
+
+
+def check_layers(config: Any, layers: Sequence[int]) -> None:
+    """Raises InputError for a model that is no decoder, and for a layer that it does not have."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    sees_ahead = config.model_type in MASKED and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or sees_ahead:
+        raise unfit(config, "in which a token sees later ones")
+    n = depth(config)
+    wrong = [layer for layer in layers if not 0 <= layer < n]
+    if wrong:
+        raise InputError(
+            f"layers {' '.join(map(str, wrong))}",
+            f"numbers from 0 to {n - 1} (the model has {n} decoder blocks)",
+            "choose others with --layers",
+        )
+
+
+CONTEXTS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "context_length",
+    "n_ctx",
+)  # fmt: skip
+
+
+def context(config: Any) -> int:
+    """Most tokens that the model takes, under whichever name; without a limit where it names none."""
+    named = [getattr(text_config(config), name, None) for name in CONTEXTS]
+    return next((n for n in named if isinstance(n, int) and n > 0), sys.maxsize)
+
+
+def check_vocabulary(config: Any, highest: int) -> None:
+    """Raises InputError if the model has no embedding for the token id `highest`."""
+    size = text_config(config).vocab_size
+    if highest >= size:
+        raise InputError(
+            f"token {highest}, which the model's vocabulary of {size} has not",
+            "the tokenizer of this model",
+            "check the files of --model",
+        )
+
+
+class Kept(nn.ModuleList):
+    """The first blocks of a model whose others were dropped."""
+
+
+def block_list(model: nn.Module) -> nn.ModuleList:
+    """The list of the text decoder's blocks (`layers`, `h`, ...): as long as the config says, or what was kept of it.
+
+    It lies in a module that was built from the text's config; a vision tower has a config of its own.  Of several such
+    lists the one with the most weights is it.
+    """
+    config: Any = model.config
+    for module in model.modules():
+        if isinstance(module, Kept):
+            return module
+    n, kind = depth(config), text_config(config).model_type
+    decoder: nn.Module = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model  # type: ignore[operator]
+    for root in (decoder, model):
+        lists = [m for m, owner in _lists(root, config) if len(m) == n and owner.model_type == kind]
+        if lists:
+            return max(lists, key=weights)
+    raise unfit(config, f"in which no list of its {n} decoder blocks is found")
+
+
+def _lists(module: nn.Module, config: Any) -> Iterator[tuple[nn.ModuleList, Any]]:
+    """The lists in a module that are in no other list, each with the config of the module around it."""
+    config = getattr(module, "config", config)
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child, config
+        else:
+            yield from _lists(child, config)
+
+
+def weights(module: nn.Module) -> int:
+    """How many there are, those that several modules share counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's blocks in order, those that were kept; `model` may have a head, and other towers."""
+    return list(block_list(model))
+
+
+def drop_blocks(model: Any, n: int) -> None:
+    """Drops the blocks behind the first n, before they have memory."""
+    blocks = block_list(model)
+    del blocks[n:]
+    blocks.__class__ = Kept
+    for module in model.modules():
+        if tied := getattr(module, "all_tied_weights_keys", None):
+            there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+            module.all_tied_weights_keys = {a: b for a, b in tied.items() if {a, b} <= there}
