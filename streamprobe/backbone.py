@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from streamprobe.blocks import block_list, check_layers, drop_blocks, text_config
 from streamprobe.errors import InputError, first_line
 from streamprobe.hooks import FOREIGN
+from streamprobe.system.hardware import free_bytes
 from streamprobe.system.network import look_for_hub
 
 LOADING = (
@@ -270,7 +271,7 @@ def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple
     where = {name: options[name] for name in ("trust_remote_code", "revision") if options.get(name)}
     empty = _empty(config, options["dtype"], **where)
     whole = type(empty)
-    block_list(empty)  # raises where they are not found
+    _check_room(model, empty, n, options)
     if not isinstance(empty.config, type(config)):  # AutoModel takes the text part of this config
         quantized, config = getattr(config, "quantization_config", None), config.get_text_config()
         if quantized is not None:
@@ -278,6 +279,29 @@ def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple
     backbone, info = _cut_class(whole, n).from_pretrained(model, config=config, output_loading_info=True, **options)
     backbone.__class__ = whole
     return backbone, info
+
+
+def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -> None:
+    """Raises InputError where the host has no room for the weights, before they are read; a container may be killed.
+
+    A GGUF file is turned into float32 as a whole.  Of a device accelerate says what does not fit, and what quantized
+    weights take is known when they are there.
+    """
+
+    def size(module: nn.Module) -> int:
+        return sum(p.nbytes for p in module.parameters())
+
+    needed = size(empty) - size(nn.ModuleList(list(block_list(empty))[n:]))
+    if options.get("gguf_file"):
+        needed += sum(4 * p.numel() for p in empty.parameters())
+    on_host = options["device_map"] == "cpu" or not torch.cuda.is_available()
+    free = free_bytes(torch.device("cpu"))
+    if on_host and "quantization_config" not in options and needed > free:
+        raise InputError(
+            f"model {model}, whose first {n} blocks take {needed / 1e9:.2f} GB while they are read",
+            f"at most the {free / 1e9:.2f} GB of memory that are free",
+            "free memory, use --dtype bfloat16, or probe lower layers",
+        )
 
 
 def _check_loaded(model: str, backbone: nn.Module, info: dict[str, Any]) -> None:

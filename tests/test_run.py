@@ -141,14 +141,16 @@ def test_a_dry_run_beside_a_run_leaves_it_alone(config):
     check_resume({"dry_run": False, "seed": 0}, {"seed": 0})  # a checkpoint from before there was such a key
 
 
-def test_a_dry_run_runs_the_model_for_two_batches_only(config, monkeypatch, capsys):
+def test_a_dry_run_runs_the_model_for_a_trial_text_and_two_batches_only(config, monkeypatch, capsys):
     forwards = []
     forward = LlamaModel.forward
     monkeypatch.setattr(
         LlamaModel, "forward", lambda *a, **k: forwards.append(k["input_ids"].shape) or forward(*a, **k)
     )
     assert main([config, "--dry_run"]) == 0
-    assert len(forwards) == 2 and forwards[0] == forwards[1] and 256 < forwards[0].numel() <= 512
+    text, changed, *batches = forwards
+    assert text == changed and text.numel() < 128
+    assert len(batches) == 2 and batches[0] == batches[1] and 256 < batches[0].numel() <= 512
 
 
 def test_saved_probes_give_the_saved_results(config, model_dir):

@@ -9,6 +9,8 @@ import psutil
 import pytest
 import torch
 
+from streamprobe.backbone import load_backbone
+from streamprobe.errors import InputError
 from streamprobe.system import hardware
 
 CPU = torch.device("cpu")
@@ -76,6 +78,18 @@ def test_without_a_limit_the_machine_counts(root: Path) -> None:
 def test_of_a_device_its_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 80 * GB))
     assert hardware.free_bytes(torch.device("cuda")) == 20 * GB
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
+    model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_backbone(model_dir, [3], "float32", device_map="cpu")
+    needed = sum(p.nbytes for p in load_backbone(model_dir, [1], "float32", device_map="cpu").parameters())
+    assert needed < sum(p.nbytes for p in whole.parameters())
+    monkeypatch.setattr("streamprobe.backbone.free_bytes", lambda device: needed)
+    load_backbone(model_dir, [1], "float32", device_map="cpu")  # negative control: it fits to the byte
+    with pytest.raises(InputError, match="whose first 3 blocks take .* GB while they are read; expected at most"):
+        load_backbone(model_dir, [2], "float32", device_map="cpu")
 
 
 GROUP = Path(f"/sys/fs/cgroup/memory/streamprobe-test-{os.getpid()}")
