@@ -234,7 +234,7 @@ class Lab:
         n_beside = len(self.surface_layers) + len(self.side)
         n_probes = len(self.config.probes.layers) * len(self.columns) + n_beside * self.n_real
         passing = sizes.reserve(batch, intermediate, evaluated, n_probes * len(self.config.training.solvers))
-        return passing._replace(host=passing.host + 2 * self._vectors())  # twice while a checkpoint is written
+        return passing._replace(host=max(passing.host, 2 * self._vectors()))  # twice while a checkpoint is written
 
     def memories(self, before: list[int] | None) -> Memories:
         """Room for the train and the validation tokens, as planned."""

@@ -30,12 +30,12 @@ class Plan(NamedTuple):
 class Reserve(NamedTuple):
     """Bytes that a run fills for a while, beside the activations that it keeps and what its solvers hold."""
 
-    device: int = 0  # a forward pass, and a chunk of tokens on its way to the solvers
-    host: int = 0  # scores of all probes, while a split is evaluated
+    device: int = 0  # in a pass: a batch in the model, and a chunk of tokens on its way through the solvers
+    host: int = 0  # after a pass: scores of all probes, or a checkpoint that is being written
 
     def on(self, home: torch.device, device: torch.device) -> int:
         """Those of them that lie on `home`, in a run on `device`."""
-        return self.device * (home == device) + self.host * (home.type == "cpu")
+        return max(self.device * (home == device), self.host * (home.type == "cpu"))
 
 
 NO_RESERVE = Reserve()
@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
         return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 16
 
     def reserve(self, batch: tuple[int, int], intermediate: int, n_evaluated: int, n_probes: int) -> Reserve:
-        """What must stay free: estimates that a measurement on Llama-like models exceeds by no more than a tenth.
+        """What must stay free, estimated for blocks like Llama's with fused attention.
 
         `batch`: tokens of the largest forward pass, with padding, and those of its longest chain; `intermediate`: width
         of the model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers.
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
         forward = item * tokens * (12 * self.hidden + 4 * intermediate + self.layers * self.hidden + longest)
         handed_on = 3 * item * tokens * self.layers * self.hidden  # rows, paired rows, and the batch
         trained_on = 4 * 4 * CHUNK_TOKENS * self.layers * (self.hidden + 1)  # float32, in four steps of the arithmetic
-        return Reserve(max(forward + handed_on, trained_on), 3 * 4 * n_evaluated * n_probes)
+        return Reserve(forward + handed_on + trained_on, 3 * 4 * n_evaluated * n_probes)
 
 
 def plan_memory(
