@@ -7,6 +7,7 @@ Shapes: B chains in a batch, T tokens, D hidden size.
 """
 
 import inspect
+import logging
 import pickle
 import re
 import sys
@@ -36,16 +37,16 @@ LOADING = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the library's warnings and tables off the terminal: what matters of them is said in one line."""
-    from transformers.utils import logging
+    from transformers.utils import logging as library
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
 
 
 def _reason(error: BaseException) -> str:
@@ -166,7 +167,7 @@ def load_backbone(
     outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
     fit.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     if device_map.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device_map {device_map} without a CUDA device", "auto or cpu", "change --device_map")
@@ -178,7 +179,7 @@ def load_backbone(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        disable_progress_bar()
     with _one_line(model):
         if layers is None:
             loaded = _whole_kind(config).from_pretrained(model, config=config, output_loading_info=True, **options)
@@ -195,7 +196,8 @@ def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
 
     compute = pick_dtype(dtype)
     if quantization == "8bit":
-        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call, in one way or the other
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if quantization == "4bit":
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
