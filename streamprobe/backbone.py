@@ -25,13 +25,8 @@ from streamprobe.blocks import block_list, check_layers, drop_blocks, text_confi
 from streamprobe.errors import InputError, first_line
 from streamprobe.hooks import FOREIGN
 
-LOADING = (
-    *FOREIGN,
-    EOFError,
-    OSError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)  # and what its files make a loader raise
+# What a model's files make a loader raise, beside what its code does.
+LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextmanager
@@ -54,16 +49,13 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if "Weights only load failed" in text:  # torch would go on with how to run what the pickle holds
         name = re.search(r"GLOBAL (\S+)", text)
-        return (
-            f"its pickled weights ask for {name[1] if name else 'more than tensors'}, and nothing foreign is unpickled"
-        )
+        return f"its pickled weights ask for {name[1] if name else 'more than tensors'}, which is not unpickled"
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":") and "alidation error" in lines[0]:
         return f"{lines[0]} {lines[1]}".rstrip(".")
     said = first_line(error).rstrip(".")
-    return (
-        said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
-    )
+    speaks = bool(lines) and isinstance(error, OSError | ValueError | ImportError)
+    return said if speaks else f"{type(error).__name__}: {said}"
 
 
 @contextmanager

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.backbone import make_cache, quiet, unchunked
-from streamprobe.blocks import Kept, block_list, check_vocabulary, context, decoder_layers, text_config, unfit
+from streamprobe.blocks import (
+    Kept,
+    block_list,
+    check_vocabulary,
+    context,
+    decoder_layers,
+    text_config,
+    unfit,
+    vocabulary,
+)
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, count_runs, read, tap
 
@@ -24,7 +33,7 @@ CHAINS, TOKENS = 5, 23  # of the text; 23 is no multiple of what attention may b
 
 def some_tokens(tokenizer: Any, config: Any) -> list[int]:
     """Ids that stand for text, evenly spaced in the vocabulary: special and added tokens may stand for pictures."""
-    known = {i for i in tokenizer.get_vocab().values() if i < text_config(config).vocab_size}
+    known = {i for i in tokenizer.get_vocab().values() if i < vocabulary(config)}
     ids = sorted(known - set(tokenizer.added_tokens_decoder)) or sorted(known)
     return ids[:: max(1, len(ids) // (CHAINS + TOKENS))]
 
@@ -33,12 +42,12 @@ def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], c
     """Reads a short text twice, with other tokens in its second half; returns the width D of the blocks' outputs.
 
     `ids` are two or more token ids that the model knows; `chunked` says that texts will be read in chunks.  Raises
-    InputError where a layer's block does not run once and return [B, T, D], where what it returns for a token hangs on
-    later ones, and where chunks give something else than the whole.
+    InputError where a layer's block does not run once and return [B, T, D], where what it returns for a token depends
+    on later ones, and where chunks give something else than the whole.
     """
     config: Any = model.config
     text = _test_text(config, ids)
-    half = text.shape[1] // 2 + 2  # an odd place, so that blocks of tokens that see each other lie across it
+    half = (text.shape[1] + 3) // 2  # an odd place, so that blocks of tokens that see each other lie across it
     after, kinds = text.clone(), text.unique()
     assert len(kinds) > 1, "a text of one word cannot be changed"
     after[:, half:] = kinds[(torch.searchsorted(kinds, text)[:, half:] + 1) % len(kinds)]  # each another
