@@ -1,20 +1,25 @@
 """Every model type of transformers is read exactly, or refused in one line."""
 
+import json
 import re
+import shutil
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_models import CAUSAL, CHANGES, TYPES, save_tiny, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from streamprobe import trial
+from streamprobe import monitor, steering, trial
 from streamprobe.backbone import check_chunks, load_backbone, read_config, weight_bytes
 from streamprobe.blocks import check_layers, context, decoder_layers
 from streamprobe.chains import Chain
+from streamprobe.cli import main
 from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, steer, tap
 from streamprobe.lags import Column
@@ -367,3 +372,34 @@ def test_chunks_that_change_what_is_read_are_refused(tmp_path):
         check_reading(model, [0, 1], WORDS, chunked=True)
     distance = max(float((a - b).abs().max()) for a, b in zip(read(model, [0]), read(model, [0], 5), strict=True))
     assert distance > 0.1  # negative control: what is refused would be wrong
+
+
+# --- what is launched ---
+
+
+@pytest.fixture
+def ahead(model_dir, tmp_path) -> Path:
+    """The tiny model with its tokenizer, in which a token sees later ones."""
+    folder = tmp_path / "ahead"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--dry_run"]], ids=str)
+def test_a_run_of_a_model_that_sees_ahead_is_refused(ahead, chains_file, tmp_path, monkeypatch, capfd, options):
+    monkeypatch.chdir(tmp_path)
+    keys = {"model": str(ahead), "dtype": "float32", "data": str(chains_file), "layers": [0, 2], "lags": [0]}
+    Path("config.yaml").write_text(yaml.safe_dump(keys))
+    assert main(["config.yaml", *options]) == 2
+    said = capfd.readouterr().err
+    assert re.fullmatch("streamprobe: a llama model, in which a token sees later ones: .* --model\n", said)
+    assert list(tmp_path.rglob("*.safetensors")) == [ahead / "model.safetensors"]  # nothing was trained
+
+
+def test_a_model_that_sees_ahead_is_neither_watched_nor_steered(ahead, run_folder, capsys):
+    words = [str(run_folder), "--model", str(ahead)]
+    for tool, options in ((monitor, ["--prompt", "so"]), (steering, ["--marker", "wait"])):
+        assert tool.main([*words, *options]) == 2
+        assert "in which a token sees later ones" in capsys.readouterr().err
