@@ -8,6 +8,7 @@ Shapes: B chains in a batch, T tokens, D hidden size.
 
 import inspect
 import json
+import logging
 import pickle
 import re
 import sys
@@ -27,28 +28,23 @@ from streamprobe.hooks import FOREIGN
 from streamprobe.system.hardware import free_bytes
 from streamprobe.system.network import look_for_hub
 
-LOADING = (
-    *FOREIGN,
-    EOFError,
-    OSError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)  # and what its files make a loader raise
+# What a model's files make a loader raise, beside what its code does.
+LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the library's warnings and tables off the terminal: what matters of them is said in one line."""
-    from transformers.utils import logging
+    from transformers.utils import logging as library
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
 
 
 def _reason(error: BaseException) -> str:
@@ -56,16 +52,13 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if "Weights only load failed" in text:  # torch would go on with how to run what the pickle holds
         name = re.search(r"GLOBAL (\S+)", text)
-        return (
-            f"its pickled weights ask for {name[1] if name else 'more than tensors'}, and nothing foreign is unpickled"
-        )
+        return f"its pickled weights ask for {name[1] if name else 'more than tensors'}, which is not unpickled"
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":") and "alidation error" in lines[0]:
         return f"{lines[0]} {lines[1]}".rstrip(".")
     said = first_line(error).rstrip(".")
-    return (
-        said if lines and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
-    )
+    speaks = bool(lines) and isinstance(error, OSError | ValueError | ImportError)
+    return said if speaks else f"{type(error).__name__}: {said}"
 
 
 @contextmanager
@@ -221,7 +214,7 @@ def load_backbone(
     outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
     fit.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     check_device(device_map, attn_implementation)
     config = read_config(model, **where)
@@ -230,7 +223,7 @@ def load_backbone(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        disable_progress_bar()
     with _one_line(model):
         if layers is None:
             loaded = _whole_kind(config).from_pretrained(model, config=config, output_loading_info=True, **options)
@@ -247,7 +240,8 @@ def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
 
     compute = pick_dtype(dtype)
     if quantization == "8bit":
-        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call, in one way or the other
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if quantization == "4bit":
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

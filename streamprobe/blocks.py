@@ -59,9 +59,14 @@ def context(config: Any) -> int:
     return next((n for n in named if isinstance(n, int) and n > 0), sys.maxsize)
 
 
+def vocabulary(config: Any) -> int:
+    """How many tokens the model has an embedding for; without a limit where the config names none."""
+    return getattr(text_config(config), "vocab_size", None) or sys.maxsize
+
+
 def check_vocabulary(config: Any, highest: int) -> None:
     """Raises InputError if the model has no embedding for the token id `highest`."""
-    size = text_config(config).vocab_size
+    size = vocabulary(config)
     if highest >= size:
         raise InputError(
             f"token {highest}, which the model's vocabulary of {size} has not",

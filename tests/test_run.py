@@ -148,9 +148,9 @@ def test_a_dry_run_runs_the_model_for_a_trial_text_and_two_batches_only(config, 
         LlamaModel, "forward", lambda *a, **k: forwards.append(k["input_ids"].shape) or forward(*a, **k)
     )
     assert main([config, "--dry_run"]) == 0
-    text, changed, *batches = forwards
-    assert text == changed and text.numel() < 128
-    assert len(batches) == 2 and batches[0] == batches[1] and 256 < batches[0].numel() <= 512
+    tried, timed = forwards[:2], forwards[2:]  # the text that every model is tried with, and a full batch
+    assert tried == [(5, 23)] * 2
+    assert len(timed) == 2 and timed[0] == timed[1] and 256 < timed[0].numel() <= 512
 
 
 def test_saved_probes_give_the_saved_results(config, model_dir):

@@ -64,7 +64,7 @@ def shrink(cls: type, changes: dict[str, Any]) -> dict[str, Any]:
     for name, declared in names.items():
         try:
             value = getattr(default, name, None)
-        except Exception:  # it differs from block to block
+        except RuntimeError:  # it differs from block to block
             value = declared
         if name in SMALL and name not in parts:
             if isinstance(value, (int, float)) or name in ("head_dim", "num_key_value_heads"):
