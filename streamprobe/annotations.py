@@ -21,16 +21,17 @@ INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufe
 DOUBLE, SINGLE = rf'"[^"\[\]{INVISIBLE}]{{1,80}}"', rf"'[^'\[\]{INVISIBLE}]{{1,80}}'"
 QUOTED = rf"(?:{DOUBLE}|{SINGLE})"
 TAG = rf"\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]"
-NAME = r"""[/"'`*]{0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}["'`*]{0,2}"""  # holds a letter
-FORMS = rf"""\[{NAME}\]|<{NAME}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]"""
+NAME = r"""(?:\\?[/"'`*]){0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}(?:\\?["'`*]){0,2}"""  # holds a letter
+FORMS = (
+    rf"""\[{NAME}\]|【{NAME}】|</?[^\W\d_][^<>{INVISIBLE}]{{0,80}}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)"""
+    rf"""|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]"""
+)
 MARK = re.compile(rf"(?P<tag>{TAG})|{FORMS}")  # of folded text: a tag, or what may have been meant as one
 WORD = re.compile(rf"(?P<tag>{TAG})|\w+|[^\w\s]")
 END = "end-section"
 NAMES: Mapping[str, str] = MappingProxyType({})  # as they are
 RUNS, LETTERS = (4, 1), (4, 2)  # words, and letters between them, in a row that are matched, the longest first
-MAX_LETTERS = (
-    100_000_000  # letters of the copy times those of the original: larger stretches are matched by words alone
-)
+MAX_LETTERS = 100_000_000  # letters of the copy times the original's, above which only words are matched
 FAR = 100  # characters: a section is cut at no shorter gap
 
 

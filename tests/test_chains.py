@@ -1,9 +1,12 @@
 """From rows to token ids and labels: the split, the token borders, the special tokens, and what is refused."""
 
 import hashlib
+import io
 import json
 import os
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, make_tokenizer
+from tqdm import tqdm
 
-from streamprobe.annotations import Section
+from streamprobe.annotations import Section, annotate
 from streamprobe.chains import (
     Division,
     Reading,
@@ -357,6 +361,20 @@ def test_tags_that_are_not_understood_are_counted(tokenizer):
     counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1]
     assert counts.strange_tags == {"<deduction>": 1} and counts.repaired == 1
     assert counts.refused == {"whose tags are all of a form that is not understood, such as <deduction>": 1}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "terminal", "shown"), [(0.8, True, True), (0.0, True, False), (0.8, False, False)])
+def test_progress_is_shown_on_a_terminal_after_two_seconds(tokenizer, monkeypatch, seconds, terminal, shown):
+    output = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("streamprobe.chains.tqdm", partial(tqdm, file=output, mininterval=0))
+    monkeypatch.setattr("streamprobe.chains.annotate", lambda *given: (time.sleep(seconds), annotate(*given))[1])
+    load_chains(make_rows(4, seed=5), FIELDS, tokenizer, LABELS, 512)
+    assert ("align" in output.getvalue()) == shown
 
 
 def test_context_is_counted_in_tokens(tokenizer):

@@ -63,6 +63,7 @@ def test_rejoined_sections_keep_the_models_brackets(name):
 FORMS = [
     "[backtracking]", "<backtracking>", '["backtracking"', 'backtracking"]', '"backtracking"]', "{backtracking}", '("backtracking")',
     "[“backtracking]", "[5. backtracking]", "[/backtracking]", "</backtracking>", "[**backtracking**]", "[`backtracking`]",
+    r'[\"backtracking\"]', '<section label="backtracking">', "【backtracking】",
 ]  # fmt: skip
 
 
