@@ -246,7 +246,7 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
             j += j < len(original) and original[j].isspace()
         found += [Section(label, i, j) for label in labels]
         floor = j
-    return Annotation(found, edited, lost, unbalanced, *_said(annotated, tags, names))
+    return Annotation(found, edited, lost, unbalanced, *_names_and_forms(annotated, tags, names))
 
 
 def _without_strays(hits: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
@@ -275,7 +275,7 @@ def check_names(names: Mapping[str, str], known: Collection[str]) -> None:
             )
 
 
-def _said(text: str, tags: Sequence[Mark], names: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def _names_and_forms(text: str, tags: Sequence[Mark], names: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """What the tags name, before `names`, and what looks like a tag of a form that is not understood."""
     forms = [text[tag.start : tag.end] for tag in tags if not tag.names]
     named = [name for tag in tags for name in tag.names if name != END]
@@ -296,4 +296,4 @@ def rejoin(annotated: str, response: str, names: Mapping[str, str] = NAMES) -> t
         piece = " " * bool(text) + "".join(compress(annotated[start:end], shown[start:end])).strip()
         found += [Section(section.label, len(text), len(text) + len(piece)) for section in group]
         text += piece
-    return text, Annotation(found, 0, 0, unbalanced, *_said(annotated, tags, names))
+    return text, Annotation(found, 0, 0, unbalanced, *_names_and_forms(annotated, tags, names))

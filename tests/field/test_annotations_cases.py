@@ -104,13 +104,13 @@ def chain(n_words: int, loop: bool, seed: int = 0) -> list[str]:
     return [sentences[i % 3] for i in range(len(sentences))] if loop else sentences
 
 
-def edit(sentences: list[str], share: float, seed: int = 1) -> list[str]:
-    """One inner word of a share of the sentences written otherwise."""
+def edit(sentences: list[str], rate: float, seed: int = 1) -> list[str]:
+    """One inner word of so many of the sentences written otherwise."""
     rng = random.Random(seed)
     edited = []
     for sentence in sentences:
         words = sentence.split()
-        if rng.random() < share:
+        if rng.random() < rate:
             words[rng.randrange(1, len(words) - 1)] = "XX"
         edited.append(" ".join(words))
     return edited
@@ -131,9 +131,9 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_chain_is_aligned_in_time(name):
-    n_words, loop, share = LONG[name]
+    n_words, loop, rate = LONG[name]
     sentences = chain(n_words, loop)
-    text, annotated = " ".join(sentences), tagged(edit(sentences, share))
+    text, annotated = " ".join(sentences), tagged(edit(sentences, rate))
     began = time.process_time()
     found = annotate(annotated, text)
     assert time.process_time() - began < 5
