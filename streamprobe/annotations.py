@@ -17,7 +17,7 @@ import numpy as np
 from streamprobe.alignment import fold, match_runs, slide_both
 from streamprobe.errors import InputError
 
-INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"  # in no label
+INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"  # in no label
 DOUBLE, SINGLE = rf'"[^"\[\]{INVISIBLE}]{{1,80}}"', rf"'[^'\[\]{INVISIBLE}]{{1,80}}'"
 QUOTED = rf"(?:{DOUBLE}|{SINGLE})"
 TAG = rf"\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]"

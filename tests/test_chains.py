@@ -536,6 +536,13 @@ def test_a_lone_surrogate_is_refused(tokenizer):
     rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30)]
     rows[3]["reasoning_chain"] += "\ud83d"
     assert load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused == {"with text that is not Unicode": 1}
+    rows = [dict(r) for r in make_rows(30)]
+    rows[3]["annotated_chain"] = rows[3]["annotated_chain"].replace(".", "\ud83d.", 1)
+    refused = [
+        load_chains(rows, FIELDS, tokenizer, LABELS, 512, Reading(response=kind))[1].refused
+        for kind in ("original", "rejoined")
+    ]
+    assert refused == [{}, {"with text that is not Unicode": 1}]
 
 
 # --- the original experiment's way of reading, for comparison ---
