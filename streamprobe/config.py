@@ -90,10 +90,10 @@ def _as_arguments(path: Path, keys: list[str]) -> list[str]:
     for name, value in content.items():
         if name not in keys:
             raise _unknown(str(name), keys, f"config {path}")
-        if value is None:
+        if value is None or value == {}:
             continue
         if name == "label_names" and isinstance(value, dict):
-            value = [f"{old}={new}" for old, new in value.items()]
+            value = [f"{old}={'' if new is None else new}" for old, new in value.items()]
         require(
             not isinstance(value, dict),
             f"config {path}: {name} with keys inside",

@@ -7,10 +7,13 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_rows
 
 from streamprobe.annotations import annotate, parse_annotations, rejoin
 from streamprobe.cli import main
+from streamprobe.config import load_config
+from streamprobe.errors import InputError
 
 CASES = json.loads((Path(__file__).parent / "annotations.json").read_text(encoding="utf-8"))
 BY_NAME = {case["name"]: case for case in CASES}
@@ -232,6 +235,34 @@ def test_label_names_that_are_wrong_are_refused_in_one_line(shown, name):
     pairs, reported = WRONG[name]
     status, _, error = shown(make_rows(30), "--label_names", *pairs)
     assert status == 2 and error.count("\n") == 1 and reported in error and "--label_names" in error
+
+
+MAPPINGS = {
+    "mapping": ("{5. back: back, 'x=y': z}", ["5. back=back", "x=y=z"]),
+    "list": ('["5. back=back"]', ["5. back=back"]),
+    "one": ("5. back=back", ["5. back=back"]),
+    "nothing": ("", None),
+    "empty mapping": ("{}", None),
+}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_runs_config_says_the_same_mapping(tmp_path, name):
+    written, pairs = MAPPINGS[name]
+    (tmp_path / "a.yaml").write_text(f"model: x\ndata: y\nlayers: [0]\nlabel_names: {written}\n")
+    config = load_config([str(tmp_path / "a.yaml")])
+    assert config.data.label_names == pairs
+    assert config.data.names == (
+        {"5. back": "back", "x=y": "z"} if name == "mapping" else {"5. back": "back"} if pairs else {}
+    )
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(config.flat()))
+    assert load_config([str(tmp_path / "b.yaml")]).flat() == config.flat()
+
+
+def test_a_name_mapped_to_nothing_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: x\ndata: y\nlayers: [0]\nlabel_names: {back: }\n")
+    with pytest.raises(InputError, match="label_names 'back='; expected a name and what to call it"):
+        load_config([str(tmp_path / "a.yaml")])
 
 
 def test_forms_and_rare_labels_are_shown(shown):
