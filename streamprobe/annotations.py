@@ -6,6 +6,7 @@ carried over.  What looks like a tag and stands in the original at that place is
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import compress, groupby
@@ -164,7 +165,8 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     """For each character of `copy`, the first and the last one of `original` that it is, or -1: int64 [len(copy)] each.
 
     Words are matched first, then the letters of what lies between matched words.  White space is not matched, nor is
-    what looks like a tag and is nowhere in the original; a tag is only if the word before or behind it is, too.
+    what looks like a tag and is nowhere in the original; a tag that the copy has more often than the original is only
+    if the word before or behind it is, too.
     """
     a, b = fold(copy), fold(original)
     theirs = split_words(b.text)
@@ -180,13 +182,14 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
             mine.append(word)
             border.append(False)
     border[-1] = True
+    extra = Counter(word.key for word in mine if word.tag) - Counter(word.key for word in theirs if word.tag)
     ids: dict[str, int] = {}
     x, y = ([ids.setdefault(word.key, len(ids)) for word in words] for words in (mine, theirs))
     partner = [-1, *slide_both(match_runs(x, y, RUNS), x, y, border), len(y)]  # the texts' ends are matched
     where = [-1] * len(a.text)
     start = other = 0  # the first words that are not matched yet
     for i, j in enumerate(partner[1:]):
-        if j < 0 or (i < len(mine) and mine[i].tag and partner[i] != j - 1 and partner[i + 2] != j + 1):
+        if j < 0 or (i < len(mine) and mine[i].key in extra and partner[i] != j - 1 and partner[i + 2] != j + 1):
             continue
         if start < i and other < j:
             _match_letters(where, a.text, b.text, mine[start:i], theirs[other:j])
