@@ -6,6 +6,7 @@ carried over.  What looks like a tag and stands in the original at that place is
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import compress, groupby
@@ -17,20 +18,21 @@ import numpy as np
 from streamprobe.alignment import fold, match_runs, slide_both
 from streamprobe.errors import InputError
 
-INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"  # in no label
+INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"  # in no label
 DOUBLE, SINGLE = rf'"[^"\[\]{INVISIBLE}]{{1,80}}"', rf"'[^'\[\]{INVISIBLE}]{{1,80}}'"
 QUOTED = rf"(?:{DOUBLE}|{SINGLE})"
 TAG = rf"\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]"
-NAME = r"""[/"'`*]{0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}["'`*]{0,2}"""  # holds a letter
-FORMS = rf"""\[{NAME}\]|<{NAME}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]"""
+NAME = r"""(?:\\?[/"'`*]){0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}(?:\\?["'`*]){0,2}"""  # holds a letter
+FORMS = (
+    rf"""\[{NAME}\]|【{NAME}】|</?[^\W\d_][^<>{INVISIBLE}]{{0,80}}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)"""
+    rf"""|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]"""
+)
 MARK = re.compile(rf"(?P<tag>{TAG})|{FORMS}")  # of folded text: a tag, or what may have been meant as one
 WORD = re.compile(rf"(?P<tag>{TAG})|\w+|[^\w\s]")
 END = "end-section"
 NAMES: Mapping[str, str] = MappingProxyType({})  # as they are
 RUNS, LETTERS = (4, 1), (4, 2)  # words, and letters between them, in a row that are matched, the longest first
-MAX_LETTERS = (
-    100_000_000  # letters of the copy times those of the original: larger stretches are matched by words alone
-)
+MAX_LETTERS = 100_000_000  # letters of the copy times the original's, above which only words are matched
 FAR = 100  # characters: a section is cut at no shorter gap
 
 
@@ -163,7 +165,8 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     """For each character of `copy`, the first and the last one of `original` that it is, or -1: int64 [len(copy)] each.
 
     Words are matched first, then the letters of what lies between matched words.  White space is not matched, nor is
-    what looks like a tag and is nowhere in the original; a tag is only if the word before or behind it is, too.
+    what looks like a tag and is nowhere in the original; a tag that the copy has more often than the original is only
+    if the word before or behind it is, too.
     """
     a, b = fold(copy), fold(original)
     theirs = split_words(b.text)
@@ -179,13 +182,14 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
             mine.append(word)
             border.append(False)
     border[-1] = True
+    extra = Counter(word.key for word in mine if word.tag) - Counter(word.key for word in theirs if word.tag)
     ids: dict[str, int] = {}
     x, y = ([ids.setdefault(word.key, len(ids)) for word in words] for words in (mine, theirs))
     partner = [-1, *slide_both(match_runs(x, y, RUNS), x, y, border), len(y)]  # the texts' ends are matched
     where = [-1] * len(a.text)
     start = other = 0  # the first words that are not matched yet
     for i, j in enumerate(partner[1:]):
-        if j < 0 or (i < len(mine) and mine[i].tag and partner[i] != j - 1 and partner[i + 2] != j + 1):
+        if j < 0 or (i < len(mine) and mine[i].key in extra and partner[i] != j - 1 and partner[i + 2] != j + 1):
             continue
         if start < i and other < j:
             _match_letters(where, a.text, b.text, mine[start:i], theirs[other:j])
@@ -245,7 +249,7 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
             j += j < len(original) and original[j].isspace()
         found += [Section(label, i, j) for label in labels]
         floor = j
-    return Annotation(found, edited, lost, unbalanced, *_said(annotated, tags, names))
+    return Annotation(found, edited, lost, unbalanced, *_names_and_forms(annotated, tags, names))
 
 
 def _without_strays(hits: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
@@ -274,7 +278,7 @@ def check_names(names: Mapping[str, str], known: Collection[str]) -> None:
             )
 
 
-def _said(text: str, tags: Sequence[Mark], names: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def _names_and_forms(text: str, tags: Sequence[Mark], names: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """What the tags name, before `names`, and what looks like a tag of a form that is not understood."""
     forms = [text[tag.start : tag.end] for tag in tags if not tag.names]
     named = [name for tag in tags for name in tag.names if name != END]
@@ -295,4 +299,4 @@ def rejoin(annotated: str, response: str, names: Mapping[str, str] = NAMES) -> t
         piece = " " * bool(text) + "".join(compress(annotated[start:end], shown[start:end])).strip()
         found += [Section(section.label, len(text), len(text) + len(piece)) for section in group]
         text += piece
-    return text, Annotation(found, 0, 0, unbalanced, *_said(annotated, tags, names))
+    return text, Annotation(found, 0, 0, unbalanced, *_names_and_forms(annotated, tags, names))

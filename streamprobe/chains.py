@@ -51,9 +51,7 @@ class Counts:
 
     read: int = 0
     used: int = 0
-    repaired: int = (
-        0  # chains with an edited or lost section or a tag that is unbalanced or not understood, used all the same
-    )
+    repaired: int = 0  # chains used with an edited or lost section, or a tag that is unbalanced or not understood
     edited_sections: int = 0
     lost_sections: int = 0
     unbalanced_tags: int = 0
@@ -139,7 +137,7 @@ def make_record(
     """
     if not (isinstance(problem, str) and isinstance(response, str) and isinstance(annotated, str)):
         return "with a field that is missing or not text"
-    if not is_unicode(problem + response):
+    if not is_unicode(problem + (annotated if kind == "rejoined" else response)):
         return "with text that is not Unicode"
     if not response.strip():
         return "with an empty response"
@@ -184,9 +182,8 @@ def tokenize(
 ) -> Chain:
     """One record as token ids and label codes.
 
-    A token takes the label of the section that holds its last character that is not white space (its last character,
-    where all are), so a token that straddles a border belongs to the later section; and several labels, where sections
-    of several hold it.  Text in no section is UNKNOWN
+    A token takes the labels of the sections that hold its last character that is not white space (its last character,
+    where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
     (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.  `day`: see
     `format_prompt`.
@@ -205,7 +202,7 @@ def tokenize(
 
     codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
     sample = np.zeros(len(ids), dtype=bool)
-    seen, first = np.full(len(labels), -1), len(ids)
+    seen, first = [-1] * len(labels), len(ids)
     for t, (token, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
         if token in special or start >= end:
             continue
@@ -217,9 +214,11 @@ def tokenize(
         sample[t] = True
         if not known[last]:
             continue
-        number = of_char[last]
-        codes[t] = np.where(number < 0, OUTSIDE, np.where(number == seen, INSIDE, ONSET))
-        seen = np.where(number < 0, seen, number)
+        codes[t] = OUTSIDE
+        for c, number in enumerate(of_char[last].tolist()):
+            if number >= 0:
+                codes[t, c] = INSIDE if number == seen[c] else ONSET
+                seen[c] = number
     return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first, marker=marker)
 
 

@@ -169,7 +169,7 @@ def _load(path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
 def _as_written(node: yaml.Node, pairs: bool = False) -> Any:
     """The text of a node, of each one in its list, or of its `pairs` (NAME=VALUE); None for null."""
     if pairs and isinstance(node, yaml.MappingNode):
-        return [f"{_as_written(name)}={_as_written(value)}" for name, value in node.value]
+        return [f"{_as_written(name)}={_as_written(value) or ''}" for name, value in node.value] or None
     if isinstance(node, yaml.SequenceNode):
         return [_as_written(each) if isinstance(each, yaml.ScalarNode) else {} for each in node.value]
     if isinstance(node, yaml.ScalarNode):

@@ -40,7 +40,7 @@ from streamprobe.stream import TokenBatch, stream
 from streamprobe.system.console import guard, say
 
 MARKER = r"\b(?:wait|hmm|actually|no(?=,))\b"  # `no` counts where a comma follows
-PATIENCE = 5.0  # seconds in which a marker must be through with one response
+PATIENCE = 1.0  # seconds in which a marker must be through with one response
 CHAINS = 200  # training chains from which the directions and their scale are taken, at most
 RESAMPLES = 1000
 TITLES = {"events": "events a response", "any": "with any", "early": "early", "missed": "missed", "solved": "solved"}

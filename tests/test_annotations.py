@@ -424,7 +424,7 @@ def test_a_name_that_is_not_there_names_the_nearest():
         check_names({"Backtrack": "backtracking"}, set())
 
 
-@pytest.mark.parametrize("mark", ["\x1b", "\x07", "\u202e", "\u2028", "\u200b", "\n"])
+@pytest.mark.parametrize("mark", ["\x1b", "\x07", "\u202e", "\u2028", "\u200b", "\ud800", "\n"])
 def test_a_tag_holds_nothing_invisible(mark: str) -> None:
     """What could command a terminal, or turn its text around, is no label."""
     text = f'["a{mark}b"]one["end-section"] ["c"]two["end-section"]'

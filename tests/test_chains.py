@@ -1,9 +1,12 @@
 """From rows to token ids and labels: the split, the token borders, the special tokens, and what is refused."""
 
 import hashlib
+import io
 import json
 import os
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, make_tokenizer
+from tqdm import tqdm
 
-from streamprobe.annotations import Section
+from streamprobe.annotations import Section, annotate
 from streamprobe.chains import (
     Division,
     Reading,
@@ -363,6 +367,20 @@ def test_tags_that_are_not_understood_are_counted(tokenizer):
     assert counts.refused == {"whose tags are all of a form that is not understood, such as <deduction>": ["beta_0"]}
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "terminal", "shown"), [(0.8, True, True), (0.0, True, False), (0.8, False, False)])
+def test_progress_is_shown_on_a_terminal_after_two_seconds(tokenizer, monkeypatch, seconds, terminal, shown):
+    output = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("streamprobe.chains.tqdm", partial(tqdm, file=output, mininterval=0))
+    monkeypatch.setattr("streamprobe.chains.annotate", lambda *given: (time.sleep(seconds), annotate(*given))[1])
+    load_chains(make_rows(4, seed=5), FIELDS, tokenizer, LABELS, 512)
+    assert ("align" in output.getvalue()) == shown
+
+
 def test_context_is_counted_in_tokens(tokenizer):
     rows = make_rows(1, seed=6)
     length = len(load_chains(rows, FIELDS, tokenizer, LABELS, 10_000)[0]["train"][0].ids)
@@ -524,6 +542,13 @@ def test_a_lone_surrogate_is_refused(tokenizer):
     rows[3]["reasoning_chain"] += "\ud83d"
     refused = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused
     assert refused == {"with text that is not Unicode": [rows[3]["task_id"]]}
+    rows = [dict(r) for r in make_rows(30)]
+    rows[3]["annotated_chain"] = rows[3]["annotated_chain"].replace(".", "\ud83d.", 1)
+    refused = [
+        load_chains(rows, FIELDS, tokenizer, LABELS, 512, Reading(response=kind))[1].refused
+        for kind in ("original", "rejoined")
+    ]
+    assert refused == [{}, {"with text that is not Unicode": [rows[3]["task_id"]]}]
 
 
 # --- the original experiment's way of reading, for comparison ---

@@ -7,10 +7,13 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_rows
 
 from streamprobe.annotations import annotate, parse_annotations, rejoin
 from streamprobe.cli import main
+from streamprobe.config import load_config
+from streamprobe.errors import InputError
 
 CASES = json.loads((Path(__file__).parent / "annotations.json").read_text(encoding="utf-8"))
 BY_NAME = {case["name"]: case for case in CASES}
@@ -63,6 +66,7 @@ def test_rejoined_sections_keep_the_models_brackets(name):
 FORMS = [
     "[backtracking]", "<backtracking>", '["backtracking"', 'backtracking"]', '"backtracking"]', "{backtracking}", '("backtracking")',
     "[“backtracking]", "[5. backtracking]", "[/backtracking]", "</backtracking>", "[**backtracking**]", "[`backtracking`]",
+    r'[\"backtracking\"]', '<section label="backtracking">', "【backtracking】",
 ]  # fmt: skip
 
 
@@ -103,13 +107,13 @@ def chain(n_words: int, loop: bool, seed: int = 0) -> list[str]:
     return [sentences[i % 3] for i in range(len(sentences))] if loop else sentences
 
 
-def edit(sentences: list[str], share: float, seed: int = 1) -> list[str]:
-    """One inner word of a share of the sentences written otherwise."""
+def edit(sentences: list[str], rate: float, seed: int = 1) -> list[str]:
+    """One inner word of so many of the sentences written otherwise."""
     rng = random.Random(seed)
     edited = []
     for sentence in sentences:
         words = sentence.split()
-        if rng.random() < share:
+        if rng.random() < rate:
             words[rng.randrange(1, len(words) - 1)] = "XX"
         edited.append(" ".join(words))
     return edited
@@ -130,9 +134,9 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_chain_is_aligned_in_time(name):
-    n_words, loop, share = LONG[name]
+    n_words, loop, rate = LONG[name]
     sentences = chain(n_words, loop)
-    text, annotated = " ".join(sentences), tagged(edit(sentences, share))
+    text, annotated = " ".join(sentences), tagged(edit(sentences, rate))
     began = time.process_time()
     found = annotate(annotated, text)
     assert time.process_time() - began < 5
@@ -231,6 +235,34 @@ def test_label_names_that_are_wrong_are_refused_in_one_line(shown, name):
     pairs, reported = WRONG[name]
     status, _, error = shown(make_rows(30), "--label_names", *pairs)
     assert status == 2 and error.count("\n") == 1 and reported in error and "--label_names" in error
+
+
+MAPPINGS = {
+    "mapping": ("{5. back: back, 'x=y': z}", ["5. back=back", "x=y=z"]),
+    "list": ('["5. back=back"]', ["5. back=back"]),
+    "one": ("5. back=back", ["5. back=back"]),
+    "nothing": ("", None),
+    "empty mapping": ("{}", None),
+}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_runs_config_says_the_same_mapping(tmp_path, name):
+    written, pairs = MAPPINGS[name]
+    (tmp_path / "a.yaml").write_text(f"model: x\ndata: y\nlayers: [0]\nlabel_names: {written}\n")
+    config = load_config([str(tmp_path / "a.yaml")])
+    assert config.data.label_names == pairs
+    assert config.data.names == (
+        {"5. back": "back", "x=y": "z"} if name == "mapping" else {"5. back": "back"} if pairs else {}
+    )
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(config.flat()))
+    assert load_config([str(tmp_path / "b.yaml")]).flat() == config.flat()
+
+
+def test_a_name_mapped_to_nothing_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: x\ndata: y\nlayers: [0]\nlabel_names: {back: }\n")
+    with pytest.raises(InputError, match="label_names 'back='; expected a name and what to call it"):
+        load_config([str(tmp_path / "a.yaml")])
 
 
 def test_forms_and_rare_labels_are_shown(shown):
