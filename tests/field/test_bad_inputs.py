@@ -10,7 +10,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +325,27 @@ def test_a_hub_id_without_a_network_is_one_line():
         time.perf_counter() - began < 20
     )  # libraries of a busy machine take their time; the hub's own tries take 23 s
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "some/model" in ran.stderr, ran.stderr
+
+
+def test_a_hub_that_is_silent_forbids_no_other_server(monkeypatch):
+    import datasets
+
+    Path("chains.json").write_text(json.dumps([ROW]))
+    server = HTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/chains.json"
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    refused(url, "Offline")  # negative control: whoever asks for it himself gets it
+    monkeypatch.setattr(reading, "hub_is_given_up", lambda: True)
+    assert reading.read_rows(url, "train", tuple(ROW)) == [ROW]
+    server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the working directory."""
+
+    def log_message(self, *args):
+        pass
 
 
 def test_what_is_here_is_not_looked_for_on_the_hub(monkeypatch):
