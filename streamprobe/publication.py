@@ -20,6 +20,11 @@ def clean_url(text: str) -> str:
     return TOKENS.sub("***", "::".join(_bare(part) if "://" in part else part for part in text.split("::")))
 
 
+def clean_text(text: str) -> str:
+    """What a library says, with its URLs as `clean_url` gives them."""
+    return TOKENS.sub("***", re.sub(r"\w[\w+.-]*://[^\s'\"<>]+", lambda found: clean_url(found[0]), text))
+
+
 def _bare(url: str) -> str:
     scheme, _, rest = url.partition("://")
     try:

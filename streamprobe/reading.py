@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprobe.errors import InputError
-from streamprobe.publication import clean_url
+from streamprobe.publication import clean_text, clean_url
 from streamprobe.system.network import hub_is_given_up, look_for_hub
 
 Rows = list[dict[str, Any]]
@@ -42,7 +42,7 @@ def _download(url: str) -> str:
         how = DownloadConfig(storage_options={"http": patience, "https": patience})
         return str(DownloadManager(download_config=how).download(url))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        said = str(error.__cause__ or error).replace(url, clean_url(url))
+        said = clean_text(str(error.__cause__ or error).replace(url, clean_url(url)))
         raise InputError(
             f"data {clean_url(url)}: {said}", "a URL that can be downloaded", "check the URL and the network"
         ) from None

@@ -168,11 +168,15 @@ def test_a_run_of_before_is_cleaned_as_it_goes_up(run_folder, tmp_path, monkeypa
     assert b"/home/me" in (folder / "probes.safetensors").read_bytes()  # negative control
 
 
-def test_what_goes_wrong_with_a_url_is_told_without_its_secrets(online):
-    for url in ("foo://user:passw0rd@h/x.json?sig=topsecret", "http://user:passw0rd@127.0.0.1:9/x.json?sig=topsecret"):
+def test_what_goes_wrong_with_a_url_is_told_without_its_secrets(online, served):
+    for url in (
+        "foo://user:passw0rd@h/x.json?sig=topsecret",
+        "http://user:passw0rd@127.0.0.1:9/x.json?sig=topsecret",
+        served.replace("://", "://user:passw0rd@") + "?sig=no%74opsecret&k=a%20b'topsecre",
+    ):  # which it refuses
         with pytest.raises(InputError) as caught:
             read_rows(url, "train", ())
-        assert "passw0rd" not in str(caught.value) and "topsecret" not in str(caught.value)
+        assert "passw0rd" not in str(caught.value) and "opsecre" not in str(caught.value)
 
 
 @pytest.mark.parametrize("command", [monitor, steering])
