@@ -22,7 +22,7 @@ def clean_url(text: str) -> str:
 
 def clean_text(text: str) -> str:
     """What a library says, with its URLs as `clean_url` gives them."""
-    return TOKENS.sub("***", re.sub(r"\w[\w+.-]*://[^\s'\"<>]+", lambda found: clean_url(found[0]), text))
+    return TOKENS.sub("***", re.sub(r"\w[\w+.-]*://\S+", lambda found: clean_url(found[0]), text))
 
 
 def _bare(url: str) -> str:

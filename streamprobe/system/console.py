@@ -55,9 +55,9 @@ def shows_progress() -> bool:
 def guard(work: Callable[[], object], smaller: str = "free some", interrupted: str = "interrupted") -> int:
     """Does the work of a command line; returns its exit status: 0, or 2 where the user can fix what went wrong.
 
-    What can be fixed is said in one line: an InputError, memory that runs out (`smaller` says what helps), a disk that is full or
-    cannot be written.  130 after Ctrl-C, with the word `interrupted`.  What else goes wrong is a bug and shows its
-    traceback.  A reader that goes away (`| head -1`) stops nothing; output that is lost on a full disk is reported.
+    What can be fixed is said in one line: an InputError, memory that runs out (`smaller` says what helps), a disk that
+    is full or cannot be written.  130 after Ctrl-C, with the word `interrupted`.  What else goes wrong is a bug and
+    shows its traceback.  A reader that goes away (`| head -1`) stops nothing; output that is lost is reported.
     """
     with _open_streams() as sinks:
         try:
