@@ -89,16 +89,26 @@ def _check_text(config: RunConfig) -> None:
                 check_text(name, text)
                 if name in FILES:
                     _check_path(name, text)
+    if not (config.output.output_dir or _is_text(config.name)):
+        raise InputError(
+            f"config {config.name!r}, whose name is no text in this locale, and would name the folder of the run",
+            "--output_dir, or a UTF-8 locale",
+            "give --output_dir, or set LC_ALL=C.UTF-8",
+        )
 
 
 def check_text(name: str, text: str) -> None:
     """Raises InputError for a value of the key `name` with bytes that are no text."""
     require(
-        not any("\ud800" <= c <= "\udfff" for c in text),
+        _is_text(text),
         f"{name} {text!r}, with bytes that are no text",
         "UTF-8",
         f"write --{name} in UTF-8, in a UTF-8 locale (such as LC_ALL=C.UTF-8)",
     )
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _check_path(name: str, text: str) -> None:

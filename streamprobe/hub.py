@@ -138,7 +138,7 @@ def plain(text: str) -> str:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """The command line; raises InputError for what the user can mend."""
+    """The command line; raises InputError for what the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m streamprobe.hub", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
@@ -155,7 +155,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    """Runs the command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
     return guard(lambda: run(argv))
 
 

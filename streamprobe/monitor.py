@@ -188,7 +188,7 @@ def page(title: str, legend: str, prompt: str, shown: Sequence[Mark]) -> str:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """The command line; raises InputError for what the user can mend."""
+    """The command line; raises InputError for what the user can fix."""
     parser = generation.make_parser(__doc__ or "", "streamprobe.monitor")
     parser.add_argument("--prompt", required=True, help="the problem; the run's own `prompt` is put around it")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the marked text as a page, too")
@@ -227,7 +227,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    """Runs the command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
     return guard(lambda: run(argv), smaller="use --device_map cpu")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-TOKENS = re.compile(
-    r"\b(?:hf_\w{8,}|gh[a-z]_\w{16,}|github_pat_\w+|sk-[\w-]{16,}|AKIA\w{12,})|\b(?:Bearer|Basic) +[\w.~+/=-]+"
+TOKENS = re.compile(  # long enough to be taken for no word of a prompt or a label
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{12,})"
+    r"|\b(?:Bearer|Basic) +[\w.~+/=-]{16,}"
 )
 FILES = ("model", "data", "gguf_file", "output_dir")  # keys that may be paths
 ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -17,6 +18,11 @@ ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 def clean_url(text: str) -> str:
     """A URL without what may be secret: user, password, query and fragment; other text without tokens."""
     return TOKENS.sub("***", "::".join(_bare(part) if "://" in part else part for part in text.split("::")))
+
+
+def clean_text(text: str) -> str:
+    """What a library says, with its URLs as `clean_url` gives them."""
+    return TOKENS.sub("***", re.sub(r"\w[\w+.-]*://\S+", lambda found: clean_url(found[0]), text))
 
 
 def _bare(url: str) -> str:

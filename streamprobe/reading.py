@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streamprobe.errors import InputError
-from streamprobe.publication import clean_url
-from streamprobe.system.network import look_for_hub
+from streamprobe.publication import clean_text, clean_url
+from streamprobe.system.network import hub_is_given_up, look_for_hub
 
 Rows = list[dict[str, Any]]
 SECONDS = 2.0  # for a server to take a call; there are two of them
@@ -33,14 +33,16 @@ def fetch(data: str, sha256: str | None = None) -> str:
 
 def _download(url: str) -> str:
     from aiohttp import ClientTimeout
-    from datasets import DownloadConfig, DownloadManager
+    from datasets import DownloadConfig, DownloadManager, config
 
+    if hub_is_given_up():
+        config.HF_HUB_OFFLINE = False  # it would forbid every server
     patience = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=SECONDS)}}
     try:
-        config = DownloadConfig(storage_options={"http": patience, "https": patience})
-        return str(DownloadManager(download_config=config).download(url))
+        how = DownloadConfig(storage_options={"http": patience, "https": patience})
+        return str(DownloadManager(download_config=how).download(url))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        said = str(error.__cause__ or error).replace(url, clean_url(url))
+        said = clean_text(str(error.__cause__ or error).replace(url, clean_url(url)))
         raise InputError(
             f"data {clean_url(url)}: {said}", "a URL that can be downloaded", "check the URL and the network"
         ) from None

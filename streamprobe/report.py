@@ -153,7 +153,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m streamprobe.report RUN`; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    """`python -m streamprobe.report RUN`; returns the exit status: 0, or 2 where the user can fix what went wrong."""
     return guard(lambda: run(argv))
 
 

@@ -55,9 +55,9 @@ def shows_progress() -> bool:
 def guard(work: Callable[[], object], smaller: str = "free some", interrupted: str = "interrupted") -> int:
     """Does the work of a command line; returns its exit status: 0, or 2 where the user can fix what went wrong.
 
-    That is told in one line: an InputError, memory that runs out (`smaller` says what helps), a disk that is full or
-    cannot be written.  130 after Ctrl-C, with the word `interrupted`.  What else goes wrong is a bug and shows its
-    traceback.  A reader that goes away (`| head -1`) stops nothing; output that is lost on a full disk is reported.
+    What can be fixed is said in one line: an InputError, memory that runs out (`smaller` says what helps), a disk that
+    is full or cannot be written.  130 after Ctrl-C, with the word `interrupted`.  What else goes wrong is a bug and
+    shows its traceback.  A reader that goes away (`| head -1`) stops nothing; output that is lost is reported.
     """
     with _open_streams() as sinks:
         try:
@@ -70,19 +70,19 @@ def guard(work: Callable[[], object], smaller: str = "free some", interrupted: s
             warn(f"streamprobe: {interrupted}")
             status = 130
         except Exception as error:
-            told = _reason(error, smaller)
-            if told is None:
+            reason = _reason(error, smaller)
+            if reason is None:
                 raise
-            warn(f"streamprobe: {told}")
+            warn(f"streamprobe: {reason}")
             status = 2
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         for sink in sinks:
             if sink.lost:
-                told = InputError(
+                lost = InputError(
                     f"{sink.name} that was lost ({sink.lost})", "room for it", "free some; the rest is done"
                 )
-                warn(f"streamprobe: {told}")
+                warn(f"streamprobe: {lost}")
                 status = status or 2
     return status
 
@@ -96,7 +96,7 @@ def _check_folder() -> None:
 
 
 def _reason(error: Exception, smaller: str) -> InputError | None:
-    """An error of the user's or the machine's as what is told of it, None for a bug."""
+    """What is said of an error of the user's or the machine's; None for a bug."""
     if isinstance(error, InputError):
         return error
     torch = sys.modules.get("torch")  # not imported for this: it takes seconds

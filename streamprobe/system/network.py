@@ -19,6 +19,11 @@ def look_for_hub(name: str) -> None:
         constants.HF_HUB_OFFLINE = not _answers()  # type: ignore[misc]
 
 
+def hub_is_given_up() -> bool:
+    """Whether `look_for_hub` found that the hub does not answer; other servers may."""
+    return bool(_answers.cache_info().currsize) and not _answers()
+
+
 @cache
 def _answers() -> bool:
     """Whether the hub says anything within SECONDS; in a thread, since looking up a name cannot be given a limit."""

@@ -44,7 +44,7 @@ def test_others_see_names_and_not_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {
         "model": str(Path.home() / "models/llama"), "data": URL, "gguf_file": "/x/y.gguf", "output_dir": "..\\runs\\a",
-        "prompt": f"Authorization: Bearer abc.def {Path.home()}/x {{problem}}", "labels": [TOKEN, "a"], "seed": 3, "revision": None,
+        "prompt": f"Authorization: Bearer abc.def.0123456789 {Path.home()}/x {{problem}}", "labels": [TOKEN, "a"], "seed": 3, "revision": None,
     }  # fmt: skip
     own, shown = without_secrets(config), for_others(config)
     assert (
@@ -59,6 +59,15 @@ def test_others_see_names_and_not_paths(tmp_path, monkeypatch):
     assert for_others({"model": "user/name"}) == {"model": "name"}  # a folder of that name is meant
     assert for_others({"data": "file:///home/me/x.json"}) == {"data": "x.json"}
     assert for_others(shown) == shown and without_secrets(own) == own  # so that a resumed run compares like with like
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Basic arithmetic: {problem}", "Bearer of news: {problem}", "hf_transfer_learning", "task-one", "ghost_writer"],
+)
+def test_words_are_no_tokens(text):
+    """A run's config is read again: by the monitor, and by who runs it anew."""
+    assert without_secrets({"prompt": text, "labels": [text]}) == {"prompt": text, "labels": [text]}
 
 
 @pytest.fixture
@@ -159,11 +168,15 @@ def test_a_run_of_before_is_cleaned_as_it_goes_up(run_folder, tmp_path, monkeypa
     assert b"/home/me" in (folder / "probes.safetensors").read_bytes()  # negative control
 
 
-def test_what_goes_wrong_with_a_url_is_told_without_its_secrets(online):
-    for url in ("foo://user:passw0rd@h/x.json?sig=topsecret", "http://user:passw0rd@127.0.0.1:9/x.json?sig=topsecret"):
+def test_what_goes_wrong_with_a_url_is_told_without_its_secrets(online, served):
+    for url in (
+        "foo://user:passw0rd@h/x.json?sig=topsecret",
+        "http://user:passw0rd@127.0.0.1:9/x.json?sig=topsecret",
+        served.replace("://", "://user:passw0rd@") + "?sig=no%74opsecret&k=a%20b'topsecre",
+    ):  # which it refuses
         with pytest.raises(InputError) as caught:
             read_rows(url, "train", ())
-        assert "passw0rd" not in str(caught.value) and "topsecret" not in str(caught.value)
+        assert "passw0rd" not in str(caught.value) and "opsecre" not in str(caught.value)
 
 
 @pytest.mark.parametrize("command", [monitor, steering])
