@@ -25,7 +25,7 @@ TAG = rf"\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]"
 NAME = r"""(?:\\?[/"'`*]){0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}(?:\\?["'`*]){0,2}"""  # holds a letter
 FORMS = (
     rf"""\[{NAME}\]|【{NAME}】|</?[^\W\d_][^<>{INVISIBLE}]{{0,80}}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)"""
-    rf"""|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]"""
+    rf"""|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]|\["[^"\[\]\n]{{1,80}}"\]"""
 )
 MARK = re.compile(rf"(?P<tag>{TAG})|{FORMS}")  # of folded text: a tag, or what may have been meant as one
 WORD = re.compile(rf"(?P<tag>{TAG})|\w+|[^\w\s]")
@@ -58,11 +58,6 @@ class Annotation(NamedTuple):
     def asked(self) -> int:
         """Sections that the annotated text had."""
         return len(self.sections) + self.lost
-
-    @property
-    def untagged(self) -> bool:
-        """Whether the annotator marked nothing at all."""
-        return not (self.names or self.strange or self.unbalanced)
 
 
 class Mark(NamedTuple):

@@ -71,8 +71,8 @@ class Counts:
         return sum(map(len, self.refused.values()))
 
     def refuse(self, reason: str, id: str) -> None:
-        """Counts a chain that is not used; `id` is written in letters that every file takes."""
-        self.refused.setdefault(reason, []).append(id.encode(errors="backslashreplace").decode())
+        """Counts a chain that is not used."""
+        self.refused.setdefault(in_any_file(reason), []).append(in_any_file(id))
 
     def use(self, record: Record, found: Annotation, marker: str = "") -> None:
         """Counts a chain that is used."""
@@ -86,13 +86,18 @@ class Counts:
         self.unbalanced_tags += found.unbalanced
         self.labels.update(s.label for s in found.sections)
         self.label_chains.update({s.label for s in found.sections})
-        self.strange_tags.update(found.strange)
+        self.strange_tags.update(map(in_any_file, found.strange))
         self.characters += len(record.response)
         self.labelled_characters += sum(end - start for start, end in {(s.start, s.end) for s in found.sections})
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain numbers and dicts."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+
+def in_any_file(text: str) -> str:
+    """Text in letters that every file takes: half characters (surrogates) are written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Reading(NamedTuple):

@@ -19,13 +19,14 @@ def test_records_that_are_not_unicode_are_refused_by_name(tokenizer):
     rows: list[dict[str, Any]] = [row | {"kind": "a"} for row in make_rows(20, seed=2)]
     rows[0]["task_id"] += "\ud83d"
     rows[1]["kind"] = "\ud83d"
-    rows[2]["annotated_chain"] = rows[2]["annotated_chain"].replace("deduction", "deduc\ud83d", 1)
+    rows[2]["annotated_chain"] = rows[2]["annotated_chain"].replace("deduction", "deduc\ud83dtion", 1)
     rows[3]["problem"] += "\udc00"
     _, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512, category_column="kind")
     assert counts.refused == {
         "with an id or a category that is not Unicode": [r"alpha_0\ud83d", "beta_0"],
-        "with text that is not Unicode": ["gamma_0", "delta_0"],
+        "with text that is not Unicode": ["delta_0"],
     }
+    assert counts.strange_tags == {'["deduc\\ud83dtion"]': 1}  # no label, and shown as what it is
     json.dumps(counts.as_dict(), ensure_ascii=False).encode()  # what is written can be written
     refusals(counts).encode()
 
