@@ -13,7 +13,8 @@ from conftest import make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamprobe.backbone import context, load_tokenizer, read_config
+from streamprobe.backbone import load_tokenizer, read_config
+from streamprobe.blocks import context
 from streamprobe.chains import Division, fingerprint, load_chains
 from streamprobe.config import load_config
 from streamprobe.reading import read_rows
