@@ -124,7 +124,8 @@ def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list
     Where the tokenizer has a BOS token the ids start with exactly one, or with none if not `with_bos`; one that the
     chat template writes as the marker of a role stays.
     """
-    encoded = tokenizer(text, add_special_tokens=prompt != "chat", return_offsets_mapping=True)
+    options = {"return_offsets_mapping": True, "verbose": False}  # a text that is too long is reported by the caller
+    encoded = tokenizer(text, add_special_tokens=prompt != "chat", **options)
     ids, offsets = list(encoded["input_ids"]), _letter_by_letter(encoded["offset_mapping"], text)
     bos = tokenizer.bos_token_id
     if bos is None:
