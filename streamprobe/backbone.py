@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from streamprobe.blocks import block_list, check_layers, drop_blocks, text_config
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.hooks import FOREIGN
 from streamprobe.system.hardware import free_bytes
 from streamprobe.system.network import look_for_hub
@@ -70,9 +70,11 @@ def _one_line(model: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (torch.OutOfMemoryError, InputError):  # told by whoever launched the run
+    except InputError:
         raise
     except (*LOADING, StrictDataclassError) as error:
+        if out_of_memory(error):
+            raise
         causes = [error, error.__cause__, error.__context__]
         if any(isinstance(c, GatedRepoError) for c in causes) or "gated repo" in str(error):
             raise InputError(

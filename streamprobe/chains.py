@@ -6,7 +6,7 @@ Shapes: T tokens in a chain, C labels.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Chain:
     support: Tensor  # [T] bool: may this token be a sample?
     start: int = 0  # the first token of the response
     category: str = ""  # the kind of problem, to which results can be split
+    row: int = 0  # which of the data
     marker: str = ""  # with which the prompt ends and the response begins; it was left out of the prompt
 
 
@@ -124,6 +125,9 @@ class Division(NamedTuple):
 
 
 READ, DIVIDED = Reading(), Division()
+
+
+NOT_FINITE = "with activations that are infinite or not numbers"
 
 
 def make_record(
@@ -236,13 +240,16 @@ def load_chains(
     reading: Reading = READ,
     division: Division = DIVIDED,
     category_column: str | None = None,
+    bad: Collection[int] = (),
+    partial: bool = False,
 ) -> tuple[dict[str, list[Chain]], Counts]:
     """Rows -> the chains of `train`, `validation` and `test`, and what became of each row.
 
     `fields` names the columns of id, problem, response and annotation; the category of a chain is in `category_column`,
     or else in its id.  A row without an id is named by its place (the first is `#1`), one without a problem has an
     empty one.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than `context`
-    tokens are refused.  Raises InputError for a test category or a label's name that no row has.
+    tokens are refused, and so are the rows `bad`, with whose activations something is wrong.  Raises InputError for a
+    test category that no row has, and for a label's name unless the rows are a `partial` choice of the data's.
     """
     counts = Counts(read=len(rows))
     id_column, problem_column, *text_columns = fields
@@ -252,12 +259,15 @@ def load_chains(
     splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
     named: set[str] = set()
     progress = tqdm(rows, desc="align", unit="chain", delay=2, disable=None, leave=False)
-    for row, id, kind, split in zip(progress, ids, kinds, where, strict=True):
+    for number, (row, id, kind, split) in enumerate(zip(progress, ids, kinds, where, strict=True)):
         if split == "duplicate":
             counts.refuse("with a problem of the test split", id)
             continue
         if not is_unicode(id + kind):
             counts.refuse("with an id or a category that is not Unicode", id)
+            continue
+        if number in bad:
+            counts.refuse(NOT_FINITE, id)
             continue
         response, annotated = (row.get(name) for name in text_columns)
         problem = "" if row.get(problem_column) is None else row[problem_column]
@@ -267,13 +277,14 @@ def load_chains(
             continue
         named.update(made[1].names)
         chain = tokenize(made[0], tokenizer, labels, *reading[:4], day=reading.day)
-        chain.category = kind
+        chain.category, chain.row = kind, number
         if len(chain.ids) > context:
             counts.refuse(f"longer than the model's context of {context:,} tokens", id)
             continue
         counts.use(*made, chain.marker)
         splits[split].append(chain)
-    check_names(reading.label_names, named)
+    if not partial:
+        check_names(reading.label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
     return splits, counts

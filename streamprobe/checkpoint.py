@@ -49,7 +49,7 @@ class BestProbes:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs, sharing no memory with these."""
-        return {name: tensor.clone() for name, tensor in self._live().items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up where the one that gave `state` stood.  Raises InputError for the state of other probes."""

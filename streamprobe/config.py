@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from streamprobe.errors import InputError
+from streamprobe.prompts import is_unicode
+from streamprobe.publication import FILES
 from streamprobe.settings import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig, require
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
 PAIRS = ("label_names",)  # keys of a list of NAME=VALUE, which a file may write as a mapping
 DEFAULT = "configs/demo.yaml"
 ELSEWHERE = "run in the folder that holds configs/, or give its path"
-FILES = ("model", "data", "output_dir")  # keys that may be paths
 
 
 @dataclass
@@ -89,7 +90,7 @@ def _check_text(config: RunConfig) -> None:
                 check_text(name, text)
                 if name in FILES:
                     _check_path(name, text)
-    if not (config.output.output_dir or _is_text(config.name)):
+    if not (config.output.output_dir or is_unicode(config.name)):
         raise InputError(
             f"config {config.name!r}, whose name is no text in this locale, and would name the folder of the run",
             "--output_dir, or a UTF-8 locale",
@@ -100,15 +101,11 @@ def _check_text(config: RunConfig) -> None:
 def check_text(name: str, text: str) -> None:
     """Raises InputError for a value of the key `name` with bytes that are no text."""
     require(
-        _is_text(text),
+        is_unicode(text),
         f"{name} {text!r}, with bytes that are no text",
         "UTF-8",
         f"write --{name} in UTF-8, in a UTF-8 locale (such as LC_ALL=C.UTF-8)",
     )
-
-
-def _is_text(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _check_path(name: str, text: str) -> None:

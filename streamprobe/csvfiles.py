@@ -35,17 +35,18 @@ def read_csv(path: Path, columns: Sequence[str], fix: str = "give the folder of 
         reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
-            raise _broken(path, f"no column {missing[0]} in it", fix)
+            raise broken_file(path, f"no column {missing[0]} in it", fix)
         for row in reader:
             if None in row or None in row.values():
-                raise _broken(path, f"line {reader.line_num}: not {len(reader.fieldnames or ())} cells", fix)
+                raise broken_file(path, f"line {reader.line_num}: not {len(reader.fieldnames or ())} cells", fix)
             rows.append({name: text_of(row[name]) for name in columns})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _broken(path, str(error), fix) from error
+        raise broken_file(path, str(error), fix) from error
     if not rows:
-        raise _broken(path, "no row in it", fix)
+        raise broken_file(path, "no row in it", fix)
     return rows
 
 
-def _broken(path: Path, why: str, fix: str) -> InputError:
+def broken_file(path: Path, why: str, fix: str) -> InputError:
+    """What is reported of a file of a run that is not as a run writes it."""
     return InputError(f"{path}, which cannot be read ({why})", "the file that a finished run writes", fix)

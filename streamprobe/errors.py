@@ -1,9 +1,18 @@
-"""The one exception that means: the person who launched this can fix it."""
+"""The one exception that means: the person who launched this can fix it; and what says that memory has run out."""
+
+NO_MEMORY = ("defaultcpuallocator", "allocate memory", "not enough memory", "out of memory", "alloc_failed")
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out: the host's or a device's, whichever library met it first."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in NO_MEMORY)
 
 
 class InputError(ValueError):

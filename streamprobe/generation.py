@@ -72,7 +72,7 @@ def write_file(path: Path, name: str, content: str) -> None:
 
 
 def open_run(folder: Path, given: argparse.Namespace) -> tuple[RunConfig, ProbeBank]:
-    """A run's config, with --model and --device_map of `given` put in, and its probes.
+    """A run's config, with --model, --device_map and --data of `given` put in, and its probes.
 
     Raises InputError for a config that trusts a model's code where `given` does not: the folder may be a stranger's.
     """
@@ -81,7 +81,7 @@ def open_run(folder: Path, given: argparse.Namespace) -> tuple[RunConfig, ProbeB
     if not os.path.isfile(folder / "config.yaml"):
         raise InputError(f"{folder}, a folder without config.yaml", "the folder of a finished run", "check the path")
     bank = load_probes(folder, given.solver)
-    changed = {"--model": given.model, "--device_map": given.device_map}
+    changed = {"--model": given.model, "--device_map": given.device_map, "--data": getattr(given, "data", None)}
     argv = [word for name, value in changed.items() if value is not None for word in (name, value)]
     config = load_config([str(folder / "config.yaml"), *argv])
     if config.model.trust_remote_code and not given.trust_remote_code:

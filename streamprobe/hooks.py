@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError, first_line, out_of_memory
 
 # What a model's code raises for a text, a config or weights that it was not made for.
 FOREIGN = (
@@ -140,10 +140,10 @@ def read(model: nn.Module, ids: Tensor, mask: Tensor, last: nn.Module | None = N
     try:
         with _until(last):
             model(input_ids=ids, **{name: value for name, value in options.items() if anything or name in known})
-    except (torch.OutOfMemoryError, InputError):
+    except InputError:
         raise
     except FOREIGN as error:
-        if "allocate" in str(error):  # the host's memory
+        if out_of_memory(error):
             raise
         raise InputError(
             f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone "

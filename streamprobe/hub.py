@@ -26,6 +26,7 @@ from streamprobe.results import place
 from streamprobe.system.console import guard, say
 
 COLUMNS = ("solver", "label", "target", "layer", "lag", "control", "auroc", "auroc_low", "auroc_high")
+PUBLIC = ("solvers", "layers", "columns", "data_fingerprint", "model_fingerprint")  # of what probes say of themselves
 CARD = """---
 {head}---
 
@@ -81,13 +82,13 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
 
 
 def for_upload(path: Path, about: dict[str, Any]) -> str | bytes:
-    """The file of probes `path`, or its content without what others may not see of the config in `about`.
+    """The file of probes `path`, or its content without what others may not see of what it says `about` itself.
 
-    Runs leave that out; an older one may not have, and other keys than the package's may hold anything.
+    Runs leave that out; an older one may not have, and keys that are not the package's may hold anything.
     """
-    shown = {**about, "config": for_others(about["config"])}
+    shown = {name: about[name] for name in PUBLIC if name in about} | {"config": for_others(about["config"])}
     with safe_open(str(path), framework="pt") as f:
-        if set(f.metadata()) == {"streamprobe"} and for_others(about["config"]) == about["config"]:
+        if set(f.metadata()) == {"streamprobe"} and shown == about:
             return str(path)
         tensors = {name: f.get_tensor(name) for name in sorted(f.keys())}
     return save(tensors, {"streamprobe": json.dumps(shown, sort_keys=True)})

@@ -1,7 +1,7 @@
 """What a run works with: chains, grid, frozen model and room for activations."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from streamprobe.newton import curvature_bytes, vector_bytes
 from streamprobe.provenance import device_name, git_commit, model_fingerprint, peak_memory, versions
 from streamprobe.publication import without_secrets
 from streamprobe.reading import read_rows
-from streamprobe.stream import SCREENING, TokenBatch, check_finite, find_bad_chains, stream
+from streamprobe.stream import TokenBatch, check_finite, find_bad_chains, stream
 from streamprobe.system.console import say, shows_progress
 
 Memories = tuple[Plan, ActivationMemory, ActivationMemory]  # train, validation
@@ -39,23 +39,15 @@ class Lab:
         fields = (data.id_column, data.problem_column, data.response_column, data.annotation_column)
         columns = (*fields, data.category_column) if data.category_column else fields
         rows = read_rows(data.data, data.data_split, columns, data.data_sha256)
-        if data.max_chains and data.max_chains < len(rows):
+        self.partial = bool(data.max_chains and data.max_chains < len(rows))
+        if data.max_chains and self.partial:
             rows = [rows[i] for i in np.linspace(0, len(rows) - 1, data.max_chains).astype(int)]
+        self.rows, self.fields = rows, fields
         self.tokenizer = backbone.load_tokenizer(model.model, **self.source)
         data.chat_date = prompts.resolve_day(data.prompt, data.chat_date, self.tokenizer)
         if data.chat_date:
             say(f"prompt    the chat template writes the date: {data.chat_date} (--chat_date)")
-        self.splits, self.counts = chains.load_chains(
-            rows, fields, self.tokenizer, probes.labels, blocks.context(model_config),
-            chains.Reading(
-                data.prompt, data.support, data.unlabelled, data.bos, data.response, data.chat_date, data.names
-            ),
-            chains.Division(
-                data.test_share, data.validation_share, data.split_seed, data.test_categories,
-                data.validation == "test", data.split_by,
-            ),
-            data.category_column,
-        )  # fmt: skip
+        self._load_chains()
         self.fingerprint = chains.fingerprint(self.splits)
         self._take_stock()
         highest = max(int(c.ids.max()) for split in self.splits.values() for c in split)
@@ -67,6 +59,23 @@ class Lab:
             backbone.check_chunks(model_config, **where)
         self.forwards = self.tokens = self.padded = 0
         self.seconds = 0.0
+
+    def _load_chains(self, bad: Collection[int] = ()) -> None:
+        """The splits, and what became of every row; the rows `bad` are refused."""
+        data, labels = self.config.data, self.config.probes.labels
+        reading = chains.Reading(
+            prompt=data.prompt, support=data.support, unlabelled=data.unlabelled, bos=data.bos, response=data.response,
+            day=data.chat_date, label_names=data.names,
+        )  # fmt: skip
+        division = chains.Division(
+            test_share=data.test_share, validation_share=data.validation_share, seed=data.split_seed,
+            test_categories=data.test_categories, validate_on_test=data.validation == "test", by=data.split_by,
+        )  # fmt: skip
+        context = blocks.context(self.model_config)
+        self.splits, self.counts = chains.load_chains(
+            self.rows, self.fields, self.tokenizer, labels, context, reading, division, data.category_column, bad,
+            self.partial,
+        )  # fmt: skip
 
     def _take_stock(self) -> None:
         """Checks the splits, adds the controls and describes what will be fed."""
@@ -88,9 +97,8 @@ class Lab:
         self.arrays = list(dict.fromkeys(column.array for column in columns))
         random = np.random.default_rng(training.seed)
         for chain in {id(c): c for split in self.splits.values() for c in split}.values():
-            codes = chain.codes[:, : len(probes.labels)]
-            permuted = [controls.permute_labels(codes, chain.support, random) for _ in range(n_permuted)]
-            chain.codes = torch.cat([codes, *permuted], dim=1)
+            permuted = [controls.permute_labels(chain.codes, chain.support, random) for _ in range(n_permuted)]
+            chain.codes = torch.cat([chain.codes, *permuted], dim=1)
         census = preflight.take_census(self.splits, columns, self.arrays)
         preflight.check_census(census, real, self.splits)
         kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
@@ -138,21 +146,15 @@ class Lab:
 
     def _skip_bad_chains(self) -> None:
         """Leaves out chains with activations that are infinite or not numbers, as if their rows had been refused."""
+        every = list({c.row: c for split in self.splits.values() for c in split}.values())
         layers, most = self.config.probes.layers, self.config.model.max_batch_tokens
-
-        def read(labelled: Sequence[chains.Chain]) -> Iterator[TokenBatch]:
-            return stream(labelled, self.model, layers, [SCREENING], [SCREENING.label], most, None, self._count_forward)
-
-        every = list({id(c): c for split in self.splits.values() for c in split}.values())
-        bad = find_bad_chains(every, read)
-        for chain in bad:
-            self.counts.refuse("with activations that are infinite or not numbers", chain.id)
-            self.counts.used -= 1
+        start = time.perf_counter()
+        bad = find_bad_chains(every, self.model, layers, most, self._count_forward)
+        self.seconds += time.perf_counter() - start
         if bad:
-            gone = set(map(id, bad))
-            self.splits = {name: [c for c in split if id(c) not in gone] for name, split in self.splits.items()}
-            say(f"skipped   {len(bad)} chains with activations that are infinite or not numbers")
+            self._load_chains({c.row for c in bad})
             self._take_stock()
+            say(f"skipped   {len(bad)} chains {chains.NOT_FINITE}; what is left:\n\n{self.preflight}")
 
     def stream(
         self,
@@ -206,15 +208,10 @@ class Lab:
         needed, reserve = (n_train + n_validation) * one, self._reserve(sizes)
         room = memory_room(cap, self.device, reserve.on(self.device, self.device))
         self.shared, curvature = self._curvature(room, needed, before)
+        same = (before[0], bool(before[1]), bool(before[2])) if before else None
         plan = plan_memory(
-            cap, one, n_train, n_validation, self.config.training.batch_size, self.device, curvature, reserve
+            cap, one, n_train, n_validation, self.config.training.batch_size, self.device, curvature, reserve, same
         )
-        if before and list(plan[:3]) != before[:3]:  # the plan decides the order of the tokens
-            raise InputError(
-                f"room for {plan.rows:,} training tokens",
-                f"{before[0]:,}, as when the run began",
-                "give the --memory_gb that it then had, or start a new run",
-            )
         kept = n_validation * plan.keep_validation
         say(
             f"memory    {(plan.rows + kept) * one / 1e9:.2f} GB on {plan.home} for "
@@ -228,7 +225,7 @@ class Lab:
         most = self.config.model.max_batch_tokens
         lengths = [len(c.ids) for split in self.splits.values() for c in split]
         batch = min(most, sum(lengths)), min(most, max(lengths))
-        text = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        text = blocks.text_config(self.model.config)
         intermediate = getattr(text, "intermediate_size", None) or 4 * self.hidden_size
         evaluated = max(sum(int(c.support.sum()) for c in self.splits[name]) for name in ("validation", "test"))
         n_beside = len(self.surface_layers) + len(self.side)

@@ -3,7 +3,7 @@
 Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,16 +83,20 @@ def plan_memory(
     device: torch.device,
     taken: int = 0,
     reserve: Reserve = NO_RESERVE,
+    before: tuple[int, bool, bool] | None = None,
 ) -> Plan:
     """Device memory first, then host RAM, if both splits fit there; else a mixing pool, in device memory if it can be.
 
     `memory_gb` as in `memory_room`; `taken` bytes of the device's are spoken for, and those of `reserve` stay free.
-    Raises InputError if there is not even room for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that
-    is more.
+    `before`: what a run that is resumed kept, which decides the order of its tokens and so is kept again.  Raises
+    InputError if there is no room for that, or not even for a pool of LEAST_TOKENS, or of one mini-batch of
+    `batch_size` if that is more.
     """
     homes = dict.fromkeys((device, torch.device("cpu")))
     rooms = {home: memory_room(memory_gb, home, reserve.on(home, device)) for home in homes}
     rooms[device] = max(0, rooms[device] - taken)
+    if before:
+        return _as_before(before, (before[0] + n_validation * before[2]) * token_bytes, rooms)
     for home, space in rooms.items():
         if (n_train + n_validation) * token_bytes <= space:
             return Plan(n_train, True, True, home)
@@ -108,6 +112,18 @@ def plan_memory(
         f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",
         "raise --memory_gb, free memory, or probe fewer layers",
     )
+
+
+def _as_before(before: tuple[int, bool, bool], needed: int, rooms: Mapping[torch.device, int]) -> Plan:
+    """The plan of the run that is resumed, in whichever memory has room for it."""
+    home = next((home for home, space in rooms.items() if needed <= space), None)
+    if home is None:
+        raise InputError(
+            f"{max(rooms.values()) / 1e6:,.2f} MB for activations",
+            f"{needed / 1e6:,.2f} MB for {before[0]:,} training tokens, as when the run began",
+            "raise --memory_gb, free memory, or start a new run",
+        )
+    return Plan(*before, home)
 
 
 class ActivationMemory:

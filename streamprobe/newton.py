@@ -221,7 +221,7 @@ class NewtonSolver:
 
     def state(self) -> dict[str, Tensor]:
         """Where every probe stands, without the matrices: a resumed run streams its first pass again for those."""
-        return {name: tensor.clone() for name, tensor in self._live().items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up where the solver that gave `state` stood, after one more trip through the first pass.

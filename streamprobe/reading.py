@@ -32,7 +32,7 @@ def fetch(data: str, sha256: str | None = None) -> str:
 
 
 def _download(url: str) -> str:
-    from aiohttp import ClientTimeout
+    from aiohttp import ClientError, ClientTimeout
     from datasets import DownloadConfig, DownloadManager, config
 
     if hub_is_given_up():
@@ -41,7 +41,7 @@ def _download(url: str) -> str:
     try:
         how = DownloadConfig(storage_options={"http": patience, "https": patience})
         return str(DownloadManager(download_config=how).download(url))
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (ClientError, OSError, ValueError, ImportError, RuntimeError) as error:
         said = clean_text(str(error.__cause__ or error).replace(url, clean_url(url)))
         raise InputError(
             f"data {clean_url(url)}: {said}", "a URL that can be downloaded", "check the URL and the network"

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from streamprobe.checkpoint import save_tensors
-from streamprobe.csvfiles import cell, read_csv
+from streamprobe.csvfiles import broken_file, cell, read_csv
 from streamprobe.errors import InputError
 from streamprobe.page import render
 from streamprobe.probes import ProbeBank, bank_tensors
@@ -108,9 +108,7 @@ def _read(path: Path) -> str:
 
 
 def _broken(path: Path, why: str) -> InputError:
-    return InputError(
-        f"{path}, which cannot be read ({why})", "the file that a finished run writes", "give the folder of such a run"
-    )
+    return broken_file(path, why, "give the folder of such a run")
 
 
 def _read_json(path: Path, *names: str) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class AdamSolver:
 
     def state(self) -> dict[str, Tensor]:
         """Weights, Adam's moments and the standardisation."""
-        return {key: value.clone() for key, value in self._live().items()}
+        return {key: value.to("cpu", copy=True) for key, value in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up where the solver that gave `state` stood.  Raises InputError for the state of another one."""

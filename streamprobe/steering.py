@@ -36,7 +36,8 @@ from streamprobe.errors import InputError
 from streamprobe.hooks import steer
 from streamprobe.lab import Lab
 from streamprobe.lags import Column
-from streamprobe.stream import TokenBatch, stream
+from streamprobe.probes import find_probes, read_about
+from streamprobe.stream import TokenBatch, check_finite, find_bad_chains, stream
 from streamprobe.system.console import guard, say
 
 MARKER = r"\b(?:wait|hmm|actually|no(?=,))\b"  # `no` counts where a comma follows
@@ -191,6 +192,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     """The command line's options; raises InputError for what the user can mend."""
     parser = generation.make_parser(__doc__ or "", "streamprobe.steering")
     add = parser.add_argument
+    add("--data", help="the run's data, if they are no longer where it found them, or its URL had a query")
     add("--strengths", type=float, nargs="+", default=[-8.0, -4.0, 0.0, 4.0, 8.0], help="in standard deviations")
     add("--problems", type=int, default=100, help="test problems to answer, at most (%(default)s)")
     add("--batch", type=int, default=50, help="problems answered at once (%(default)s)")
@@ -212,6 +214,17 @@ def evenly(chains: Sequence[Chain], n: int) -> list[Chain]:
     return [chains[i] for i in np.linspace(0, len(chains) - 1, min(n, len(chains))).astype(int)]
 
 
+def check_data(folder: Path, fingerprint: str) -> None:
+    """Raises InputError for other chains than those of the run in `folder`, as far as its probes tell."""
+    known = read_about(find_probes(folder)).get("data_fingerprint", fingerprint)
+    if known != fingerprint:
+        raise InputError(
+            f"data whose chains have the fingerprint {fingerprint[:12]}",
+            f"{str(known)[:12]}, that of the chains of {folder}",
+            "give the run's own data by --data",
+        )
+
+
 def run(argv: Sequence[str] | None) -> None:
     """The command line; raises InputError for what the user can mend."""
     given = parse(argv)
@@ -219,19 +232,21 @@ def run(argv: Sequence[str] | None) -> None:
     place = monitor.pick(given.run, bank, given)
     layer, column = bank.layers[place[0]], bank.columns[place[1]]
     lab = Lab(config)
+    check_data(given.run, lab.fingerprint)
     model, tokenizer = generation.load_whole(config, bank)
     block = decoder_layers(model)[layer]
-    chosen = evenly(lab.splits["test"], given.problems)
+    head, most = model.base_model, config.model.max_batch_tokens  # no logits are needed here
+    chosen, fed = evenly(lab.splits["test"], given.problems), evenly(lab.splits["train"], CHAINS)
+    if config.data.bad_chains == "skip":
+        bad = set(map(id, find_bad_chains(chosen + fed, head, bank.layers, most)))
+        chosen, fed = ([chain for chain in own if id(chain) not in bad] for own in (chosen, fed))
     prompts = [generation.prompt_of(chain, tokenizer) for chain in chosen]
     room = context(model.config) - max(map(len, prompts))
 
     probe = nn.functional.normalize(bank.weight[place].to(model.device), dim=0)
     column = Column(column.label, column.target, column.lag)
-    fed = evenly(lab.splits["train"], CHAINS)
-    head = model.base_model  # no logits are needed here
-    scale = measure_scale(
-        stream(fed, head, [layer], [column], config.probes.labels, config.model.max_batch_tokens), probe
-    )
+    batches = stream(fed, head, [layer], [column], config.probes.labels, most)
+    scale = measure_scale(check_finite(batches, fed, [layer]), probe)
     vectors = directions(probe, scale.difference, len(prompts), given.seed)
     cosine = float(vectors["probe"][0] @ vectors["difference of means"][0])
     say(

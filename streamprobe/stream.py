@@ -18,8 +18,6 @@ from streamprobe.errors import InputError
 from streamprobe.hooks import check_taken, read, tap
 from streamprobe.lags import Column, LagBuffer
 
-SCREENING = Column("any", "token", 0)
-
 
 class TokenBatch(NamedTuple):
     """The only thing that crosses from the model to the probes."""
@@ -191,21 +189,31 @@ def check_finite(
                 raise InputError(
                     f"activations that are infinite or not numbers: chain {chain.id!r}, token {token}, layer {layer}",
                     "finite numbers",
-                    "use --dtype float32 or bfloat16, or leave such chains out by --bad_chains skip",
+                    "use --dtype float32 or bfloat16, or leave such chains out by --bad_chains skip"
+                    if isinstance(layer, int)
+                    else "use --dtype float32 or bfloat16, or other --controls",
                 )
         yield batch
 
 
-def find_bad_chains(chains: Sequence[Chain], read: Callable[[Sequence[Chain]], Iterable[TokenBatch]]) -> list[Chain]:
-    """Those of the chains whose samples have an activation that is infinite or not a number, in their order.
+def find_bad_chains(
+    chains: Sequence[Chain],
+    backbone: nn.Module,
+    layers: Sequence[int],
+    max_batch_tokens: int,
+    on_forward: Callable[[int, int], None] | None = None,
+) -> list[Chain]:
+    """Those of the chains that have an activation that is infinite or not a number at a sample, whatever its label.
 
-    `read` streams chains of one label array for the column SCREENING, which asks for every sample whatever its label.
+    The other arguments are those of `stream`.
     """
     labelled = [replace(c, codes=torch.zeros(len(c.ids), 1, dtype=torch.int8)) for c in chains]
+    every = Column("any", "token", 0)
     bad: set[int] = set()
-    for batch in read(labelled):
-        wrong = ~batch.acts.isfinite().flatten(1).all(1)
-        bad |= set(batch.chain[wrong.to(batch.chain.device)].tolist())
+    for batch in stream(labelled, backbone, layers, [every], [every.label], max_batch_tokens, None, on_forward):
+        if not batch.acts.sum(2).isfinite().all():
+            wrong = ~batch.acts.isfinite().flatten(1).all(1)
+            bad |= set(batch.chain[wrong.to(batch.chain.device)].tolist())
     return [chains[i] for i in sorted(bad)]
 
 

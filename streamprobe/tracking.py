@@ -70,10 +70,10 @@ class EventFile:
         event.wall_time = time.time()
         self.records.write(event.SerializeToString())
         if time.monotonic() - self.written > SECONDS:
-            self._write()
+            self.write()
 
-    def _write(self) -> OSError | None:
-        """Puts on disk what waits; returns what was in the way."""
+    def write(self) -> OSError | None:
+        """Puts on disk what waits, as far as that goes; returns what was in the way."""
         self.written, failure = time.monotonic(), None
         rest = memoryview(self.waiting.getvalue())
         try:
@@ -88,7 +88,7 @@ class EventFile:
 
     def flush(self) -> None:
         """Puts everything on disk.  Raises InputError where it does not take it."""
-        failure = self._write()
+        failure = self.write()
         if failure:
             raise unwritable(self.path, failure) from failure
 
@@ -223,6 +223,10 @@ class Tracker:
         for summary in hparams(keys, dict(metrics)):
             self._add(summary, None)
         self._points(metrics.items(), 0)
+
+    def write(self) -> None:
+        """Puts on disk what was logged so far, as far as that goes."""
+        self.events.write()
 
     def flush(self) -> None:
         """Puts on disk what was logged so far."""

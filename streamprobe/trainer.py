@@ -105,6 +105,7 @@ def train(
             judge(fit, bank, scored, number, tracker, tokens)
         tracker.maps(tokens)
         tracker.number("progress/pass", number, tokens)
+        tracker.write()  # what is logged lies there before the checkpoint that a resumed run goes on from
         save(number, tokens)
         tracker.flush()
     return number

@@ -630,3 +630,10 @@ def test_validation_may_be_the_test_chains(tokenizer):
     assert splits["validation"] is splits["test"]
     assert [c.id for c in splits["test"]] == [c.id for c in plain["test"]]
     assert len(splits["train"]) == len(plain["train"]) + len(plain["validation"])
+
+
+def test_a_name_may_be_missing_from_some_rows_of_the_data_only(tokenizer):
+    rows, reading = make_rows(20), Reading(label_names={"5. backtracking": "backtracking"})
+    assert load_chains(rows, FIELDS, tokenizer, LABELS, 512, reading, partial=True)[1].used == 20
+    with pytest.raises(InputError, match="no tag names '5. backtracking'"):  # negative control
+        load_chains(rows, FIELDS, tokenizer, LABELS, 512, reading)

@@ -280,6 +280,16 @@ def test_too_little_memory(monkeypatch, cap, free):
         plan(monkeypatch, cap, CPU, free)
 
 
+def test_a_resumed_run_keeps_what_it_kept(monkeypatch):
+    """Whatever is free now: the pool decides the order of the tokens."""
+    monkeypatch.setattr(module, "free_bytes", lambda where: GB)
+    sizes = 1000, 800_000, 100_000, 64, CPU
+    assert plan_memory(None, *sizes, before=(20_000, False, True)) == Plan(20_000, False, True, CPU)
+    assert plan_memory(None, *sizes) == Plan(800_000, True, True, CPU)  # negative control
+    with pytest.raises(InputError, match="for 900,000 training tokens, as when the run began; fix: raise --memory_gb"):
+        plan_memory(None, *sizes, before=(900_000, True, True))
+
+
 def test_the_reserve_lies_where_it_is_needed(monkeypatch):
     """On a device the forward pass takes the device's memory and the scores the host's; on the CPU the larger counts."""
     monkeypatch.setattr(module, "free_bytes", lambda where: 10 * GB)

@@ -10,11 +10,10 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from streamprobe.errors import InputError, first_line
+from streamprobe.errors import InputError, first_line, out_of_memory
 
 PLAIN = {"▲": "^", "▼": "v", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "\ufffd": "?"}
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 def printable(text: str) -> str:
@@ -99,9 +98,8 @@ def _reason(error: Exception, smaller: str) -> InputError | None:
     """What is said of an error of the user's or the machine's; None for a bug."""
     if isinstance(error, InputError):
         return error
-    torch = sys.modules.get("torch")  # not imported for this: it takes seconds
-    full = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-    if full or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)):
+    if out_of_memory(error):
+        torch = sys.modules.get("torch")  # not imported for this: it takes seconds
         where = "device " if torch is not None and isinstance(error, torch.OutOfMemoryError) else ""
         said = f"too little {where}memory ({first_line(error)})"
         return InputError(said, "room for the model, a batch and the activations", smaller)

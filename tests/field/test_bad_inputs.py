@@ -13,14 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer
+from conftest import make_rows, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -33,6 +33,7 @@ from streamprobe.lags import Column
 from streamprobe.newton import NewtonSolver
 from streamprobe.probes import load_probes
 from streamprobe.system import network
+from streamprobe.system.console import guard
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"model": "m", "data": "d.json", "layers": [0]}
@@ -591,3 +592,33 @@ def test_a_prompt_over_the_context_has_no_warning_before_its_line(caplog, monkey
     assert len(generation.encode("box " * 100, "{problem}", tokenizer, True)) > 8 and not caplog.records
     tokenizer("box " * 100)
     assert "longer than" in caplog.text  # negative control
+
+
+def test_a_download_that_breaks_off_is_reported(tmp_path, monkeypatch, capsys):
+    """A server that promises more than it sends; whole, the same data are read (negative control)."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    whole = json.dumps(make_rows(3)).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        sent = 3
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole[: self.sent])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/chains.json"
+        assert guard(lambda: reading.read_rows(url, "train", ["problem"])) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "a URL that can be downloaded" in told
+        Handler.sent = len(whole)
+        assert len(reading.read_rows(url, "train", ["problem"])) == 3
+        server.shutdown()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -27,23 +28,25 @@ def test_scores_lie_elsewhere_without_moving_the_probes(bank: ProbeBank) -> None
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on the CPU that says it lies elsewhere until it is moved."""
+    """A tensor on the CPU of which nothing can be computed until it is moved."""
 
-    moved = 0
-
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        Elsewhere.moved += 1
-        return self.as_subclass(torch.Tensor).to(*args, **kwargs)
+    @classmethod
+    def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.Tensor.to:
+            raise RuntimeError("tensors on two devices")
+        with torch._C.DisableTorchFunctionSubclass():
+            return args[0].to(*args[1:], **kwargs or {}).clone().as_subclass(torch.Tensor)
 
 
 def test_watch_moves_the_mask_to_the_model(model_dir: str, bank: ProbeBank) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     ids = torch.tensor([[2, 2, 5, 9], [4, 5, 6, 7]])
     mask = (ids != 2).long()
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 
     def written(mask: torch.Tensor) -> list[list[int]]:
-        steps = watch(model, bank, ids, 5, attention_mask=mask, do_sample=False, pad_token_id=2, eos_token_id=None)
-        return [token.tolist() for token, _ in steps]
+        return [token.tolist() for token, _ in watch(model, bank, ids, 5, attention_mask=mask, **options)]
 
     assert written(mask.as_subclass(Elsewhere)) == written(mask)
-    assert Elsewhere.moved >= 1
+    with pytest.raises(RuntimeError, match="two devices"):  # negative control: `generate` moves nothing
+        model.generate(ids, attention_mask=mask.as_subclass(Elsewhere), max_new_tokens=5, **options)

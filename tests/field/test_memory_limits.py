@@ -11,7 +11,9 @@ import torch
 
 from streamprobe.backbone import load_backbone
 from streamprobe.errors import InputError
+from streamprobe.hooks import read
 from streamprobe.system import hardware
+from streamprobe.system.console import guard
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -90,6 +92,35 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     load_backbone(model_dir, [1], "float32", device_map="cpu")  # negative control: it fits to the byte
     with pytest.raises(InputError, match="whose first 3 blocks take .* GB while they are read; expected at most"):
         load_backbone(model_dir, [2], "float32", device_map="cpu")
+
+
+SAID = {
+    "the host's": RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory"),
+    "numpy's": MemoryError("Unable to allocate 8.00 GiB for an array"),
+    "a device's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "the driver's": RuntimeError("CUDA error: out of memory"),
+    "cuBLAS's": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+
+
+@pytest.mark.parametrize("whose", SAID)
+def test_memory_that_runs_out_is_no_fault_of_the_model(whose, model_dir, monkeypatch, capsys) -> None:
+    """While the weights are read, and while the model reads a text."""
+    model = load_backbone(model_dir, [1], "float32", device_map="cpu")
+
+    def fail(*_: object, **__: object) -> None:
+        raise SAID[whose]
+
+    monkeypatch.setattr(type(model), "forward", fail)
+    with pytest.raises(type(SAID[whose])):
+        read(model, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+    monkeypatch.setattr(type(model), "from_pretrained", fail)
+    assert guard(lambda: load_backbone(model_dir, [1], "float32", device_map="cpu")) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "memory (" in told and "check --model" not in told
+    with pytest.raises(InputError, match="choose another --model"):  # negative control
+        monkeypatch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
+        read(model, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
 
 
 GROUP = Path(f"/sys/fs/cgroup/memory/streamprobe-test-{os.getpid()}")

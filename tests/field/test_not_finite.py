@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_rows
 
-from streamprobe import lab
+from streamprobe import lab, steering
 from streamprobe.cli import main
 
 BAD = "\u00a7"  # a letter that no other text holds; its tokens overflow
@@ -62,6 +62,11 @@ def results(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "results.csv").read_bytes(), (folder / "categories.csv").read_bytes()
 
 
+def counts(folder: Path) -> dict[str, Any]:
+    """What became of the rows, as a run wrote it."""
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["run"]["counts"]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_first_bad_activation_is_named_and_the_chain_can_be_left_out(
     split, overflowing, places, tmp_path, capsys
@@ -76,11 +81,15 @@ def test_the_first_bad_activation_is_named_and_the_chain_can_be_left_out(
     assert not (run / "results.csv").exists()
 
     assert launch(overflowing, bad, run, "--resume", "--bad_chains", "skip") == 0
-    assert "1 chains with activations that are infinite" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 chains with activations that are infinite" in shown
+    assert "59 used (0 of them repaired" in shown and f"not numbers ({name})" in shown
     assert launch(overflowing, data_with(tmp_path, at, None), tmp_path / "refused") == 0
     assert results(run) == results(tmp_path / "refused")
-    run_summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))["run"]
-    assert run_summary["counts"]["used"] == 59
+    left_out, refused = (counts(tmp_path / name) for name in ("run", "refused"))
+    reason = "with activations that are infinite or not numbers"
+    assert left_out.pop("refused") == {reason: [name]} and refused.pop("refused") == {"with an empty response": [name]}
+    assert left_out == refused and left_out["used"] == 59
 
 
 def test_a_bad_activation_passes_without_the_check(overflowing, places, tmp_path, monkeypatch, capsys) -> None:
@@ -98,3 +107,27 @@ def test_scores_that_overflow_are_told(overflowing, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(ProbeBank, "scores", lambda bank, acts: scores(bank, acts) * 3e38)
     assert launch(overflowing, data_with(tmp_path, 0, " "), tmp_path / "run") == 2
     assert "scores that are infinite" in capsys.readouterr().err
+
+
+def test_steering_leaves_out_what_the_run_left_out(overflowing, places, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "run"
+    assert (
+        launch(overflowing, data_with(tmp_path, places["train"], f"one two {BAD} "), run, "--bad_chains", "skip") == 0
+    )
+    asked = [str(run), "--layer", "1", "--problems", "4", "--max_new_tokens", "4", "--strengths", "0", "4"]
+    capsys.readouterr()
+    assert steering.main(asked) == 0
+    assert "nan" not in capsys.readouterr().out
+    monkeypatch.setattr(steering, "find_bad_chains", lambda *_: [])
+    assert steering.main(asked) == 2  # negative control
+    assert "activations that are infinite" in capsys.readouterr().err
+
+
+def test_steering_refuses_other_data_than_the_runs(model_dir, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    assert launch(model_dir, data_with(tmp_path, 0, " "), run) == 0
+    other = data_with(tmp_path, 1, None)
+    asked = [str(run), "--layer", "1", "--problems", "2", "--max_new_tokens", "2", "--strengths", "0"]
+    assert steering.main([*asked, "--data", str(other)]) == 2
+    assert "that of the chains of" in capsys.readouterr().err
+    assert steering.main([*asked, "--data", str(data_with(tmp_path, 0, " "))]) == 0  # negative control
