@@ -246,6 +246,7 @@ def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if quantization == "4bit":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels a CPU has not
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         return {"dtype": compute, "quantization_config": four}
     return {"dtype": compute}

@@ -22,10 +22,13 @@ def unfit(config: Any, why: str) -> InputError:
     return InputError(f"a {config.model_type} model, {why}", "a causal decoder", "choose another --model")
 
 
+MOST_BLOCKS = 10_000  # a config that names more is broken, and building them would not end
+
+
 def depth(config: Any) -> int:
     """How many decoder blocks the config says that the whole model has."""
     n = getattr(text_config(config), "num_hidden_layers", None)
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, int) or not 0 < n <= MOST_BLOCKS:
         raise unfit(config, f"whose config names {n!r} as the number of its decoder blocks")
     return n
 

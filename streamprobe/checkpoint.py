@@ -123,9 +123,11 @@ def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = tensor
     facts, passes, tokens, plan = (about[name] for name in ("facts", "pass", "tokens", "plan"))
-    if not (isinstance(facts, dict) and isinstance(facts["config"], dict) and isinstance(plan, list)):
-        raise ValueError("no facts or plan of a run")
-    if type(passes) is not int or type(tokens) is not int or passes < 1 or tokens < 1:
+    if not (isinstance(facts, dict) and isinstance(facts["config"], dict)):
+        raise ValueError("no facts of a run")
+    if [type(each) for each in plan] != [int, bool, bool, bool] or plan[0] < 1:
+        raise ValueError(f"plan {plan!r}")
+    if not all(type(n) is int and 0 < n < 2**63 for n in (passes, tokens)):
         raise ValueError(f"pass {passes!r} and {tokens!r} tokens")
     return Checkpoint(parts, facts, passes, tokens, plan)
 
@@ -135,5 +137,12 @@ def _checksum(tensors: dict[str, Tensor], about: str) -> str:
     digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory, in its order and whatever its strides."""
+    whole = tensor.detach().cpu().contiguous()  # of a single row the strides may still be any
+    flat = whole.as_strided((whole.numel(),), (1,))  # no copy, which would make 1 of any other true bool
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -12,7 +12,7 @@ import yaml
 
 from streamprobe.errors import InputError
 from streamprobe.prompts import is_unicode
-from streamprobe.publication import FILES
+from streamprobe.publication import FILES, TOKENS
 from streamprobe.settings import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig, require
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
@@ -88,6 +88,12 @@ def _check_text(config: RunConfig) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 check_text(name, text)
+                require(
+                    name in FILES or not TOKENS.search(text),
+                    f"{name} with what looks like an access token",
+                    "text that may be written into the run's folder",
+                    f"take it out of --{name}",
+                )
                 if name in FILES:
                     _check_path(name, text)
     if not (config.output.output_dir or is_unicode(config.name)):

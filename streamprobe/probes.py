@@ -144,6 +144,8 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
         raise _broken(path, f"but tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
     if not all(tensor.is_floating_point() for tensor in tensors):
         raise _broken(path, f"but tensors of {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise _broken(path, "but numbers that are infinite or none")
     return ProbeBank(layers, columns, weight.float(), bias.float(), threshold.double(), name)
 
 
@@ -167,7 +169,9 @@ def read_about(path: Path) -> dict[str, Any]:
         wanted = {f"{name}.{part}" for name in about["solvers"] for part in ("weight", "bias", "threshold")}
         if not wanted or not about["layers"] or not about["columns"] or wanted - names:
             raise KeyError(*sorted(wanted - names))
-        about["layers"] = [int(layer) for layer in about["layers"]]
+        layers = about["layers"]
+        if not all(type(layer) is int for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"layers {layers}")
         about["columns"] = [_column(*column) for column in about["columns"]]
         about["config"] = dict(about.get("config", {}))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -178,7 +182,10 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _column(label: object, target: object, lag: Any, control: object = "", seed: Any = 0) -> list[Any]:
-    return [str(label), str(target), int(lag), str(control), int(seed)]
+    column = [label, target, lag, control, seed]
+    if [type(each) for each in column] != [str, str, int, str, int]:
+        raise TypeError(f"column {column}")
+    return column
 
 
 def _broken(path: Path, why: str) -> InputError:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from streamprobe.checkpoint import raw_bytes
 from streamprobe.errors import InputError, first_line
 from streamprobe.system.files import write_atomic
 
@@ -44,7 +45,7 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten()[:1024].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(raw_bytes(tensor.flatten()[:1024]))
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ Shapes: P problems, B of them in a batch, T tokens of a prompt, N tokens, D hidd
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ MARKER = r"\b(?:wait|hmm|actually|no(?=,))\b"  # `no` counts where a comma follo
 PATIENCE = 1.0  # seconds in which a marker must be through with one response
 CHAINS = 200  # training chains from which the directions and their scale are taken, at most
 RESAMPLES = 1000
+MOST_REPEATS = 10_000  # that a marker may count: compiling more takes seconds and more
 TITLES = {"events": "events a response", "any": "with any", "early": "early", "missed": "missed", "solved": "solved"}
 Judge = Callable[[str, str], dict[str, int]]  # prompt and response -> counts, `events` among them
 
@@ -165,6 +167,9 @@ def judge(marker: str | None, texts: Sequence[str]) -> Judge:
     if marker is None and all(map(behaviour.is_problem, texts)):
         return lambda prompt, text: behaviour.read_response(behaviour.read_problem(prompt), text)
     wanted = MARKER if marker is None else marker
+    repeated = math.prod(int(n) for n in re.findall(r"\{,?(\d+)", wanted))
+    if repeated > MOST_REPEATS:
+        raise InputError(f"marker {wanted!r}", f"at most {MOST_REPEATS:,} repetitions in all", "correct --marker")
     try:
         pattern = regex.compile(wanted, regex.IGNORECASE)
     except (regex.error, RecursionError) as error:

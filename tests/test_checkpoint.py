@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamprobe import checkpoint
-from streamprobe.checkpoint import STATE, BestProbes, Checkpoint, load_run, save_run
+from streamprobe.checkpoint import STATE, BestProbes, Checkpoint, load_run, raw_bytes, save_run
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.probes import ProbeBank, load_probes
@@ -203,7 +203,7 @@ FACTS: dict[str, Any] = {"config": {"l2": 0.01, "name": "é"}, "versions": {"tor
 
 
 def state(parts: dict[str, dict[str, Tensor]], **changes: Any) -> Checkpoint:
-    return Checkpoint(parts, FACTS, 3, 12345678901, [5, True, False, None])._replace(**changes)
+    return Checkpoint(parts, FACTS, 3, 12345678901, [5, True, False, False])._replace(**changes)
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -530,3 +530,15 @@ def test_scores_are_the_dot_product_of_each_layers_own_probes() -> None:
         for k in range(SHAPE[1]):
             expected = acts[:, i].double() @ bank.weight[i, k].double() + bank.bias[i, k]
             assert (scores[:, i, k] - expected).abs().max() < 1e-5
+
+
+def test_a_tensor_is_summed_by_its_numbers_whatever_its_strides():
+    """A part of a larger tensor of which only one number is left keeps that one's strides, and counts as contiguous."""
+    whole = torch.arange(129.0).reshape(1, 1, 129)
+    part = whole[..., 5]
+    assert part.is_contiguous() and part.stride() == (129, 129)
+    assert raw_bytes(part) == torch.tensor([5.0]).numpy().tobytes()
+    assert raw_bytes(whole.mT) == whole.numpy().tobytes()
+    assert raw_bytes(torch.tensor(3, dtype=torch.bfloat16)) == b"\x40\x40"
+    with pytest.raises(RuntimeError, match="stride"):  # negative control
+        part.contiguous().flatten().view(torch.uint8)

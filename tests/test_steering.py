@@ -436,6 +436,13 @@ def test_the_demo_is_judged_exactly(demo_run, capsys):
     assert re.search(r"( 0\.00 \(0\.00 to 0\.39\) +){2}1\.00 \(0\.61 to 1\.00\)$", none)  # no early return, all solved
 
 
+def test_a_marker_that_takes_long_to_compile_is_refused_before_that():
+    for marker in ("a{99999999}", "(a{9999}){9999}"):
+        with pytest.raises(InputError, match="at most 10,000 repetitions in all"):
+            steering.judge(marker, ["box"])
+    assert steering.judge("wa{1,3}it", ["box"])("", "waait") == {"events": 1}  # negative control
+
+
 OK = ["--layer", "1", "--lag", "4"]
 CASES = {
     "layer": (["--layer", "9"], "layer 9; expected one of 0 1 2"),

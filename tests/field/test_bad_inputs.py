@@ -622,3 +622,45 @@ def test_a_download_that_breaks_off_is_reported(tmp_path, monkeypatch, capsys):
         Handler.sent = len(whole)
         assert len(reading.read_rows(url, "train", ["problem"])) == 3
         server.shutdown()
+
+
+PROBES = {
+    "numbers that are none": ({}, {"newton.weight": torch.full((3, 6, 32), torch.nan)}),
+    "layers twice": ({"layers": [0, 0, 2]}, {}),
+    "layers that are yes or no": ({"layers": [True, False, 2]}, {}),
+    "half layers": ({"layers": [0.5, 1.0, 2]}, {}),
+    "lags as text": ({"columns": [["backtracking", "token", "0"]] * 6}, {}),
+    "a label that is a list": ({"columns": [[["a"], "token", 0]] * 6}, {}),
+}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_probes_of_wrong_types_and_numbers_are_refused(run_folder, tmp_path, name):
+    path, (about, tensors) = tmp_path / "probes.safetensors", PROBES[name]
+    with safe_open(run_folder / "probes.safetensors", framework="pt") as f:
+        held = {key: f.get_tensor(key) for key in f.keys()}
+        said = json.loads(f.metadata()["streamprobe"])
+    save_file(held, path, {"streamprobe": json.dumps(said)})
+    assert load_probes(path).layers == [0, 1, 2]  # negative control
+    save_file(held | tensors, path, {"streamprobe": json.dumps(said | about)})
+    with pytest.raises(InputError, match="which holds no probes"):
+        load_probes(path)
+
+
+def test_a_config_of_too_many_blocks_is_refused_before_they_are_built(model_dir):
+    from streamprobe.backbone import read_config
+    from streamprobe.blocks import check_layers
+
+    config = read_config(model_dir)
+    check_layers(config, [0])  # negative control
+    config.num_hidden_layers = 10_000_000
+    with pytest.raises(InputError, match="10000000 as the number of its decoder blocks"):
+        check_layers(config, [0])
+
+
+def test_a_token_in_a_text_that_is_written_down_is_refused():
+    secret, demo = "hf_" + "a" * 30, str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+    with pytest.raises(InputError, match="prompt with what looks like an access token") as error:
+        load_config([demo, "--prompt", f"{secret} {{problem}}"])
+    assert secret not in str(error.value)
+    assert load_config([demo, "--prompt", "hf_a {problem}"]).data.prompt == "hf_a {problem}"  # neg. control

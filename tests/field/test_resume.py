@@ -250,3 +250,10 @@ def test_a_resume_of_a_run_under_way_is_refused(run: Path, capsys: pytest.Captur
     with claim_folder("killed", "tiny", resume=True):
         assert "--resume in killed, where a run is under way" in refused(capsys)
     assert untouched(run) == before
+
+
+def test_a_single_probe_of_adams_runs_to_its_end(run: Path) -> None:
+    """One layer and one column: tensors of a single row, with strides of their own."""
+    one = ["--layers", "1", "--lags", "0", "--solvers", "adam", "--output_dir", "single"]
+    assert main(["tiny.yaml", *one]) == 0
+    assert main(["tiny.yaml", *one, "--resume"]) == 0

@@ -126,7 +126,7 @@ def test_no_file_of_a_run_holds_a_secret_and_what_is_uploaded_no_path(
     url = served.replace("://", "://someone:passw0rd@") + "?sig=topsecret"
     keys = {
         "model": model_dir, "data": url, "dtype": "float32", "layers": [1], "lags": [0], "controls": ["none"],
-        "max_passes": 1, "bootstrap": 0, "output_dir": "out", "revision": TOKEN,
+        "max_passes": 1, "bootstrap": 0, "output_dir": "out",
     }  # fmt: skip
     Path("config.yaml").write_text(yaml.safe_dump(keys))
     assert main(["config.yaml"]) == 0
