@@ -20,6 +20,7 @@ from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 from streamprobe.prompts import encode, is_unicode, open_response, special_ids
 from streamprobe.splits import split_chains
+from streamprobe.system.console import shows_progress
 
 
 @dataclass
@@ -252,42 +253,50 @@ def load_chains(
     test category that no row has, and for a label's name unless the rows are a `partial` choice of the data's.
     """
     counts = Counts(read=len(rows))
-    id_column, problem_column, *text_columns = fields
+    id_column, problem_column, *texts = fields
     ids = [f"#{i}" if (id := row.get(id_column)) is None else str(id) for i, row in enumerate(rows, 1)]
     kinds = [str(row.get(category_column)) for row in rows] if category_column else [category_of(id) for id in ids]
     where = _divide([row.get(problem_column) for row in rows], kinds, division)
     splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
     named: set[str] = set()
-    progress = tqdm(rows, desc="align", unit="chain", delay=2, disable=None, leave=False)
+    progress = tqdm(rows, desc="align", unit="chain", delay=2, disable=not shows_progress(), leave=False)
     for number, (row, id, kind, split) in enumerate(zip(progress, ids, kinds, where, strict=True)):
+        made: str | tuple[Chain, Record, Annotation]
         if split == "duplicate":
-            counts.refuse("with a problem of the test split", id)
-            continue
-        if not is_unicode(id + kind):
-            counts.refuse("with an id or a category that is not Unicode", id)
-            continue
-        if number in bad:
-            counts.refuse(NOT_FINITE, id)
-            continue
-        response, annotated = (row.get(name) for name in text_columns)
-        problem = "" if row.get(problem_column) is None else row[problem_column]
-        made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled, reading.label_names)
+            made = "with a problem of the test split"
+        elif number in bad:
+            made = NOT_FINITE
+        elif not is_unicode(id + kind):
+            made = "with an id or a category that is not Unicode"
+        else:
+            made = _make_chain(id, [row.get(name) for name in (problem_column, *texts)], tokenizer, labels, reading)
+        if not isinstance(made, str) and len(made[0].ids) > context:
+            made = f"longer than the model's context of {context:,} tokens"
         if isinstance(made, str):
             counts.refuse(made, id)
             continue
-        named.update(made[1].names)
-        chain = tokenize(made[0], tokenizer, labels, *reading[:4], day=reading.day)
+        chain, record, found = made
         chain.category, chain.row = kind, number
-        if len(chain.ids) > context:
-            counts.refuse(f"longer than the model's context of {context:,} tokens", id)
-            continue
-        counts.use(*made, chain.marker)
+        named.update(found.names)
+        counts.use(record, found, chain.marker)
         splits[split].append(chain)
     if not partial:
         check_names(reading.label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
     return splits, counts
+
+
+def _make_chain(
+    id: str, texts: Sequence[object], tokenizer: Any, labels: Sequence[str], reading: Reading
+) -> tuple[Chain, Record, Annotation] | str:
+    """The chain of a row, of its problem, response and annotation, and what it was made of; or why it is refused."""
+    problem, response, annotated = texts
+    problem = "" if problem is None else problem
+    made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled, reading.label_names)
+    if isinstance(made, str):
+        return made
+    return tokenize(made[0], tokenizer, labels, *reading[:4], day=reading.day), *made
 
 
 def _divide(problems: Sequence[object], kinds: Sequence[str], division: Division) -> list[str]:
