@@ -375,6 +375,8 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(("seconds", "terminal", "shown"), [(0.8, True, True), (0.0, True, False), (0.8, False, False)])
 def test_progress_is_shown_on_a_terminal_after_two_seconds(tokenizer, monkeypatch, seconds, terminal, shown):
     output = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", output)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("streamprobe.chains.tqdm", partial(tqdm, file=output, mininterval=0))
     monkeypatch.setattr("streamprobe.chains.annotate", lambda *given: (time.sleep(seconds), annotate(*given))[1])
     load_chains(make_rows(4, seed=5), FIELDS, tokenizer, LABELS, 512)
