@@ -135,6 +135,7 @@ class Lab:
         self.hidden_size = trial.check_reading(self.model, self.config.probes.layers, tokens, self.chunked)
         if self.config.data.bad_chains == "skip":
             self._skip_bad_chains()
+        self.rows = []  # the chains are final, and texts may take much memory
         self.surface_layers = [name for name in controls.Surface.LAYERS if name in self.config.probes.controls]
         self.surface: controls.Surface | None = None
         if self.surface_layers:
@@ -226,7 +227,8 @@ class Lab:
         lengths = [len(c.ids) for split in self.splits.values() for c in split]
         batch = min(most, sum(lengths)), min(most, max(lengths))
         text = blocks.text_config(self.model.config)
-        intermediate = getattr(text, "intermediate_size", None) or 4 * self.hidden_size
+        width = getattr(text, "intermediate_size", None) or 4 * self.hidden_size
+        intermediate = max(width) if isinstance(width, list) else width  # some models have one a block
         evaluated = max(sum(int(c.support.sum()) for c in self.splits[name]) for name in ("validation", "test"))
         n_beside = len(self.surface_layers) + len(self.side)
         n_probes = len(self.config.probes.layers) * len(self.columns) + n_beside * self.n_real

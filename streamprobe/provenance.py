@@ -71,7 +71,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def write_config(folder: Path, facts: dict[str, Any]) -> None:
-    """config.yaml: every key, so that `run.py FOLDER/config.yaml` runs it again; what else defined it, as comments."""
+    """config.yaml: every key, so that `run.py FOLDER/config.yaml` runs it again; what else defined it, as comments.
+
+    Where the data's URL had a user or a query, which are left out, it takes --data with the whole URL.
+    """
     keys = yaml.safe_dump({**facts["config"], "output_dir": None, "resume": None}, sort_keys=False, allow_unicode=True)
     rest = {name: value for name, value in facts.items() if name != "config"}
     notes = "".join(f"# {name}: {json.dumps(value)}\n" for name, value in rest.items())
