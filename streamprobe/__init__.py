@@ -6,7 +6,13 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["load_probes", "push_to_hub", "steer", "tap", "watch"]
 
-HOME = {"load_probes": "probes", "push_to_hub": "hub", "steer": "hooks", "tap": "hooks", "watch": "monitor"}
+HOME = {
+    "load_probes": "probes.storage",
+    "push_to_hub": "tools.hub",
+    "steer": "model.hooks",
+    "tap": "model.hooks",
+    "watch": "tools.watch",
+}
 
 
 def __getattr__(name: str) -> Any:

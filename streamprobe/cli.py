@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from streamprobe.config import load_config
+from streamprobe.config.load import load_config
 from streamprobe.system.console import guard, shows_progress
 
 SMALLER = "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit"
@@ -20,6 +20,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     config = load_config(argv)
-    from streamprobe.experiment import run  # after the config: torch and transformers take seconds to import
+    from streamprobe.run.pipeline import run
 
     run(config)

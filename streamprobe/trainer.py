@@ -7,32 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from streamprobe.checkpoint import BestProbes
-from streamprobe.errors import InputError
-from streamprobe.memory import ActivationMemory
-from streamprobe.metrics import Scored, measure
-from streamprobe.probes import ProbeBank
-from streamprobe.solvers import Solver
-from streamprobe.stream import TokenBatch
-from streamprobe.tracking import Tracker
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.store import ActivationMemory
+from streamprobe.evaluation.metrics import measure
+from streamprobe.evaluation.scores import Scored, Share, evaluate
+from streamprobe.probes.early_stopping import BestProbes
+from streamprobe.probes.linear import ProbeBank
+from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.solvers.base import Solver
 
 LOG_TOKENS = 65_536  # training tokens between two points of a loss curve; a pass ends with one too
 Source = Callable[[], Iterable[TokenBatch]]
-
-
-class Share(NamedTuple):
-    """The part of a TokenBatch that a solver is fed."""
-
-    name: str
-    features: Callable[[TokenBatch], Tensor]  # -> [N, L, D], its own L and D
-    columns: Tensor  # [k] which of the batch's K columns
-
-    def of(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N, L, D], targets [N, k] and valid [N, k]."""
-        return self.features(batch), batch.targets[:, self.columns], batch.valid[:, self.columns]
 
 
 class Fit(NamedTuple):
@@ -46,24 +31,6 @@ class Fit(NamedTuple):
     def name(self) -> str:
         """One of a kind."""
         return f"{self.solver.name}-{self.share.name}"
-
-
-def evaluate(pairs: Sequence[tuple[ProbeBank, Share]], batches: Iterable[TokenBatch]) -> list[Scored]:
-    """Every probe's logit for every token, for each bank.  Raises InputError where one is not finite."""
-    scores: list[list[Tensor]] = [[] for _ in pairs]
-    rest = []
-    for batch in batches:
-        for (bank, share), own in zip(pairs, scores, strict=True):
-            own.append(bank.scores(share.features(batch)).cpu())
-        rest.append((batch.targets.cpu(), batch.valid.cpu(), batch.chain.cpu(), batch.token.cpu()))
-    targets, valid, chain, token = (torch.cat(part) for part in zip(*rest, strict=True))
-    columns = [share.columns.cpu() for _, share in pairs]
-    result = [
-        Scored(torch.cat(own), targets[:, k], valid[:, k], chain, token) for own, k in zip(scores, columns, strict=True)
-    ]
-    if not all(scored.scores.isfinite().all() for scored in result):
-        raise InputError("scores that are infinite or not numbers", "finite weights", "lower --learning_rate")
-    return result
 
 
 def train(

@@ -129,7 +129,7 @@ def chains_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bank() -> Any:
     """Random probes of the tiny model: layers 0, 1 and 2, two targets, lags -2, 0 and 4."""
     from streamprobe.lags import make_columns
-    from streamprobe.probes import ProbeBank
+    from streamprobe.probes.linear import ProbeBank
 
     columns = make_columns(["backtracking"], ["token", "onset"], [-2, 0, 4])
     random = torch.Generator().manual_seed(0)
@@ -143,8 +143,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_
     """The folder of a finished run with these probes: config.yaml, probes.safetensors and results.csv."""
     import yaml
 
-    from streamprobe.report import write_probes, write_rows
-    from streamprobe.results import FIELDS
+    from streamprobe.evaluation.results import FIELDS
+    from streamprobe.reporting.files import write_probes, write_rows
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()

@@ -1,0 +1,1 @@
+"""Labelled activations on their way from the model to the probes."""

@@ -1,0 +1,28 @@
+"""The only thing that crosses from the model to the probes.
+
+Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenBatch(NamedTuple):
+    """The only thing that crosses from the model to the probes."""
+
+    acts: Tensor  # [N, L, D] in the backbone's dtype; behind the probed layers those of the surface, if it is asked for
+    side: Tensor  # [N, P] float32: what is known of each token without a model
+    targets: Tensor  # [N, K] bool
+    valid: Tensor  # [N, K] bool
+    chain: Tensor  # [N] int64: which chain of the stream
+    token: Tensor  # [N] int64: which of its tokens
+
+    def rows(self, index: Tensor | slice) -> "TokenBatch":
+        """The tokens at `index`."""
+        return TokenBatch(*(x[index] for x in self))
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch on `device`."""
+        return TokenBatch(*(x.to(device, non_blocking=True) for x in self))

@@ -1,0 +1,1 @@
+"""What streamprobe costs beside the bare forward pass, and beside the usual way over files."""

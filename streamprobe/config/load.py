@@ -1,0 +1,201 @@
+"""One YAML file is one run: flat keys, each of them a command-line option too."""
+
+import os
+from argparse import Action
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamprobe.config.schema import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig, require
+from streamprobe.data.prompts import is_unicode
+from streamprobe.errors import InputError
+from streamprobe.system.privacy import FILES, TOKENS
+
+GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
+PAIRS = ("label_names",)  # keys of a list of NAME=VALUE, which a file may write as a mapping
+DEFAULT = "configs/demo.yaml"
+ELSEWHERE = "run in the folder that holds configs/, or give its path"
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    probes: ProbeConfig
+    training: TrainingConfig
+    output: OutputConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Every key and its value."""
+        groups = (self.model, self.data, self.probes, self.training, self.output)
+        return {name: value for group in groups for name, value in asdict(group).items()}
+
+
+def load_config(argv: Sequence[str]) -> RunConfig:
+    """`[CONFIG.yaml] [--key value ...]`, where the command line wins; without any, and no model or data, the demo's.
+
+    Raises InputError for a key, a type or a value that is wrong; `--help` prints every key and exits.
+    """
+    from transformers import HfArgumentParser
+
+    argv = list(argv)
+    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    if path is None and not any(word.split("=")[0] in ("--model", "--data", "-h", "--help") for word in argv):
+        path = Path(DEFAULT)
+    parser = HfArgumentParser(
+        list[Any](GROUPS), prog="run.py", usage="run.py CONFIG.yaml [--key value ...]", allow_abbrev=False,
+        description="Train linear probes for every layer and lag while the language model runs.",
+    )  # fmt: skip
+    actions = {a.dest: a for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")}
+
+    def refuse(message: str) -> None:
+        raise InputError(message, "a value of the key's type", "see --help")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    _check_order(argv, actions)
+    given = _as_arguments(path, actions) if path else []
+    *groups, rest = parser.parse_args_into_dataclasses(
+        [*given, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    for word in rest:
+        require(word.startswith("-"), f"{word!r}, which belongs to no key", "--key value", "drop it")
+        raise _unknown(word, list(actions), "the command line")
+    config = RunConfig(path.stem if path else "run", *groups)
+    for name, value in (("model", config.model.model), ("data", config.data.data)):
+        require(bool(value), f"no {name}", f"the key {name!r}", f"give --{name}, or it in the config file")
+    _check_text(config)
+    return config
+
+
+def _check_order(argv: Sequence[str], actions: Mapping[str, Action]) -> None:
+    """Raises InputError for a config file behind the keys, of which a key before it might make a value."""
+    texts = {f"--{name}" for name, action in actions.items() if action.type is str and action.nargs is None}
+    for before, word in zip(["", *argv], argv, strict=False):
+        if word.endswith((".yaml", ".yml")) and not word.startswith("-") and before not in texts:
+            raise InputError(f"{word} after the keys", "the config file first", f"run.py {word} ...")
+
+
+def _check_text(config: RunConfig) -> None:
+    """Raises InputError for bytes that are no text, and for a path that this locale cannot name."""
+    for name, value in config.flat().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(name, text)
+                require(
+                    name in FILES or not TOKENS.search(text),
+                    f"{name} with what looks like an access token",
+                    "text that may be written into the run's folder",
+                    f"take it out of --{name}",
+                )
+                if name in FILES:
+                    _check_path(name, text)
+    if not (config.output.output_dir or is_unicode(config.name)):
+        raise InputError(
+            f"config {config.name!r}, whose name is no text in this locale, and would name the folder of the run",
+            "--output_dir, or a UTF-8 locale",
+            "give --output_dir, or set LC_ALL=C.UTF-8",
+        )
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises InputError for a value of the key `name` with bytes that are no text."""
+    require(
+        is_unicode(text),
+        f"{name} {text!r}, with bytes that are no text",
+        "UTF-8",
+        f"write --{name} in UTF-8, in a UTF-8 locale (such as LC_ALL=C.UTF-8)",
+    )
+
+
+def _check_path(name: str, text: str) -> None:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{name} {text!r}, which has letters that this locale's file names have not",
+            "a name that it has",
+            "use a UTF-8 locale, such as LC_ALL=C.UTF-8",
+        ) from None
+
+
+def _as_arguments(path: Path, actions: Mapping[str, Action]) -> list[str]:
+    """The file's keys as command-line arguments, so that one parser gives all values their types."""
+    arguments = []
+    for name, value in _read(path, actions).items():
+        if value is None:
+            continue
+        many = actions[name].nargs in ("+", "*")
+        got = f"config {path}: {name}"
+        if isinstance(value, list):
+            require(many, f"{got} with a list", "one value", f"keep one value for {name}")
+            wrong = [item for item in value if item is None or isinstance(item, list | dict)]
+            require(not wrong, f"{got} with {wrong[:1]} in its list", "a list of values", f"fix {name}")
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            kind = "one value or a list" if many else "one value"
+            require(not isinstance(value, dict), f"{got} with keys inside", kind, f"fix {name}")
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def _read(path: Path, actions: Mapping[str, Action]) -> dict[str, Any]:
+    """The file's keys and values.
+
+    A value of a key that is text stays as it is written: YAML takes `no`, `1_000`, `12:30` for something else.
+    """
+    root, content = _load(path)
+    names = [name.value for name, _ in root.value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, f"config {path} with {', '.join(twice)} given twice", "each key once", "drop one")
+    for name in content:
+        if name not in actions:
+            raise _unknown(str(name), list(actions), f"config {path}")
+    texts = [(name.value, node) for name, node in root.value if getattr(actions.get(name.value), "type", None) is str]
+    return content | {name: _as_written(node, pairs=name in PAIRS) for name, node in texts}
+
+
+def _load(path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
+    """A YAML mapping as it is written, and what it means."""
+    what = "lines of the form `key: value`"
+    try:
+        found = path.is_file()
+        loader = yaml.SafeLoader(path.read_bytes().decode("utf-8-sig") if found else "")
+        root = loader.get_single_node()
+        content = loader.construct_document(root) if root else None
+    except RecursionError:
+        raise InputError(f"config {path}, nested too deeply", what, "flatten it") from None
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
+        raise InputError(f"config {path}: {error}", f"YAML in UTF-8: {what}", "fix that") from None
+    require(found, f"config {path}, which is no file", "a YAML file", ELSEWHERE)
+    if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
+        raise InputError(f"config {path}", what, "see the files in configs/")
+    return root, content
+
+
+def _as_written(node: yaml.Node, pairs: bool = False) -> Any:
+    """The text of a node, of each one in its list, or of its `pairs` (NAME=VALUE); None for null."""
+    if pairs and isinstance(node, yaml.MappingNode):
+        return [f"{_as_written(name)}={_as_written(value) or ''}" for name, value in node.value] or None
+    if isinstance(node, yaml.SequenceNode):
+        return [_as_written(each) if isinstance(each, yaml.ScalarNode) else {} for each in node.value]
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    return {}
+
+
+def _unknown(word: str, keys: list[str], where: str) -> InputError:
+    name = word.split("=")[0].lstrip("-")
+    near = get_close_matches(name, keys, n=1, cutoff=0.5)
+    expected = f"--{near[0]}, the nearest key" if near else "one of the keys that --help lists"
+    return InputError(
+        f"unknown key {name!r} on {where}" if "command" in where else f"unknown key {name!r} in {where}",
+        expected,
+        "fix or drop it",
+    )

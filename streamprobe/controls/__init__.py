@@ -1,0 +1,1 @@
+"""What every probe is compared with."""

@@ -1,0 +1,187 @@
+"""What will be fed to the model, in numbers and in one example, and what that takes, before anything is trained."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from streamprobe.data.annotations import END, plain_name
+from streamprobe.data.dataset import Counts, count_tokens
+from streamprobe.data.tokenize import Chain
+from streamprobe.errors import InputError
+from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
+
+Census = dict[str, tuple[int, Tensor, Tensor]]  # split -> tokens, and valid and positive ones of each column [K]
+FEW = 20  # chains, from which on a label that only one of them has is named
+SHOWN = 5  # names in a line
+MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
+
+
+def check_splits(splits: Mapping[str, Sequence[Chain]], labels: Sequence[str], counts: Counts) -> None:
+    """Raises InputError for an empty split and for a label that never occurs."""
+    for name, chains in splits.items():
+        if not chains:
+            reasons = f" ({counts.n_refused} chains refused: {refusals(counts)})" if counts.refused else ""
+            raise InputError(
+                f"no {name} chains{reasons}",
+                "at least one in every split",
+                "fix the data, use more problems, or a larger --test_share or --validation_share",
+            )
+    for label in labels:
+        if not counts.labels[label]:
+            known = ", ".join(name for name, _ in counts.labels.most_common())
+            raise InputError(f"label {label!r}, which never occurs", f"one of {known}", "mend --labels")
+
+
+def take_census(splits: Mapping[str, Sequence[Chain]], columns: Sequence[Column], arrays: Sequence[str]) -> Census:
+    """What `stream` will yield for the training and the validation chains; `arrays` names their label arrays."""
+    return {name: count_tokens(splits[name], columns, arrays) for name in ("train", "validation")}
+
+
+def has_both(census: Census, k: int) -> bool:
+    """Whether column k has training tokens of both classes, and validation tokens."""
+    _, valid, positive = census["train"]
+    return 0 < int(positive[k]) < int(valid[k]) and int(census["validation"][1][k]) > 0
+
+
+def check_census(census: Census, columns: Sequence[Column], splits: Mapping[str, Sequence[Chain]]) -> None:
+    """Raises InputError for a lag longer than every chain, and a column that cannot be trained or validated."""
+    longest = max(int(c.support.sum()) for c in splits["train"])
+    for name, (_, valid, positive) in census.items():
+        for k, column in enumerate(columns):
+            n, hits = int(valid[k]), int(positive[k])
+            if not n and abs(column.lag) >= longest:
+                raise InputError(
+                    f"lag {column.lag}, which is longer than every chain", f"less than {longest} tokens", "mend --lags"
+                )
+            if not n or (name == "train" and hits in (0, n)):
+                raise InputError(
+                    f"{column} with {hits} positive {name} tokens of {n}",
+                    "tokens of both classes in the training chains and some in validation",
+                    "use more chains, other labels or other lags",
+                )
+
+
+def refusals(counts: Counts) -> str:
+    """Why chains were refused, how many for each reason, and the names of the first ones."""
+    by_size = sorted(counts.refused.items(), key=lambda refused: -len(refused[1]))
+    return ", ".join(f"{len(ids)} {reason} ({_names(ids)})" for reason, ids in by_size)
+
+
+def _names(ids: Sequence[str], most: int = 3) -> str:
+    return ", ".join([*(id[:60] for id in ids[:most]), *["..."] * (len(ids) > most)])
+
+
+def describe(
+    counts: Counts,
+    splits: Mapping[str, Sequence[Chain]],
+    census: Census,
+    columns: Sequence[Column],
+    labels: Sequence[str],
+    tokenizer: Any,
+) -> str:
+    """Chains and sections read and used, tokens and base rates, and one example, as text for the terminal."""
+    tokens = {name: sum(len(c.ids) for c in chains) for name, chains in splits.items()}
+    labelled = {name: sum(int((c.codes[:, 0] != UNKNOWN).sum()) for c in chains) for name, chains in splits.items()}
+    lines = [
+        f"chains    {counts.read:,} read, {counts.used:,} used ({counts.repaired:,} of them repaired: "
+        f"{counts.edited_sections} sections edited, {counts.lost_sections} lost, {counts.unbalanced_tags} tags "
+        f"unbalanced), "
+        f"{counts.n_refused:,} refused{': ' + refusals(counts) if counts.refused else ''}",
+        f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
+        + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
+        *_notes(counts),
+        *describe_tags(counts, labels),
+        "",
+        f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
+    ]
+    for name, chains in splits.items():
+        rates = ""
+        for c in range(len(labels)):
+            hits = sum(int((x.codes[:, c] >= INSIDE).sum()) for x in chains)
+            begun = sum(int((x.codes[:, c] == ONSET).sum()) for x in chains)
+            rates += f"{f'{hits / max(1, labelled[name]):.2%} in {begun:,}':>24}"
+        lines.append(f"{name:<12}{len(chains):>8,}{tokens[name]:>10,}{labelled[name]:>10,}{rates}")
+    positive = census["validation"][2].tolist()
+    blind = [str(c) for c, n in zip(columns, positive, strict=True) if not (n or c.control)]
+    if blind:
+        lines.append(
+            f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
+        )
+    lines += [
+        "            (base rate of the label's tokens, in so many sections)",
+        "",
+        example(splits["train"], labels, tokenizer),
+    ]
+    return "\n".join(lines)
+
+
+def _notes(counts: Counts) -> list[str]:
+    """What else is to be known of the chains that are used."""
+    notes = [
+        f"prompt    without its last {marker!r} for the {n:,} responses that begin with it"
+        for marker, n in counts.markers.most_common()
+    ]
+    if counts.without_problem:
+        notes.append(f"          {counts.without_problem:,} texts have no problem before them")
+    if counts.without_sections:
+        notes.append(f"          {counts.without_sections:,} texts without a section are used as negatives")
+    return notes
+
+
+def describe_tags(counts: Counts, labels: Sequence[str]) -> list[str]:
+    """Lines on what is odd about the annotator's tags: their form, nearly equal names, names in a single chain."""
+    lines = []
+    if counts.strange_tags:
+        forms = counts.strange_tags.most_common()
+        pair = shlex.quote(f"{forms[0][0]}=LABEL")
+        lines.append(
+            f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: "
+            f"{_listed([f'{form} {n:,}' for form, n in forms])} (--label_names {pair} reads it as LABEL)"
+        )
+    for label, names in near_names(counts.labels, labels).items():
+        found = _listed([f"{name!r} {counts.labels[name]:,}" for name in names])
+        pairs = _listed([shlex.quote(f"{name}={label}") for name in names], " ")
+        lines.append(f"names     {found}, nearly {label!r}: counted apart, unless --label_names {pairs}")
+    rare = sorted(name for name, n in counts.label_chains.items() if n == 1)
+    if rare and counts.used >= FEW:
+        lines.append(
+            f"rare      labels in a single chain, a slip or the model's own text: {_listed(list(map(repr, rare)))} "
+            "(--label_names maps a name to another)"
+        )
+    return lines
+
+
+def near_names(found: Mapping[str, int], labels: Sequence[str]) -> dict[str, list[str]]:
+    """Names that differ in case, numbering or separators alone: the one that is probed, or the commonest -> the others.
+
+    What is nearly the end of a section is counted to it.
+    """
+    groups: dict[str, list[str]] = {plain_name(END): [END]}
+    for name in sorted(found, key=lambda name: (name not in labels, -found[name], name)):
+        groups.setdefault(plain_name(name), []).append(name)
+    return {first: others for first, *others in groups.values() if others}
+
+
+def _listed(words: Sequence[str], separator: str = ", ") -> str:
+    """The words in a row, the first few of them where there are many."""
+    return separator.join([*words[:SHOWN], *(["..."] if len(words) > SHOWN else [])])
+
+
+def example(chains: Sequence[Chain], labels: Sequence[str], tokenizer: Any, around: int = 6) -> str:
+    """The tokens around the first section of the first label, with their labels, as the model will see them."""
+    chain = next(c for c in chains if (c.codes[:, 0] == ONSET).any())
+    onset = int((chain.codes[:, 0] == ONSET).nonzero()[0])
+    lines = [
+        f"example   {chain.id!r}, tokens of {len(chain.ids)}; '1<' begins a section, '-' has no label, '.' is no sample"
+    ]
+    lines.append(f"{'':>8}  {'token':<18}" + "".join(f"{label[:22]:>24}" for label in labels))
+    rows = [*range(min(4, onset)), *range(max(4, onset - around), min(len(chain.ids), onset + around + 1))]
+    for before, t in zip([-1, *rows], rows, strict=False):
+        if t != before + 1:
+            lines.append(f"{'...':>8}")
+        word = repr(tokenizer.decode([int(chain.ids[t])]))[1:-1]
+        marks = [MARKS[int(code)] if chain.support[t] else "." for code in chain.codes[t, : len(labels)]]
+        lines.append(f"{t:>8}  {word[:18]:<18}" + "".join(f"{mark:>24}" for mark in marks))
+    return "\n".join(lines)

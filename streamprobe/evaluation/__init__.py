@@ -1,0 +1,1 @@
+"""From scored tokens to metrics, intervals and verdicts."""

@@ -1,0 +1,168 @@
+"""The frozen model, cut off above the deepest probed layer.
+
+The model is built at its full depth, without memory, and the blocks behind the deepest probed one are dropped before
+the weights are read: what a block computes may depend on the depth (MiniCPM3 scales by it, GPT-NeoX-Japanese has a bias
+in its last block alone).  The config is left as it is, and a forward pass ends behind the last block that is there.
+Shapes: B chains in a batch, T tokens, D hidden size.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprobe.errors import InputError
+from streamprobe.model.blocks import block_list, check_layers, drop_blocks
+from streamprobe.model.loading import _empty, _one_line, check_device, read_config
+from streamprobe.system.hardware import free_bytes
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32; other names are torch's."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cut_class(whole: type, n: int) -> Any:
+    """The class `whole`, but built without the blocks behind the first n."""
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, *args, **options)  # type: ignore[misc]
+        drop_blocks(self, n)
+
+    return type(whole.__name__, (whole,), {"__init__": init, "__module__": whole.__module__})
+
+
+def load_backbone(
+    model: str,
+    layers: Sequence[int] | None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    quantization: str = "none",
+    device_map: str = "auto",
+    **where: Any,
+) -> nn.Module:
+    """The model's blocks 0 .. max(layers), frozen, in eval mode, without an LM head; all with it if None.
+
+    quantization: `none`, `8bit` or `4bit` (bitsandbytes: LLM.int8, or NF4 that computes in `dtype`).  The blocks'
+    outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
+    fit.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    check_device(device_map, attn_implementation)
+    config = read_config(model, **where)
+    check_layers(config, layers or [])
+    options = {"device_map": device_map, "ignore_mismatched_sizes": True, **_numbers(dtype, quantization), **where}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    with _one_line(model):
+        if layers is None:
+            loaded = _whole_kind(config).from_pretrained(model, config=config, output_loading_info=True, **options)
+        else:
+            loaded = _load_cut(model, config, max(layers) + 1, options)
+    backbone, info = loaded
+    _check_loaded(model, backbone, info)
+    return backbone.eval().requires_grad_(False)
+
+
+def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
+    """Options of `from_pretrained` for the format of the numbers."""
+    from transformers import BitsAndBytesConfig
+
+    compute = pick_dtype(dtype)
+    if quantization == "8bit":
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call, in one way or the other
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if quantization == "4bit":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels a CPU has not
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        return {"dtype": compute, "quantization_config": four}
+    return {"dtype": compute}
+
+
+def _whole_kind(config: Any) -> Any:
+    """What loads this model with its LM head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    causal, seeing = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    sees = config.model_type in seeing and config.model_type not in causal
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model's first n blocks and what transformers says about its loading; dropped blocks' weights are not read."""
+    config = deepcopy(config)
+    where = {name: options[name] for name in ("trust_remote_code", "revision") if options.get(name)}
+    empty = _empty(config, options["dtype"], **where)
+    whole = type(empty)
+    _check_room(model, empty, n, options)
+    if not isinstance(empty.config, type(config)):  # AutoModel takes the text part of this config
+        quantized, config = getattr(config, "quantization_config", None), config.get_text_config()
+        if quantized is not None:
+            config.quantization_config = quantized
+    backbone, info = _cut_class(whole, n).from_pretrained(model, config=config, output_loading_info=True, **options)
+    backbone.__class__ = whole
+    return backbone, info
+
+
+def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -> None:
+    """Raises InputError where the host has no room for the weights, before they are read; a container may be killed.
+
+    A GGUF file is turned into float32 as a whole.  Of a device accelerate says what does not fit, and what quantized
+    weights take is known when they are there.
+    """
+
+    def size(module: nn.Module) -> int:
+        return sum(p.nbytes for p in module.parameters())
+
+    needed = size(empty) - size(nn.ModuleList(list(block_list(empty))[n:]))
+    if options.get("gguf_file"):
+        needed += sum(4 * p.numel() for p in empty.parameters())
+    on_host = options["device_map"] == "cpu" or not torch.cuda.is_available()
+    free = free_bytes(torch.device("cpu"))
+    if on_host and "quantization_config" not in options and needed > free:
+        raise InputError(
+            f"model {model}, whose first {n} blocks take {needed / 1e9:.2f} GB while they are read",
+            f"at most the {free / 1e9:.2f} GB of memory that are free",
+            "free memory, use --dtype bfloat16, or probe lower layers",
+        )
+
+
+def _check_loaded(model: str, backbone: nn.Module, info: dict[str, Any]) -> None:
+    """Raises InputError for weights that are missing or of another size, and for a model that is not all in memory."""
+    if info["missing_keys"]:
+        raise InputError(
+            f"model {model} without the weights {', '.join(sorted(info['missing_keys'])[:3])}",
+            "a checkpoint with every weight of the probed blocks",
+            "check --model and --gguf_file",
+        )
+    if info["mismatched_keys"]:
+        name, got, expected = min(info["mismatched_keys"])
+        raise InputError(
+            f"model {model}, whose file has {name} of size {list(got)}",
+            f"{list(expected)}, as its config says",
+            "check the files of --model",
+        )
+    places = set((getattr(backbone, "hf_device_map", None) or {}).values())
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise InputError(
+            f"model {model}, which does not fit into memory",
+            "room for its blocks in device memory and RAM",
+            "use --quantization 4bit, lower layers, or a larger device",
+        )

@@ -1,0 +1,53 @@
+"""The model's tokenizer, with the characters that each token covers."""
+
+import json
+from typing import Any
+
+from streamprobe.errors import InputError, first_line
+from streamprobe.model.loading import _one_line
+
+
+def load_tokenizer(model: str, **where: Any) -> Any:
+    """The model's tokenizer, which says of every token which characters it covers, white space included.
+
+    Raises InputError if it cannot, and for files that are no tokenizer's.
+    """
+    from transformers import AutoTokenizer
+
+    with _one_line(model):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, **where)
+        except Exception as error:
+            if type(error) not in (Exception, TypeError, AttributeError):  # bare ones are those of `tokenizers`
+                raise
+            raise InputError(
+                f"model {model} with a tokenizer that cannot be read ({first_line(error)})",
+                "the tokenizer's files as they were saved",
+                "check tokenizer.json and tokenizer_config.json",
+            ) from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",
+            "a fast tokenizer (it says which characters each token covers)",
+            "use a model with a tokenizer.json",
+        )
+    keep_white_space(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def keep_white_space(backend: Any) -> None:
+    """Lets a `tokenizers.Tokenizer` (changed in place) count white space to the characters of a token.
+
+    A byte-level post-processor with `trim_offsets` leaves it out, so that a token of white space alone covers nothing.
+    The token ids stay as they are.
+    """
+    from tokenizers import Tokenizer, models
+
+    def untrimmed(entry: dict[str, Any]) -> dict[str, Any]:
+        return entry | {"trim_offsets": False} if "trim_offsets" in entry else entry
+
+    now = json.loads(backend.to_str())["post_processor"]
+    then = json.loads(json.dumps(now), object_hook=untrimmed)
+    if then != now:
+        empty = json.loads(Tokenizer(models.BPE()).to_str())
+        backend.post_processor = Tokenizer.from_str(json.dumps(empty | {"post_processor": then})).post_processor

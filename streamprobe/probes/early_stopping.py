@@ -1,0 +1,54 @@
+"""The best snapshot of every probe, and when it is final.
+
+Shapes: L layers, K columns.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.storage import restore
+
+
+class BestProbes:
+    """The best snapshot of every probe so far, each probe judged alone.
+
+    A probe whose validation score has not risen for `patience` passes is stopped: its snapshot is final, whatever
+    its live weights do later.  Without patience the newest weights are the best, until the solver says that they
+    have converged.
+    """
+
+    def __init__(self, bank: ProbeBank, patience: int | None):
+        shape = bank.bias.shape
+        self.bank, self.patience = bank.clone(), patience
+        self.score = torch.full(shape, -1.0, dtype=torch.float64)  # [L, K]
+        self.best_pass = torch.zeros(shape, dtype=torch.int64)
+        self.misses = torch.zeros(shape, dtype=torch.int64)
+        self.stopped = torch.zeros(shape, dtype=torch.bool)  # [L, K]: which probes are final
+
+    def update(self, score: Tensor, number: int, bank: ProbeBank, converged: Tensor) -> None:
+        """Takes the probes of `bank` whose score [L, K] is the best yet, as of pass `number`; NaN counts as 0.
+
+        `converged` [L, K] bool: which of them the solver calls final.
+        """
+        score = score.nan_to_num(0.0)
+        better = ~self.stopped & (True if self.patience is None else score > self.score)
+        self.misses = torch.where(better, 0, self.misses + (~self.stopped).long())
+        self.stopped = self.stopped | converged.cpu() | (self.misses >= (self.patience or math.inf))
+        self.score, self.best_pass = torch.where(better, score, self.score), self.best_pass.masked_fill(better, number)
+        self.bank.take(better.to(bank.bias.device), bank)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load` needs, sharing no memory with these."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._live().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up where the one that gave `state` stood.  Raises InputError for the state of other probes."""
+        restore(self._live(), state)
+
+    def _live(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        ours = {name: getattr(self, name) for name in ("score", "best_pass", "misses", "stopped")}
+        return {"weight": self.bank.weight, "bias": self.bank.bias, **ours}

@@ -1,0 +1,90 @@
+"""All probes as stacked tensors.
+
+Shapes: N tokens, L layers, K columns, D hidden size.  One linear probe per (layer, column), in raw activation space.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprobe.errors import InputError
+from streamprobe.lags import Column
+
+
+@dataclass
+class ProbeBank:
+    """The L x K probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
+
+    layers: list[Any]  # numbers; while a run trains its controls also names
+    columns: list[Column]
+    weight: Tensor  # [L, K, D] float32
+    bias: Tensor  # [L, K] float32
+    threshold: Tensor | None = None  # [L, K] the logit from which on a probe says yes; None until validation chose it
+    solver: str = ""
+
+    def scores(self, acts: Tensor) -> Tensor:
+        """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype, on whatever device these lie."""
+        weight, bias = self.weight.to(acts.device), self.bias.to(acts.device)
+        x = acts.to(weight.dtype).transpose(0, 1)  # [L, N, D]
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)).transpose(0, 1)
+
+    def probabilities(self, acts: Tensor) -> Tensor:
+        """Probabilities [N, L, K], float32, of activations [N, L, D]: see `scores`."""
+        return self.scores(acts).sigmoid()
+
+    def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:
+        """Where a probe lies: (l, k), so that `bank.weight[l, k]` [D] is its direction, `scores[:, l, k]` its logits.
+
+        Without a label or a target: the first that the bank holds.  Raises InputError for a probe that it has not.
+        """
+        real = {k: column for k, column in enumerate(self.columns) if not getattr(column, "control", "")}
+        for name, value in (("label", label), ("target", target)):
+            held = _unique(getattr(column, name) for column in real.values())
+            value = held[0] if value is None else value
+            real = {k: column for k, column in real.items() if getattr(column, name) == value}
+            _require(value, held, name)
+        lags = {column.lag: k for k, column in real.items()}
+        _require(layer, self.layers, "layer")
+        _require(lag, sorted(lags), "lag")
+        return self.layers.index(layer), lags[lag]
+
+    def clone(self) -> "ProbeBank":
+        """A copy that shares no tensor with this bank."""
+        threshold = None if self.threshold is None else self.threshold.clone()
+        copies = self.weight.clone(), self.bias.clone(), threshold
+        return ProbeBank(list(self.layers), list(self.columns), *copies, self.solver)
+
+    def take(self, where: Tensor, other: "ProbeBank") -> None:
+        """Copies other's probes over this bank's where `where` [L, K] is True."""
+        self.weight.copy_(torch.where(where[..., None], other.weight, self.weight))
+        self.bias.copy_(torch.where(where, other.bias, self.bias))
+
+    def to(self, device: torch.device | str) -> "ProbeBank":
+        """This bank with its tensors on `device`."""
+        threshold = None if self.threshold is None else self.threshold.to(device)
+        moved = self.weight.to(device), self.bias.to(device), threshold
+        return ProbeBank(self.layers, self.columns, *moved, self.solver)
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _require(value: Any, held: list[Any], name: str) -> None:
+    if value not in held:
+        raise InputError(
+            f"{name} {value}", f"one of {' '.join(map(str, held))}, as in the run", f"choose another {name}"
+        )
+
+
+def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Probes of standardised features as probes of raw ones.
+
+    weight [L, K, D] and bias [L, K] act on (x - mean) / scale, with mean, scale [L, D]; the result acts on x:
+    w'= w / scale, b' = b - w' . mean.
+    """
+    raw = weight / scale[:, None]
+    return raw, bias - torch.einsum("lkd,ld->lk", raw, mean)

@@ -1,0 +1,161 @@
+"""report.html: one page that holds all it shows and asks the network for nothing.  Text from the data is escaped."""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from streamprobe.evaluation.results import Row, place
+from streamprobe.reporting.html.charts import heat_map, lag_curves
+from streamprobe.reporting.terminal import Grid, grids
+
+HERE = Path(__file__).parent
+KINDS = {
+    "hit": ("Best hits", "sections, or their beginnings, with the highest mean probability"),
+    "miss": ("Worst misses", "those whose highest probability is the lowest"),
+    "false alarm": ("Worst false alarms", "tokens with the highest probability that are not what was asked for"),
+}
+READING = (
+    "All numbers are of held-out test chains; intervals are 95% over resampled chains. Lag k: the activation at token "
+    "t predicts the label at token t + k, so a positive lag looks ahead. Lift: AUROC above that of the best control."
+)
+CONTROLS = (
+    "Controls: embed is the token alone, text the last 8, 32 and 128 tokens, position the place in the response, "
+    "persistence the label at t and the time since the last section, permuted the labels shifted within their chain "
+    "(the highest layer)."
+)
+
+
+def render(name: str, rows: Sequence[Row], run: Mapping[str, Any], transcripts: Mapping[str, Any]) -> str:
+    """The page of a run: its rows, the `run` part of its summary.json, and its transcripts.json."""
+    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    held = json.dumps(transcripts, separators=(",", ":"))
+    for character in "<>&":
+        held = held.replace(character, f"\\u{ord(character):04x}")
+    families = grids(rows)
+    links = [f"<a href='#family{i}'>{escape(_title(family))}</a>" for i, family in enumerate(families)]
+    return "\n".join(
+        [
+            "<!doctype html><html lang=en><head><meta charset=utf-8>",
+            f'<meta http-equiv=Content-Security-Policy content="{policy}">',
+            "<meta name=viewport content='width=device-width'>",
+            f"<title>streamprobe: {escape(name)}</title><style>{style}</style></head><body>",
+            f"<h1>{escape(name)}</h1>",
+            *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
+            f"<p class=note>{READING}</p>",
+            f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
+            "<a href='#run'>The run</a></nav>",
+            *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
+            _chains(transcripts),
+            _table(rows),
+            _run(run),
+            f"<script type=application/json id=transcripts>{held}</script><script>{script}</script></body></html>",
+        ]
+    )
+
+
+def _title(family: tuple[str, str, str]) -> str:
+    solver, label, target = family
+    return f"{label}, target {target}, solver {solver}"
+
+
+def _family(number: int, family: tuple[str, str, str], grid: Grid) -> str:
+    """Curves and heat maps of one solver, label and target."""
+    flat = [row for line in grid.values() for row in line.values()]
+    parts = [
+        f"<h2 id=family{number}>{escape(_title(family))}</h2>",
+        f"<div class=wide>{lag_curves(grid)}</div>",
+        "<p class=note>Blue: the best layer of each lag with its interval. Grey: every layer. Dashed: controls.</p>",
+        f"<h3>AUROC</h3><div class=wide>{heat_map(grid, 'auroc')}</div>",
+    ]
+    if any(not math.isnan(row["lift"]) for row in flat):
+        parts.append(f"<p class=note>{CONTROLS}</p>")
+        parts.append(f"<h3>Lift over the best control</h3><div class=wide>{heat_map(grid, 'lift')}</div>")
+    base = [row["base_rate"] for row in flat if not row["control"] and not math.isnan(row["base_rate"])]
+    told = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
+    parts.append(
+        f"<details><summary>Average precision{told}</summary>"
+        f"<div class=wide>{heat_map(grid, 'average_precision')}</div></details>"
+    )
+    return "".join(parts)
+
+
+def _chains(transcripts: Mapping[str, Any]) -> str:
+    """The places of the chains, which the script fills."""
+    best = transcripts["reference"]
+    if not best:
+        return "<h2 id=read>Held-out chains</h2><p class=note>No probe has both classes among the test tokens.</p>"
+    parts = [
+        "<h2 id=read>Held-out chains</h2>",
+        f"<p class=note>Picked by the probe with {escape(transcripts['picked_by'])}: layer {best['layer']}, "
+        f"lag {best['lag']:+d}, {escape(_title((best['solver'], best['label'], best['target'])))}. "
+        "Any other can paint them.</p>",
+        "<fieldset id=chooser></fieldset>",
+        "<p class='note key'><span class=in>a true section</span><span class=picked>what was picked</span></p>"
+        "<p class=note id=said></p>",
+    ]
+    kind = None
+    for number, chain in enumerate(transcripts["chains"]):
+        if chain["kind"] != kind:
+            kind = chain["kind"]
+            title, meaning = KINDS[kind]
+            parts.append(f"<h3>{title}</h3><p class=note>{meaning}</p>")
+        last = chain["first"] + len(chain["tokens"]) - 1
+        parts.append(
+            f"<p class=note>{escape(str(chain['id']))}, tokens {chain['first']} to {last} of {chain['length']}</p>"
+            f"<div class=text id=chain{number} tabindex=0></div>"
+        )
+    return "".join(parts)
+
+
+COLUMNS = (
+    "solver", "label", "target", "lag", "layer or control", "AUROC", "95% interval", "lift", "95% interval", "over",
+    "AP", "95% interval", "F1", "TPR at 5% FPR", "base rate", "tokens", "best pass",
+)  # fmt: skip
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Every row of results.csv, to be sorted."""
+    head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name in COLUMNS)
+    body = []
+    for row in rows:
+        cells = [
+            row["solver"], row["label"], row["target"], f"{row['lag']:+d}", place(row), _number(row["auroc"]),
+            _interval(row, "auroc"), _number(row["lift"]), _interval(row, "lift"), row["best_control"],
+            _number(row["average_precision"]), _interval(row, "average_precision"), _number(row["f1"]),
+            _number(row["tpr_at_5fpr"]), _number(row["base_rate"]), str(row["n_tokens"]), str(row["best_pass"]),
+        ]  # fmt: skip
+        kind = " class=control" if row["control"] else ""
+        body.append(f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return (
+        f"<h2 id=all>All probes and controls</h2><p class=note>A click on a column's name sorts.</p><div class=scroll>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _number(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:.3f}"
+
+
+def _interval(row: Row, name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    """What the run cost, was given and read."""
+    config = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in run["config"].items())
+    rest = {n: v for n, v in run.items() if n not in ("config", "verdicts", "preflight", "counts", "versions")}
+    facts = "\n".join(f"{name}: {value}" for name, value in (rest | run["versions"]).items())
+    return (
+        f"<h2 id=run>The run</h2><details open><summary>Data</summary><pre>{escape(run['preflight'])}</pre></details>"
+        f"<details><summary>Config</summary><pre>{escape(config)}</pre></details>"
+        f"<details><summary>Cost and versions</summary><pre>{escape(facts)}</pre></details>"
+    )

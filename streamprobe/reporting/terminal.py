@@ -1,0 +1,157 @@
+"""What a run ends with in the terminal: the table of each label and target with its verdict, the cost and the files."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamprobe.evaluation.results import Row, place
+
+Family = tuple[str, str, str]  # solver, label, target
+Grid = dict[str, dict[int, Row]]  # by place, then by lag
+WIDTH = 14  # lags side by side
+
+
+def grids(rows: Iterable[Row]) -> dict[Family, Grid]:
+    """The rows of each solver, label and target, in the order of the verdicts; layers before controls."""
+    found: dict[Family, Grid] = {}
+    for row in sorted(rows, key=lambda row: (row["solver"], row["label"], row["target"], bool(row["control"]))):
+        grid = found.setdefault((row["solver"], row["label"], row["target"]), {})
+        grid.setdefault(place(row), {})[row["lag"]] = row
+    return found
+
+
+def lags_of(grid: Grid) -> list[int]:
+    """Every lag of a grid, rising."""
+    return sorted({lag for line in grid.values() for lag in line})
+
+
+def best_of(lines: Iterable[Mapping[int, Row]]) -> dict[int, Row]:
+    """The row with the highest AUROC at each lag, among the lines given."""
+    best: dict[int, Row] = {}
+    for line in lines:
+        for lag, row in line.items():
+            if lag not in best or _by_auroc(row) > _by_auroc(best[lag]):
+                best[lag] = row
+    return dict(sorted(best.items()))
+
+
+def _by_auroc(row: Row) -> float:
+    return -1.0 if math.isnan(row["auroc"]) else row["auroc"]
+
+
+def lines_of(grid: Grid) -> tuple[Grid, Grid]:
+    """The lines of the layers, and those of the controls, where the highest permuted ones are one line."""
+    layers = {name: line for name, line in grid.items() if not _control(line)}
+    controls = {name: line for name, line in grid.items() if _control(line) not in ("", "permuted")}
+    permuted = best_of(line for line in grid.values() if _control(line) == "permuted")
+    return layers, controls | ({"permuted": permuted} if permuted else {})
+
+
+def _control(line: Mapping[int, Row]) -> str:
+    return next(iter(line.values()))["control"]
+
+
+def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
+    """For each solver, label and target: AUROC by layer or control and lag, the best layer of each lag, its verdict."""
+    lines: list[str] = []
+    for ((solver, label, target), grid), verdict in zip(grids(rows).items(), verdicts, strict=True):
+        layers, controls = lines_of(grid)
+        best = best_of(layers.values())
+        lines += [f"test AUROC   {label}, target {target}, solver {solver}   (* the best layer of a lag)", ""]
+        lags = lags_of(grid)
+        for start in range(0, len(lags), WIDTH):
+            lines += [*_square(layers, controls, best, lags[start : start + WIDTH]), ""]
+        lines += _ladder(best)
+        flat = [row for line in grid.values() for row in line.values()]
+        blank = sum(math.isnan(row["auroc"]) for row in flat)
+        if blank:
+            lines.append(f"{blank} probes have nan: their test tokens lack a class")
+        norms = sorted(row["gradient_norm"] for row in flat if not math.isnan(row["gradient_norm"]))
+        if norms:
+            lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
+        lines += ["", verdict, "", ""]
+    return "\n".join(lines[:-1])
+
+
+def _square(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
+    """AUROC by layer or control (rows) and lag (columns)."""
+    lines = [f"{'lag':<12}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
+    for name, line in (layers | controls).items():
+        cells = [
+            f"{line[lag]['auroc']:>6.3f}" + " *"[line[lag] is best.get(lag)] if lag in line else " " * 7 for lag in lags
+        ]
+        lines.append((f"{name:<12}" + "".join(cells)).rstrip())
+    return lines
+
+
+def _ladder(best: Mapping[int, Row]) -> list[str]:
+    """A line for the best layer of each lag."""
+    lines = [
+        f"{'lag':>5}{'layer':>7}{'AUROC':>8}   {'95% interval':<16}{'lift':>6}   {'95% interval':<18}{'over':<12}"
+        f"{'AP':>6}{'base':>7}{'F1':>7}{'positive of tokens':>22}"
+    ]
+    for lag, row in best.items():
+        lines.append(
+            f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>8.3f}   {_interval(row, 'auroc', ''):<16}"
+            f"{_or_blank(row['lift'], '+.3f'):>6}   {_interval(row, 'lift', '+'):<18}{row['best_control']:<12}"
+            f"{row['average_precision']:>6.3f}{row['base_rate']:>7.3f}{row['f1']:>7.3f}"
+            f"{row['n_positive']:>11,} of {row['n_tokens']:>7,}"
+        )
+    return lines
+
+
+def _or_blank(value: float, form: str) -> str:
+    return "" if math.isnan(value) else f"{value:{form}}"
+
+
+def _interval(row: Row, name: str, sign: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if math.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def headline(rows: Sequence[Row]) -> dict[str, float]:
+    """The numbers by which runs compare, by name: of each solver, label and target the lag of its verdict and the
+    highest lift, AUROC and average precision."""
+    found: dict[str, float] = {}
+    for family, grid in grids(rows).items():
+        real = [row for line in lines_of(grid)[0].values() for row in line.values()]
+        clear = [row["lag"] for row in real if row["lift_low_corrected"] > 0]
+        if clear:
+            found[f"test/certain up to lag/{'/'.join(family)}"] = max(clear)
+        for name in ("lift", "auroc", "average_precision"):
+            known = [row[name] for row in real if not math.isnan(row[name])]
+            if known:
+                found[f"test/highest {name}/{'/'.join(family)}"] = max(known)
+    return found
+
+
+def describe_cost(cost: Mapping[str, Any]) -> str:
+    """What the run took, and how much of it the frozen model alone."""
+    share = cost["model_seconds"] / max(cost["seconds"], 1e-9)
+    lines = [
+        f"time      {cost['seconds']:,} s for {cost['passes']} passes, tests and files; the bare model is "
+        f"{cost['model_seconds']:,} s of it, {share:.0%}",
+        f"model     {cost['model_tokens']:,} tokens in {cost['model_forwards']:,} forward passes, "
+        f"{cost['tokens_per_second']:,} tokens/s, {cost['padding']} padding",
+        f"memory    {cost['peak_memory_gb']} GB at most; {cost['activations']}"
+        + (f"; newton's matrices {cost['newton_matrices']}" if "newton_matrices" in cost else ""),
+    ]
+    return "\n".join(lines)
+
+
+def describe_files(folder: Path) -> str:
+    """The files of a run with their sizes."""
+    sizes: dict[str, int] = {}
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
+        name = path.relative_to(folder).parts
+        first = "events.out.tfevents.*" if name[0].startswith("events.out.tfevents.") else name[0]
+        first += "/" if len(name) > 1 else ""
+        sizes[first] = sizes.get(first, 0) + path.stat().st_size
+    listed = [f"{name} {_size(n)}" for name, n in sizes.items()]
+    head = f"wrote     {folder}/"
+    return "\n".join([head, *("          " + ", ".join(listed[i : i + 4]) for i in range(0, len(listed), 4))])
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{max(1, round(n / 1e3))} kB"

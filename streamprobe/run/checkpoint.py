@@ -1,0 +1,85 @@
+"""What must survive a crash or an overfit."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from streamprobe.errors import InputError
+from streamprobe.probes.storage import _save, raw_bytes
+
+STATE = "checkpoint/state.safetensors"
+FORMAT = 1  # of the checkpoint; raised whenever what is in it changes
+
+
+class Checkpoint(NamedTuple):
+    """Where a run stands after a pass."""
+
+    parts: dict[str, dict[str, Tensor]]  # the state of each solver, and of its best probes
+    facts: dict[str, Any]  # what defines the run
+    passes: int
+    tokens: int  # seen in them
+    plan: list[Any]  # where the activations lie, which decides the order of the tokens
+
+
+def save_run(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes the checkpoint of a run, with a checksum of all that is in it."""
+    parts, facts, passes, tokens, plan = checkpoint
+    flat = {f"{part}.{name}": tensor.detach().cpu() for part, own in parts.items() for name, tensor in own.items()}
+    keys = {"format": FORMAT, "facts": facts, "pass": passes, "tokens": tokens, "plan": plan}
+    about = json.dumps(keys, sort_keys=True)
+    _save(folder / STATE, flat, f"{_checksum(flat, about)} {about}")
+
+
+def load_run(folder: Path) -> Checkpoint | None:
+    """What `save_run` wrote last, or None where there is no checkpoint.
+
+    Raises InputError for one that is not, to the byte, what `save_run` wrote.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file():
+            raise ValueError("not a file")
+        with safe_open(path, framework="pt") as f:
+            checksum, _, about = f.metadata()["streamprobe"].partition(" ")
+            flat = {name: f.get_tensor(name) for name in f.keys()}
+        if checksum != _checksum(flat, about):
+            raise ValueError("its checksum is not that of its content")
+        return _unpack(flat, json.loads(about))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}, which cannot be read ({type(error).__name__}: {error})",
+            f"a whole checkpoint, format {FORMAT}, as a run wrote it",
+            "put back a copy of it, or start a new run without --resume in another folder",
+        ) from error
+
+
+def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        part, name = key.split(".", 1)
+        parts.setdefault(part, {})[name] = tensor
+    facts, passes, tokens, plan = (about[name] for name in ("facts", "pass", "tokens", "plan"))
+    if not (isinstance(facts, dict) and isinstance(facts["config"], dict)):
+        raise ValueError("no facts of a run")
+    if [type(each) for each in plan] != [int, bool, bool, bool] or plan[0] < 1:
+        raise ValueError(f"plan {plan!r}")
+    if not all(type(n) is int and 0 < n < 2**63 for n in (passes, tokens)):
+        raise ValueError(f"pass {passes!r} and {tokens!r} tokens")
+    return Checkpoint(parts, facts, passes, tokens, plan)
+
+
+def _checksum(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 over what is said about the tensors, and over the name, dtype, shape and bytes of each."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""The folder of a run: which one it is, that nobody else writes to it, and that it can hold what a run writes."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from streamprobe.errors import InputError
+from streamprobe.run.checkpoint import STATE
+from streamprobe.system import files
+from streamprobe.system.console import say
+
+RESULTS = (
+    "results.csv", "categories.csv", "differences.csv", "reliability.csv", "probes.safetensors", "transcripts.json",
+    "summary.json", "report.html",
+)  # fmt: skip
+NAMES = ("config.yaml", STATE, *RESULTS)  # all that a run writes but for the events of TensorBoard
+LOCK = ".lock"
+TRIES = 10  # to make a folder that a refused run is just taking away
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun to write there."""
+    return any(os.path.lexists(folder / name) for name in NAMES)
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a run has got as far as its results."""
+    return any(os.path.lexists(folder / name) for name in RESULTS)
+
+
+@contextmanager
+def claim_folder(output_dir: str | None, name: str, resume: bool) -> Iterator[Path]:
+    """The folder of this run, which no other process can claim until the context ends or this process dies.
+
+    Without `output_dir`, the first of runs/<name>, runs/<name>-2, ... that holds no run and is nobody's, or to resume
+    the last one that does hold one.  Raises InputError rather than write over another run, or where a file of a run
+    could not be written.  A folder that was made for a run which then wrote nothing is taken away again.
+    """
+    claim = _claim_given(Path(output_dir), resume) if output_dir else _claim_default(Path("runs") / name, resume)
+    try:
+        check_files(claim.folder)
+        if claim.lock is None:
+            say(f"lock      {claim.folder} is on a file system without locks: start no second run there")
+        yield claim.folder
+    finally:
+        claim.release()
+
+
+@dataclass
+class Claim:
+    """A folder, the lock that keeps others out (None where the file system has none), and the folders made for it."""
+
+    folder: Path
+    lock: FileLock | None
+    made: list[Path]  # the deepest first
+
+    def release(self) -> None:
+        """Lets others in.  Takes away the lock's file and, where nothing was written, the folders."""
+        with suppress(OSError):
+            (self.folder / LOCK).unlink(missing_ok=True)
+        if not holds_run(self.folder):
+            _take_away(self.made)
+        if self.lock:
+            self.lock.release()
+
+
+def _claim_given(folder: Path, resume: bool) -> Claim:
+    if resume or not holds_run(folder):
+        claim = _claim(folder)
+        if claim is None:
+            raise InputError(
+                f"{'--resume in' if resume else 'output_dir'} {folder}, where a run is under way",
+                "a folder that no other process writes to",
+                "wait for its end" if resume else "choose another",
+            )
+        if resume or not holds_run(folder):
+            return claim
+        claim.release()  # another process has been there meanwhile
+    found = next((name for name in NAMES if os.path.lexists(folder / name)), "")
+    raise InputError(
+        f"output_dir {folder}, which holds a run ({found})",
+        "an empty or new folder",
+        "choose another, or go on with that run by --resume",
+    )
+
+
+def _claim_default(first: Path, resume: bool) -> Claim:
+    folders = (first.with_name(f"{first.name}-{number}") if number > 1 else first for number in count(1))
+    if resume:
+        return _claim_given(next(reversed(list(takewhile(holds_run, folders))), first), resume)
+    for folder in folders:
+        claim = None if holds_run(folder) else _claim(folder)
+        if claim and not holds_run(folder):
+            return claim
+        if claim:
+            claim.release()
+    raise AssertionError("numbers do not end")
+
+
+def _claim(folder: Path) -> Claim | None:
+    """The folder, made if it was not there, and locked; None where another process has it.
+
+    Raises InputError where that cannot be.
+    """
+    for attempt in range(TRIES):
+        made: list[Path] = []
+        try:
+            _make(folder, made)
+            return Claim(folder, files.lock(folder / LOCK), made)
+        except Timeout:
+            return None
+        except (OSError, ValueError) as error:
+            _take_away(made)
+            if not isinstance(error, FileNotFoundError) or attempt == TRIES - 1:
+                raise _refusal(folder, error) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Makes the folder and those above it, and puts those that were not there at the front of `made`."""
+    missing = [folder]
+    while not os.path.lexists(missing[-1]) and missing[-1] != missing[-1].parent:
+        missing.append(missing[-1].parent)
+    for path in reversed(missing):
+        if path.is_dir():
+            continue
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():
+                raise NotADirectoryError(0, f"{path} is no folder") from None
+        else:
+            made.insert(0, path)
+
+
+def _take_away(made: list[Path]) -> None:
+    """Removes the folders that are empty."""
+    with suppress(OSError):
+        for path in made:
+            path.rmdir()
+
+
+def _refusal(folder: Path, error: Exception) -> InputError:
+    why = "is a file" if os.path.isfile(folder) else f"cannot be made or written to ({files.reason(error)})"
+    return InputError(f"output_dir {folder}, which {why}", "a folder to write to", "choose another --output_dir")
+
+
+def check_files(folder: Path) -> None:
+    """Raises InputError where one of the files that a run writes into `folder` could not be written."""
+    events = f"events.out.tfevents.{0:010d}.{socket.gethostname()}.{0:07d}.0"
+    state = (folder / STATE).parent
+    path = state
+    try:
+        if os.path.lexists(state) and not state.is_dir():
+            raise NotADirectoryError(0, "it is not a folder")
+        for name in (*NAMES, events):
+            path = folder / name
+            files.probe(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"output_dir {folder}, where {path.relative_to(folder)} cannot be written ({files.reason(error)})",
+            "a folder that can hold the files of a run",
+            "make room for it, or choose another --output_dir",
+        ) from error

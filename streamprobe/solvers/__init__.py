@@ -1,0 +1,1 @@
+"""Ways to fit all probes at once from a stream of activations."""

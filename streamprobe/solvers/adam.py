@@ -1,0 +1,127 @@
+"""Ways to fit a bank of probes from a stream of labelled activations.
+
+Shapes: N tokens, L layers, K columns, D hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from streamprobe.lags import Column
+from streamprobe.probes.linear import ProbeBank, fold
+from streamprobe.probes.storage import restore
+from streamprobe.solvers.running_sums import first_scaling, scaled
+
+
+class AdamSolver:
+    """Class-weighted logistic regression by Adam on mini-batches: the recipe of the original experiment.
+
+    For every probe, with z the logit, y the target and the mean over those tokens of the mini-batch that are valid for
+    the probe's column:
+
+        loss = mean(p y softplus(-z) + (1 - y) softplus(z)) + l2 |w|^2
+
+    p = negatives / positives in the training data (`positive_weight`).  The losses are summed over probes, so each is
+    trained as if it were alone.  Gradients are in closed form; one batched product serves all layers and columns.
+    With `standardize`, features are (x - mean) / std, by the moments of the first chunk of tokens, which are then kept:
+    any fixed affine map gives the same family of probes, and `bank` folds this one back into raw space.
+    """
+
+    name = "adam"
+    forgetful = False
+
+    def __init__(
+        self,
+        layers: Sequence[int | str],
+        columns: Sequence[Column],
+        hidden_size: int,
+        positive_weight: Tensor,
+        learning_rate: float = 1e-3,
+        l2: float = 0.01,
+        batch_size: int = 64,
+        standardize: bool = True,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        """`positive_weight` is [K].  Weights start as `nn.Linear`'s do: uniform in +- 1 / sqrt(hidden_size)."""
+        self.layers, self.columns = list(layers), list(columns)
+        self.positive_weight = positive_weight.to(device, torch.float32)
+        self.l2, self.batch_size, self.standardize = l2, batch_size, standardize
+        random = torch.Generator().manual_seed(seed)
+        bound = hidden_size**-0.5
+        shape = (len(layers), len(columns), hidden_size)
+        start = torch.empty(shape[1], shape[0], hidden_size + 1).uniform_(-bound, bound, generator=random)
+        start = start.transpose(0, 1).to(device)  # a column's start does not depend on those behind it
+        self.weight = start[..., :-1].contiguous()  # [L, K, D]
+        self.bias = start[..., -1].contiguous()  # [L, K]
+        self.mean = torch.zeros(shape[0], hidden_size, device=device)
+        self.scale = torch.ones_like(self.mean)
+        self.started = torch.zeros((), dtype=torch.bool)  # mean and scale are final
+        self.adam = torch.optim.Adam([self.weight, self.bias], lr=learning_rate, fused=True)
+        self._create_adam_state()
+        self.loss_, self.n_loss = torch.zeros(shape[:2], device=device), torch.zeros(shape[1], device=device)
+        self.converged = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        self.gradient_norm = torch.full(shape[:2], float("nan"), device=device)
+
+    def _create_adam_state(self) -> None:
+        """Adam makes its moments at its first step; a step along a zero gradient leaves all but its count at zero."""
+        self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.adam.step()
+        for state in self.adam.state.values():
+            state["step"].zero_()
+
+    @torch.no_grad()
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K]."""
+        if not self.started:
+            self.started.fill_(True)
+            if self.standardize:
+                for ours, first in zip((self.mean, self.scale), first_scaling(acts), strict=True):
+                    ours.copy_(first)
+        x = scaled(acts, self.mean, self.scale)  # [L, N, D]
+        y = targets.float()
+        weight = valid * torch.where(targets, self.positive_weight, 1.0)  # [N, K]
+        z = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
+        self.loss_ += (weight * (softplus(z) - y * z)).sum(1)
+        self.n_loss += valid.sum(0)
+        for start in range(0, len(y), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            self._update(x[:, rows], y[rows], weight[rows] / valid[rows].sum(0).clamp_min(1))
+
+    def _update(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """x [L, n, D], y [n, K], weight [n, K]: what each token counts in the mean."""
+        z = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))  # [L, n, K]
+        slope = weight * (z.sigmoid() - y)
+        self.weight.grad = torch.baddbmm(self.weight, slope.transpose(1, 2), x, beta=2 * self.l2)
+        self.bias.grad = slope.sum(1)
+        self.adam.step()
+
+    def end_pass(self) -> None:
+        """Nothing: Adam's steps do not wait for the end of a pass."""
+
+    def bank(self) -> ProbeBank:
+        """The probes as they stand, in raw activation space."""
+        return ProbeBank(self.layers, self.columns, *fold(self.weight, self.bias, self.mean, self.scale)).clone()
+
+    def loss(self) -> Tensor:
+        """Mean class-weighted loss [L, K] since the last call, without the penalty; NaN where no token was valid."""
+        mean = self.loss_ / self.n_loss
+        self.loss_, self.n_loss = torch.zeros_like(self.loss_), torch.zeros_like(self.n_loss)
+        return mean
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, Adam's moments and the standardisation."""
+        return {key: value.to("cpu", copy=True) for key, value in self._live().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up where the solver that gave `state` stood.  Raises InputError for the state of another one."""
+        restore(self._live(), state)
+
+    def _live(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        tensors = {name: getattr(self, name) for name in ("weight", "bias", "mean", "scale", "started")}
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            tensors |= {f"{name}.{key}": value for key, value in self.adam.state[parameter].items()}
+        return tensors

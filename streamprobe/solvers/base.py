@@ -1,0 +1,47 @@
+"""What every solver can do.
+
+Shapes: N tokens, L layers, K columns, D hidden size.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from streamprobe.lags import Column
+from streamprobe.probes.linear import ProbeBank
+
+
+class Solver(Protocol):
+    """Fits L x K probes, one chunk of shuffled tokens after another."""
+
+    name: str
+    layers: list[int | str]  # numbers of layers, and names of controls
+    columns: list[Column]
+    converged: Tensor  # [L, K] bool: probes that no further pass would change
+    gradient_norm: Tensor  # [L, K] of the objective at the probes of `bank`; NaN where it is not known
+
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool."""
+
+    def end_pass(self) -> None:
+        """Told when all training tokens have been seen once more."""
+
+    def bank(self) -> ProbeBank:
+        """The probes as they stand, in raw activation space, sharing no memory with the solver."""
+        ...
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether a resumed run must show it the first pass once more, for what is too large for a checkpoint."""
+        ...
+
+    def loss(self) -> Tensor:
+        """Mean loss [L, K] of the tokens since the last call, each taken before the solver trained on it."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a later `load` needs to go on bit for bit."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up where the solver that gave `state` stood.  Raises InputError for the state of another one."""

@@ -1,0 +1,164 @@
+"""Share the probes of a run on the Hugging Face hub.
+
+python -m streamprobe.tools.hub runs/demo user/name --private
+
+Writes probes.safetensors, results.csv and a model card with the results.  They are read back by
+`streamprobe.load_probes("user/name")`.  The file of the probes names the run's model and data as the config does.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save
+
+from streamprobe.errors import InputError, first_line
+from streamprobe.evaluation.results import place
+from streamprobe.probes.storage import FILE, find_probes, read_about
+from streamprobe.system.console import guard, say
+from streamprobe.system.csv_files import read_csv
+from streamprobe.system.privacy import ON_HUB, for_others
+
+COLUMNS = ("solver", "label", "target", "layer", "lag", "control", "auroc", "auroc_low", "auroc_high")
+PUBLIC = ("solvers", "layers", "columns", "data_fingerprint", "model_fingerprint")  # of what probes say of themselves
+CARD = """---
+{head}---
+
+# Linear probes: {labels}
+
+Probes of the hidden states of {model}, one for each layer and lag, trained by streamprobe.
+
+    from streamprobe import load_probes
+
+    probes = load_probes("{repo}")
+    logits = probes.scores(acts)                      # [N, L, K] of activations [N, L, D] of the layers {layers}
+    l, k = probes.place(layer={layer}, lag={lag})     # one probe: logits[:, l, k], its direction probes.weight[l, k]
+
+Layer i is the output of decoder block i, counted from 0.  Lag k: the activation at token t predicts the label at token
+t + k.  Solvers: {solvers}.
+
+## Results
+
+AUROC on held-out test chains, with the 95% interval over resampled chains; below the layers, what they must beat.
+
+{tables}"""
+
+
+def push_to_hub(run: str | Path, repo_id: str, private: bool = False) -> str:
+    """Puts the probes of a run, its results and a card into the hub repository `user/name`; returns the address.
+
+    The repository is made if there is none (`private` then says who may see it).  Raises InputError for a folder that
+    holds no finished run, and for what the hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    folder = Path(run)
+    probes = find_probes(folder) if os.path.isdir(folder) else None
+    if probes is None or not os.path.isfile(folder / "results.csv"):
+        raise InputError(f"{folder}, which holds no results.csv", "the folder of a finished run", "check the path")
+    about, results = read_about(probes), folder / "results.csv"
+    card = make_card(about, read_csv(results, COLUMNS), repo_id)
+    files: dict[str, str | bytes] = {FILE: for_upload(probes, about), "results.csv": str(results)}
+    files["README.md"] = card.encode(errors="replace")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repo_id, operations, commit_message="Upload probes")
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise InputError(
+            f"{repo_id} on the hub ({first_line(error)})",
+            "user/name, a token that may write there, and a connection",
+            "check the name; `hf auth login` or set HF_TOKEN",
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+def for_upload(path: Path, about: dict[str, Any]) -> str | bytes:
+    """The file of probes `path`, or its content without what others may not see of what it says `about` itself.
+
+    Runs leave that out; an older one may not have, and keys that are not the package's may hold anything.
+    """
+    shown = {name: about[name] for name in PUBLIC if name in about} | {"config": for_others(about["config"])}
+    with safe_open(str(path), framework="pt") as f:
+        if set(f.metadata()) == {"streamprobe"} and shown == about:
+            return str(path)
+        tensors = {name: f.get_tensor(name) for name in sorted(f.keys())}
+    return save(tensors, {"streamprobe": json.dumps(shown, sort_keys=True)})
+
+
+def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: str) -> str:
+    """The model card: how to load the probes, and a table of test AUROC for each solver, label and target.
+
+    `about` is the probes' metadata; a model that is a folder is not named.
+    """
+    model = str(for_others(about.get("config", {})).get("model", ""))
+    on_hub = ON_HUB.fullmatch(model) is not None
+    head: dict[str, Any] = {"library_name": "streamprobe", "tags": ["linear-probes", "interpretability"]}
+    if on_hub:
+        head["base_model"] = model
+    groups: dict[tuple[str, ...], dict[tuple[str, int], str]] = {}
+    try:
+        for row in rows:
+            name = tuple(row[key] for key in ("solver", "label", "target"))
+            area, low, high = (float(row[key]) for key in ("auroc", "auroc_low", "auroc_high"))
+            cell = f"{area:.3f}" + (f" ({low:.3f}&ndash;{high:.3f})" if low == low else "")
+            groups.setdefault(name, {})[place(row), int(row["lag"])] = cell
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"results.csv with {error}", "one that a run wrote", "check the path") from error
+    labels = dict.fromkeys(str(column[0]) for column in about["columns"])
+    return CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False), labels=plain(", ".join(labels)), repo=repo_id,
+        model=f"`{model}`" if on_hub else "a model that is not on the hub", layers=about["layers"],
+        layer=about["layers"][0], lag=about["columns"][0][2], solvers=", ".join(about["solvers"]),
+        tables="\n".join(table(name, cells) for name, cells in groups.items()),
+    )  # fmt: skip
+
+
+def table(name: tuple[str, ...], cells: dict[tuple[str, int], str]) -> str:
+    """A Markdown table of cells by layer or control (rows) and lag (columns)."""
+    solver, label, target = map(plain, name)
+    places, lags = dict.fromkeys(at[0] for at in cells), sorted({at[1] for at in cells})
+    lines = [f"### {label}, target {target}, solver {solver}", ""]
+    lines += ["| | " + " | ".join(f"{lag:+d}" for lag in lags) + " |", "|---" * (len(lags) + 1) + "|"]
+    for at in places:
+        lines.append(f"| {plain(at)} | " + " | ".join(cells.get((at, lag), "") for lag in lags) + " |")
+    return "\n".join([*lines, ""])
+
+
+def plain(text: str) -> str:
+    """Text that Markdown takes as it stands: what has a meaning there is escaped."""
+    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>#|&!" else " " if c in "\r\n" else c for c in text)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The command line; raises InputError for what the user can fix."""
+    parser = argparse.ArgumentParser(
+        prog="python -m streamprobe.tools.hub", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
+    parser.add_argument("repo", metavar="USER/NAME", help="repository on the hub; made if there is none")
+    parser.add_argument("--private", action="store_true", help="make it a private one")
+
+    def refuse(message: str) -> None:
+        raise InputError(message, "RUN USER/NAME", "see --help")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    given = parser.parse_args(argv)
+    say(push_to_hub(given.run, given.repo, given.private))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
+    return guard(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

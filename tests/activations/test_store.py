@@ -1,0 +1,306 @@
+"""Bounded room for activations: every token once a pass, well mixed, within the memory that was planned."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from streamprobe.activations import store as module
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.store import ActivationMemory, Sizes
+from streamprobe.errors import InputError
+from streamprobe.run import memory_plan
+from streamprobe.run.memory_plan import Plan, Reserve, memory_room, plan_memory
+
+CPU = torch.device("cpu")
+
+
+def joined(batches: list[TokenBatch]) -> TokenBatch:
+    """All batches as one."""
+    return TokenBatch(*(torch.cat(column) for column in zip(*batches, strict=True)))
+
+
+# --- the activation memory ---
+
+SIZES = Sizes(2, 3, 2, 1, torch.float32)
+N_CHAINS = 40
+
+
+def source(seed: int = 0) -> list[TokenBatch]:
+    """One trip over 40 chains of 5 to 30 tokens, in batches of a few chains; every token has a number of its own."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(5, 31, N_CHAINS)
+    firsts = np.cumsum(lengths) - lengths
+    batches = []
+    for part in np.array_split(np.random.default_rng(seed).permutation(N_CHAINS), 11):
+        number = torch.from_numpy(np.concatenate([np.arange(firsts[i], firsts[i] + lengths[i]) for i in part]))
+        chain = torch.from_numpy(np.repeat(part, lengths[part]))
+        batches.append(token_batch(number, chain))
+    return batches
+
+
+def token_batch(number: Tensor, chain: Tensor) -> TokenBatch:
+    """Tokens whose activations, targets and validity all tell their number."""
+    acts = number[:, None, None] + torch.tensor([[0, 0.25, 0.5], [0.125, 0.375, 0.625]])
+    bits = torch.stack([number % 2 == 0, number % 3 == 0], dim=1)
+    return TokenBatch(acts, -number[:, None].float(), bits, ~bits, chain, number + 1)
+
+
+CHAIN_OF = {int(n): int(c) for b in source() for n, c in zip(b.acts[:, 0, 0], b.chain, strict=True)}
+N_TOKENS = len(CHAIN_OF)
+
+
+def numbers(batches: list[TokenBatch]) -> list[int]:
+    """The tokens' numbers, in order; asserts that each one still has its own labels and chain."""
+    got = joined(batches)
+    number = got.acts[:, 0, 0].long()
+    whole = token_batch(number, torch.tensor([CHAIN_OF[n] for n in number.tolist()]))
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+    return number.tolist()
+
+
+def memory(keep: bool, rows: int | None = None) -> ActivationMemory:
+    return ActivationMemory(rows or (N_TOKENS if keep else 100), keep, SIZES, CPU)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less is mixed and handed on at once, so that few tokens do."""
+    monkeypatch.setattr(module, "MIXING_TOKENS", 128)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 32)
+
+
+@pytest.mark.parametrize("multiple", [1, 7, 16, 50])
+@pytest.mark.parametrize(("keep", "rows"), [(True, None), (False, 100), (False, 128), (False, 300), (False, 5000)])
+@pytest.mark.usefixtures("small")
+def test_each_pass_yields_each_token_once(keep, rows, multiple):
+    store, calls, passes = memory(keep, rows), [], []
+    for seed in range(4):
+
+        def trip(seed: int = seed) -> list[TokenBatch]:
+            calls.append(seed)
+            return source(seed)
+
+        chunks = list(store.shuffled(trip, multiple, seed))
+        sizes = [len(chunk.chain) for chunk in chunks]
+        assert all(size % multiple == 0 for size in sizes[:-1])
+        assert max(sizes) <= max(32, multiple)
+        passes.append(numbers(chunks))
+        assert sorted(passes[-1]) == list(range(N_TOKENS))
+    assert calls == ([0] if keep else [0, 1, 2, 3])
+    assert len({tuple(p) for p in passes}) == 4
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.usefixtures("small")
+def test_a_pass_depends_on_its_seed_only(keep):
+    def order(seed: int) -> list[int]:
+        store = memory(keep)
+        list(store.shuffled(source, 8, 99))
+        return numbers(list(store.shuffled(source, 8, seed)))
+
+    assert order(3) == order(3) != order(4)
+
+
+@pytest.mark.parametrize("rows", [64, 100, 128, 500])
+@pytest.mark.usefixtures("small")
+def test_the_pool_never_holds_more_than_its_rows(rows):
+    """What was read and not yet handed out is in the pool, bar the batch at hand; nothing is ever larger than it."""
+    store = memory(False, rows)
+    read = handed = most = 0
+
+    def trip() -> Iterator[TokenBatch]:
+        nonlocal read
+        for batch in source():
+            read += len(batch.chain)
+            yield batch
+
+    largest = max(len(batch.chain) for batch in source())
+    for chunk in store.shuffled(trip, 8, 0):
+        most = max(most, read - handed)
+        handed += len(chunk.chain)
+        assert {len(x) for x in store.pool} == {rows}
+    assert handed == N_TOKENS
+    assert most <= min(rows, module.MIXING_TOKENS) + largest
+    assert most > min(rows, module.MIXING_TOKENS) // 2  # and it is made use of
+
+
+@pytest.mark.usefixtures("small")
+def test_no_chunk_is_empty():
+    """Two pools full of tokens, each handed out at once, leave nothing for the end of the pass."""
+    batch = token_batch(torch.arange(64), torch.zeros(64, dtype=torch.int64))
+    store = ActivationMemory(32, False, SIZES, CPU)
+    assert [len(c.chain) for c in store.shuffled(lambda: [batch], 32, 0)] == [32, 32]
+    assert list(store.shuffled(list, 32, 0)) == []
+
+
+@pytest.mark.usefixtures("small")
+def test_chunks_are_copies():
+    """What was handed out is not overwritten by later tokens of the pool."""
+    store, kept, now = memory(False), [], []
+    for chunk in store.shuffled(source, 8, 0):
+        kept.append(chunk)
+        now.append(TokenBatch(*(x.clone() for x in chunk)))
+    assert numbers(kept) == numbers(now)
+
+
+def runs(order: list[int]) -> float:
+    """The share of tokens that follow one of the same chain."""
+    chain = [CHAIN_OF[n] for n in order]
+    return sum(a == b for a, b in zip(chain, chain[1:], strict=False)) / (len(chain) - 1)
+
+
+@pytest.mark.usefixtures("small")
+def test_tokens_of_many_chains_are_mixed():
+    assert runs(numbers(source())) > 0.9  # negative control
+    pool, kept = memory(False), memory(True)
+    assert runs(numbers(list(pool.shuffled(source, 8, 0)))) < 0.25  # 100 tokens are about 6 chains
+    list(kept.shuffled(source, 8, 0))
+    chunks = list(kept.shuffled(source, 8, 1))
+    order = numbers(chunks)
+    assert runs(order) < 0.08  # of 40 chains
+    shares = np.array(list(Counter(CHAIN_OF.values()).values())) / N_TOKENS
+    independent = sum(1 - (1 - shares) ** 32)  # expected number of chains among 32 independent tokens
+    assert np.mean([len(set(c.chain.tolist())) for c in chunks[:-1]]) == pytest.approx(independent, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("small")
+def test_filled_memory_goes_on_like_one_that_trained_from_the_start(seed):
+    """What a resumed run relies on: after `fill`, every pass is bit-identical to those of a run that never stopped."""
+    straight, resumed, other = memory(True), memory(True), memory(True)
+    list(straight.shuffled(lambda: source(1), 8, seed + 1))
+    resumed.fill(lambda: source(1))
+    other.fill(lambda: source(2))
+    assert straight.used == resumed.used == N_TOKENS
+    differs = False
+    for n in (2, 3):
+        passes = [list(store.shuffled(no_trip, 8, seed + n)) for store in (straight, resumed, other)]
+        for a, b, c in zip(*passes, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            differs |= not torch.equal(a.acts, c.acts)
+    assert differs  # negative control: a split that was read in another order
+
+
+def no_trip() -> Iterator[TokenBatch]:
+    raise AssertionError("the model ran again")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.usefixtures("small")
+def test_in_order(keep):
+    store, calls = memory(keep), []
+
+    def trip() -> list[TokenBatch]:
+        calls.append(1)
+        return source()
+
+    for _ in range(3):
+        assert numbers(list(store.in_order(trip))) == numbers(source())
+    assert len(calls) == (1 if keep else 3)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_pass_that_was_broken_off_does_not_count_as_filled():
+    store = memory(True)
+    next(iter(store.shuffled(source, 8, 0)))
+    assert not store.filled
+    assert sorted(numbers(list(store.shuffled(source, 8, 0)))) == list(range(N_TOKENS))
+    assert store.filled
+
+
+@pytest.mark.usefixtures("small")
+def test_more_tokens_than_were_counted():
+    with pytest.raises(AssertionError, match="more tokens than were counted"):
+        list(memory(True, N_TOKENS - 1).shuffled(source, 8, 0))
+
+
+def test_stored_in_the_dtype_asked_for():
+    store = ActivationMemory(N_TOKENS, True, SIZES._replace(dtype=torch.float64), CPU)
+    chunks = list(store.shuffled(source, 8, 0))
+    assert {c.acts.dtype for c in chunks} == {torch.float64}
+
+
+# --- the plan ---
+
+GPU = torch.device("cuda")
+GB = 10**9
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, cap: float | None, device: torch.device, free: dict[str, float], **n: int):
+    """`plan_memory` for tokens of 1,000 bytes, with this many GB free, of which one is reserved everywhere."""
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda where: int(free[where.type] * GB))
+    tokens = n.get("train", 800_000), n.get("validation", 100_000), n.get("batch", 64)
+    reserve = Reserve(0, GB) if device.type == "cpu" else Reserve(GB, GB)
+    return plan_memory(cap, 1000, *tokens, device, reserve=reserve)
+
+
+PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB; 1 GB and a tenth of what is free stay free
+    "fits": (None, CPU, {"cpu": 5}, {}, Plan(800_000, True, True, CPU)),
+    "fits to the byte": (0.9, CPU, {"cpu": 2.2}, {}, Plan(800_000, True, True, CPU)),
+    "fits on the device": (None, GPU, {"cuda": 2.2, "cpu": 9}, {}, Plan(800_000, True, True, GPU)),
+    "fits in RAM only": (None, GPU, {"cuda": 2.1, "cpu": 9}, {}, Plan(800_000, True, True, CPU)),
+    "fits nowhere": (None, GPU, {"cuda": 2.1, "cpu": 2.1}, {}, Plan(65_536, False, True, GPU)),
+    "capped": (0.5, CPU, {"cpu": 9}, {}, Plan(65_536, False, True, CPU)),
+    "capped on the device": (0.5, GPU, {"cuda": 9, "cpu": 9}, {}, Plan(65_536, False, True, GPU)),
+    "pool beside validation": (0.13, CPU, {"cpu": 9}, {"validation": 65_000}, Plan(65_000, False, True, CPU)),
+    "validation is over half": (0.13, CPU, {"cpu": 9}, {"validation": 65_001}, Plan(65_536, False, False, CPU)),
+    "free memory counts, too": (5, CPU, {"cpu": 1.14}, {}, Plan(26_000, False, False, CPU)),
+    "a large mini-batch": (0.5, CPU, {"cpu": 9}, {"batch": 90_000}, Plan(90_000, False, True, CPU)),
+    "no pool beside validation": (0.002, CPU, {"cpu": 9}, {"validation": 1_000}, Plan(2_000, False, False, CPU)),
+    "the least": (0.001024, CPU, {"cpu": 9}, {}, Plan(1_024, False, False, CPU)),
+    "a short train split": (
+        0.007,
+        CPU,
+        {"cpu": 9},
+        {"train": 5_000, "validation": 9_000},
+        Plan(5_000, False, False, CPU),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan(monkeypatch, name):
+    cap, device, free, tokens, expected_plan = PLANS[name]
+    assert plan(monkeypatch, cap, device, free, **tokens) == expected_plan
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_keeps_to_the_budget(monkeypatch, name):
+    cap, device, free, tokens, _ = PLANS[name]
+    got = plan(monkeypatch, cap, device, free, **tokens)
+    kept = tokens.get("validation", 100_000) * got.keep_validation
+    assert (got.rows + kept) * 1000 <= min(free[got.home.type], cap or 1e9) * GB
+
+
+@pytest.mark.parametrize(("cap", "free"), [(0.001023, {"cpu": 9}), (None, {"cpu": 1.1})], ids=["capped", "full"])
+def test_too_little_memory(monkeypatch, cap, free):
+    with pytest.raises(InputError, match="MB for activations; expected at least 1.02 MB, .* raise --memory_gb"):
+        plan(monkeypatch, cap, CPU, free)
+
+
+def test_a_resumed_run_keeps_what_it_kept(monkeypatch):
+    """Whatever is free now: the pool decides the order of the tokens."""
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda where: GB)
+    sizes = 1000, 800_000, 100_000, 64, CPU
+    assert plan_memory(None, *sizes, before=(20_000, False, True)) == Plan(20_000, False, True, CPU)
+    assert plan_memory(None, *sizes) == Plan(800_000, True, True, CPU)  # negative control
+    with pytest.raises(InputError, match="for 900,000 training tokens, as when the run began; fix: raise --memory_gb"):
+        plan_memory(None, *sizes, before=(900_000, True, True))
+
+
+def test_the_reserve_lies_where_it_is_needed(monkeypatch):
+    """On a device the forward pass takes the device's memory and the scores the host's; on the CPU the larger counts."""
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda where: 10 * GB)
+    reserve = Reserve(device=2 * GB, host=GB)
+    rooms = [memory_room(None, home, reserve.on(home, device)) for home, device in ((GPU, GPU), (CPU, GPU), (CPU, CPU))]
+    assert rooms == [7 * GB, 8 * GB, 7 * GB]
+
+
+@pytest.mark.usefixtures("small")
+def test_chunks_of_a_multiple_that_is_larger_than_the_mixing_window():
+    sizes = [len(c.chain) for c in memory(True, None).shuffled(source, 150, 0)]
+    assert sum(sizes) == N_TOKENS and all(size % 150 == 0 for size in sizes[:-1])

@@ -1,0 +1,263 @@
+"""What a user can get wrong: one line that says got, expected, fix; exit status 2; no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from streamprobe.cli import main
+from streamprobe.run import pipeline as experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tmp_path, model_dir, chains_file, monkeypatch):
+    """Keys of a run that would work, and an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return {
+        "model": str(model_dir),
+        "data": str(chains_file),
+        "dtype": "float32",
+        "layers": [0, 2],
+        "lags": [-2, 0, 4],
+        "max_passes": 1,
+        "bootstrap": 0,
+    }
+
+
+def refused(capsys, *argv):
+    """Runs the command line, checks that it refuses in one line with status 2 and writes no run; returns that line."""
+    status = main([str(a) for a in argv])
+    error = capsys.readouterr().err.strip()
+    assert status == 2, error
+    assert error.startswith("streamprobe: ") and "\n" not in error and "Traceback" not in error
+    assert "; expected " in error and "; fix: " in error
+    assert not Path("runs").exists()
+    return error
+
+
+def write(path, keys):
+    Path(path).write_text(yaml.safe_dump(keys))
+    return path
+
+
+CASES = {
+    "unknown key, near": ({}, ["--layer", "1"], "unknown key 'layer'", "--layers"),
+    "unknown key, far": ({}, ["--zzzz", "1"], "unknown key 'zzzz'", "--help"),
+    "unknown key in the file": ({"lag": [1]}, [], "unknown key 'lag'", "--lags"),
+    "unknown solver": ({}, ["--solvers", "lbfgs"], "lbfgs", "--solvers"),
+    "a solver twice": ({"solvers": ["adam", "adam"]}, [], "adam", "each once"),
+    "too many resamples": ({}, ["--bootstrap", "1000000000000"], "bootstrap", "at most"),
+    "too much patience": ({}, ["--patience", "10000000000000000000000000"], "patience", "less than"),
+    "no tolerance": ({}, ["--tolerance", "0"], "tolerance", "more than 0"),
+    "word for a number": ({}, ["--layers", "two"], "--layers", "'two'"),
+    "word for a number in the file": ({"learning_rate": "fast"}, [], "--learning_rate", "'fast'"),
+    "keys inside a key": ({"layers": {"a": 1}}, [], "layers", "one value or a list"),
+    "unknown choice": ({}, ["--quantization", "2bit"], "2bit", "4bit"),
+    "no model": ({"model": None}, [], "no model", "--model"),
+    "no data": ({"data": None}, [], "no data", "--data"),
+    "layer out of range": ({}, ["--layers", "1", "9"], "layers 9", "0 to 3"),
+    "negative layer": ({}, ["--layers", "-1"], "layers -1", "0 to 3"),
+    "layer twice": ({}, ["--layers", "1", "1"], "layers [1, 1]", "each once"),
+    "no layers": ({"layers": None}, [], "no layers", "--layers"),
+    "lag longer than every chain": ({}, ["--lags", "0", "5000"], "lag 5000", "longer than every chain"),
+    "lag back before every chain": ({}, ["--lags", "0", "-5000"], "lag -5000", "longer than every chain"),
+    "label that never occurs": ({}, ["--labels", "daydreaming"], "'daydreaming'", "backtracking"),
+    "unknown target": ({}, ["--targets", "soon"], "soon", "onset"),
+    "within that looks back": ({}, ["--targets", "within", "--lags", "-4", "0"], "within", "positive lag"),
+    "prompt without the problem": ({}, ["--prompt", "hello"], "'hello'", "{problem}"),
+    "chat without a template": ({}, ["--prompt", "chat"], "chat template", "{problem}"),
+    "data that does not exist": ({}, ["--data", "gone.json"], "gone.json", "existing file"),
+    "data with another digest": ({}, ["--data_sha256", "0" * 64], "SHA-256", "0" * 64),
+    "column that does not exist": ({}, ["--problem_column", "question"], "'question'", "'problem'"),
+    "model that does not exist": ({}, ["--model", "./gone"], "./gone", "folder"),
+    "gguf file that does not exist": ({}, ["--gguf_file", "gone.gguf"], "gone.gguf", "--gguf_file"),
+    "too little memory": ({}, ["--memory_gb", "0.000001"], "0.00 MB", "--memory_gb"),
+    "memory that is no number": ({}, ["--memory_gb", "much"], "memory_gb much", "auto"),
+    "no batch": ({}, ["--batch_size", "0"], "batch_size 0", "more than 0"),
+    "no tokens in a batch": ({}, ["--max_batch_tokens", "0"], "max_batch_tokens 0", "at least 1"),
+    "share above one": ({}, ["--test_share", "1.5"], "test_share 1.5", "between 0 and 1"),
+    "negative seed": ({}, ["--seed", "-1"], "seed -1", "0 .."),
+    "huge split seed": ({}, ["--split_seed", str(2**32)], "split_seed", "0 .."),
+    "rate that is no number": ({}, ["--learning_rate", "inf"], "learning_rate inf", "finite"),
+    "lag beyond all text": ({}, ["--lags", "0", str(10**30)], "lags", "1,000,000"),
+    "CUDA where there is none": ({}, ["--device_map", "cuda:7"], "cuda:7", "--device_map"),
+    "config file in the middle": ({}, ["--max_passes", "1", "more.yaml"], "more.yaml", "config file first"),
+    "data of another kind": ({}, ["--data", "config.yaml"], "config.yaml", ".jsonl"),
+    "output_dir that cannot be made": ({}, ["--output_dir", "config.yaml/x"], "cannot be made", "a folder"),
+    "too few chains": ({}, ["--max_chains", "2"], "chains", "every split"),
+    "unknown control": ({}, ["--controls", "length"], "controls length", "persistence"),
+    "a control beside none": ({}, ["--controls", "none", "embed"], "none embed", "none alone"),
+    "a control twice": ({}, ["--controls", "embed", "embed"], "embed", "each once"),
+    "an empty list": ({"controls": []}, [], "--controls", "at least one"),
+    "no seeds": ({}, ["--seeds", "0"], "seeds 0", "more than 0"),
+    "too many seeds": ({}, ["--seeds", "100000"], "seeds", "at most"),
+    "categories without their split": ({}, ["--test_categories", "alpha"], "split random", "--split category"),
+    "split by no category": ({}, ["--split", "category"], "test_categories none", "--test_categories"),
+    "category that no chain has": (
+        {},
+        ["--split", "category", "--test_categories", "omega"],
+        "omega",
+        "alpha, beta, delta, gamma",
+    ),
+    "all categories": (
+        {},
+        ["--split", "category", "--test_categories", "alpha", "beta", "gamma", "delta"],
+        "no train chains",
+        "split",
+    ),
+    "category column that does not exist": ({}, ["--category_column", "kind"], "'kind'", "'problem'"),
+    "unknown response": ({}, ["--response", "translated"], "translated", "rejoined"),
+    "unknown validation": ({}, ["--validation", "train"], "train", "own"),
+    "output_dir that is a file": ({}, ["--output_dir", "config.yaml"], "which is a file", "a folder"),
+}
+
+
+@pytest.mark.parametrize("keys, argv, got, told", CASES.values(), ids=CASES.keys())
+def test_what_the_user_got_wrong_is_told_in_one_line(base, capsys, keys, argv, got, told):
+    merged = {name: value for name, value in (base | keys).items() if value is not None}
+    error = refused(capsys, write("config.yaml", merged), *argv)
+    assert got in error and told in error
+
+
+def test_without_a_config_the_demo_runs_and_says_where_it_can(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(experiment, "run", ran.append)
+    monkeypatch.chdir(ROOT)
+    assert main([]) == 0 and ran[0].name == "demo" and ran[0].model.model == "streamprobe/demo/model"
+    monkeypatch.chdir(ROOT / "tests")
+    error = refused(capsys)
+    assert "configs/demo.yaml" in error and "the folder that holds configs/" in error
+
+
+def test_config_file_that_does_not_exist_or_is_no_mapping(base, capsys):
+    assert "gone.yaml" in refused(capsys, "gone.yaml")
+    Path("list.yaml").write_text("- layers\n- lags\n")
+    assert "key: value" in refused(capsys, "list.yaml")
+    Path("twice.yaml").write_text("model: a\nlayers: [1]\nlayers: [2]\n")
+    assert "layers given twice" in refused(capsys, "twice.yaml")
+    Path("broken.yaml").write_text("layers: [1, 2\nlags: 3")
+    assert "broken.yaml" in refused(capsys, "broken.yaml")
+
+
+@pytest.mark.parametrize("content", ["[{", "", "[]", "[1, 2]", '{"problem": 1}', "\x00\x01", '{"a": 1}\n{"a":'])
+def test_data_that_is_not_a_list_of_chains(base, capsys, content):
+    Path("bad.json").write_text(content)
+    assert "bad.json" in refused(capsys, write("config.yaml", base), "--data", "bad.json")
+
+
+def test_annotations_without_a_tag_are_refused_and_counted(base, capsys, chains_file):
+    rows = [row | {"annotated_chain": row["reasoning_chain"]} for row in json.loads(chains_file.read_text())]
+    Path("plain.json").write_text(json.dumps(rows))
+    error = refused(capsys, write("config.yaml", base), "--data", "plain.json")
+    assert "no train chains (60 chains refused" in error
+
+
+def test_data_in_which_every_field_is_wrong_is_refused_and_counted(base, capsys):
+    rows = [{"task_id": i, "problem": "p", "reasoning_chain": None, "annotated_chain": "x"} for i in range(20)]
+    Path("bad.json").write_text(json.dumps(rows))
+    error = refused(capsys, write("config.yaml", base), "--data", "bad.json")
+    assert "20 chains refused" in error and "not text" in error
+
+
+@pytest.mark.parametrize("kind", ["BertConfig", "T5Config"])
+def test_a_model_whose_tokens_see_later_ones(base, capsys, kind):
+    getattr(transformers, kind)().save_pretrained("other")
+    assert "causal decoder" in refused(capsys, write("config.yaml", base), "--model", "./other")
+
+
+def test_a_model_with_a_smaller_vocabulary_than_its_tokenizer(base, capsys, model_dir):
+    shutil.copytree(model_dir, "small")
+    config = json.loads(Path("small/config.json").read_text())
+    Path("small/config.json").write_text(json.dumps(config | {"vocab_size": 40}))
+    assert "vocabulary of 40" in refused(capsys, write("config.yaml", base), "--model", "./small")
+
+
+def test_a_model_that_cannot_read_long_chains_in_chunks(base, capsys, model_dir):
+    """Told before the weights load."""
+    shutil.copytree(model_dir, "dynamic", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads(Path("dynamic/config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    Path("dynamic/config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    write("config.yaml", base | {"model": "./dynamic"})
+    assert "cannot read them in chunks" in refused(capsys, "config.yaml", "--max_batch_tokens", "64")
+    assert "safetensors" in refused(capsys, "config.yaml")  # negative control: no chain is longer than 8192
+
+
+def test_output_dir_that_holds_a_run_is_not_written_over(base, capsys):
+    write("config.yaml", base)
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("precious")
+    assert "holds a run" in refused(capsys, "config.yaml", "--output_dir", "out")
+    assert Path("out/config.yaml").read_text() == "precious"
+
+
+def test_scores_that_are_no_numbers(base, capsys):
+    assert main([str(write("config.yaml", base)), "--solvers", "adam", "--learning_rate", "1e38"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not numbers" in error and "--learning_rate" in error
+
+
+def test_memory_that_runs_out_in_the_model(base, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.LlamaModel.forward", full)
+    status = main([str(write("config.yaml", base))])
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and "--max_batch_tokens" in error
+
+
+def test_a_bug_shows_its_traceback(base, monkeypatch):
+    """The negative control: what is not the user's mistake is not dressed up as one."""
+
+    def bug(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("streamprobe.run.pipeline.Lab.__init__", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        main([str(write("config.yaml", base))])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that knows one gated model and nothing else."""
+
+    def do_HEAD(self):
+        gated = self.path.startswith("/some/gated")
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to model some/gated is restricted.")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("model, told", [("some/gated", "HF_TOKEN"), ("some/typo", "not on the hub")])
+def test_a_gated_or_unknown_model_on_the_hub(base, model, told):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    write("config.yaml", base | {"model": model})
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(Path.cwd() / "hf")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", "config.yaml"],
+        env={k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")} | hub,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr and model in done.stderr and done.stderr.count("\n") == 1

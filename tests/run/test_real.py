@@ -1,0 +1,50 @@
+"""A small slice of the real thing: SmolLM2-135M over real annotated chains."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from streamprobe.cli import main
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / ".cache" / "smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAINS = ROOT.parent / "shared" / "data" / "all_annotated_chains.json"
+
+
+@pytest.fixture
+def all_threads():
+    """The forward passes of a real model are worth more than one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (MODEL / GGUF).exists(), reason=f"no SmolLM2 in {MODEL}")
+@pytest.mark.skipif(not CHAINS.exists(), reason=f"no annotated chains in {CHAINS}")
+def test_backtracking_is_found_in_a_slice_of_the_real_chains_and_one_pass_is_enough(tmp_path, all_threads):
+    """100 chains, of which 20 are held out: few, so the bounds are wide (README has all 1,000).
+
+    All probes converge, and none gains much by the passes after the first.
+    """
+    argv = [
+        str(ROOT / "configs/smollm2-135m.yaml"), "--model", str(MODEL), "--gguf_file", GGUF, "--data", str(CHAINS),
+        "--layers", "11", "--targets", "token", "--max_chains", "100", "--bootstrap", "100", "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(argv) == 0
+    rows = {int(r["lag"]): r for r in csv.DictReader((tmp_path / "run" / "results.csv").open()) if not r["control"]}
+    assert 0.80 < float(rows[0]["auroc"]) < 0.95
+    assert float(rows[48]["auroc"]) < float(rows[24]["auroc"]) < float(rows[0]["auroc"])
+    assert all(float(row["gradient_norm"]) <= 1e-4 for row in rows.values())
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("val_auroc/newton/") and "layer11/" in tag]
+    curves = [[point.value for point in events.Scalars(tag)] for tag in tags]
+    gains = [curve[-1] - curve[0] for curve in curves]
+    assert len(gains) == 14 and len(curves[0]) > 2
+    assert sum(gains) / 14 < 0.002 and max(gains) < 0.006
