@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,67 @@ def make_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
         task_id = f"{CATEGORIES[i % 4]}_{i // 4}"
         rows.append({"task_id": task_id, "problem": problem, "reasoning_chain": plain, "annotated_chain": tagged})
     return rows
+
+
+def sites_of(names: Sequence[int | str]) -> list[Any]:
+    """The sites of layers, by number, and of controls, by name."""
+    from streamprobe.probes.sites import control_sites, layer_sites
+
+    return [site for name in names for site in (layer_sites if isinstance(name, int) else control_sites)([name])]
+
+
+def inputs_of(argv: Sequence[str]) -> Any:
+    """What a run of this command line works with before any weight is read."""
+    from streamprobe.config.load import load_config
+    from streamprobe.run.inputs import make_inputs, read_texts
+
+    texts, config = read_texts(load_config(argv))
+    return make_inputs(config, texts)
+
+
+def setup_of(argv: Sequence[str]) -> Any:
+    """What stands before the first pass of a run of this command line."""
+    from streamprobe.config.load import load_config
+    from streamprobe.run.cost import Cost
+    from streamprobe.run.pipeline import set_up
+
+    return set_up(load_config(argv), None, Cost())
+
+
+def make_record(problem: str, response: str, sections: Sequence[Any] = (), id: str = "x") -> Any:
+    """A record with these sections, (label, start, end) each."""
+    from streamprobe.data.annotations import Annotation, Section
+    from streamprobe.data.formats import Record
+
+    return Record(response, Annotation([Section(*section) for section in sections]), problem, id)
+
+
+def load_chains(
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    labels: list[str],
+    context: int = 512,
+    *,
+    fields: Any = None,
+    most: int | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """The splits and the counts of rows in the format `annotated`: `fields` are its FormatOptions."""
+    from streamprobe.data.dataset import make_dataset
+    from streamprobe.data.formats import FORMATS, FormatOptions
+    from streamprobe.data.sources import RowSource, read_records
+
+    fields = fields or FormatOptions()
+    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most), fields.label_names)
+    dataset = make_dataset(records, tokenizer, labels, context=context, **options)
+    return dataset.splits, dataset.counts
+
+
+def fingerprint(splits: Any) -> str:
+    """The fingerprint of a data set with these splits."""
+    from streamprobe.data.dataset import Counts, Dataset
+
+    return Dataset(splits, [], Counts()).fingerprint()
 
 
 def make_tokenizer(adds: str = "<s> $A", bos: bool = True, chat_template: str | None = None) -> Any:
@@ -130,12 +192,13 @@ def bank() -> Any:
     """Random probes of the tiny model: layers 0, 1 and 2, two targets, lags -2, 0 and 4."""
     from streamprobe.lags import make_columns
     from streamprobe.probes.linear import ProbeBank
+    from streamprobe.probes.sites import layer_sites
 
     columns = make_columns(["backtracking"], ["token", "onset"], [-2, 0, 4])
     random = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(3, 6, 32, generator=random) / 4, torch.randn(3, 6, generator=random)
     threshold = torch.zeros(3, 6, dtype=torch.float64)
-    return ProbeBank([0, 1, 2], columns, weight, bias, threshold, "newton")
+    return ProbeBank(layer_sites([0, 1, 2]), columns, weight, bias, threshold, "newton")
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +206,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_
     """The folder of a finished run with these probes: config.yaml, probes.safetensors and results.csv."""
     import yaml
 
-    from streamprobe.evaluation.results import FIELDS
-    from streamprobe.reporting.files import write_probes, write_rows
+    from streamprobe.evaluation.rows import FIELDS
+    from streamprobe.probes.storage import pack_probes
+    from streamprobe.reporting.files import pack_rows
+    from streamprobe.system.privacy import for_others
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
@@ -153,7 +218,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_
         "targets": ["token", "onset"],
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(keys))
-    write_probes(folder, {"newton": bank}, {"config": keys})
+    (folder / "probes.safetensors").write_bytes(pack_probes({"newton": bank}, {"config": for_others(keys)}))
     rows = [
         dict.fromkeys(FIELDS, 0.0)
         | {
@@ -163,5 +228,5 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_
         for layer in bank.layers
         for c in bank.columns
     ]  # fmt: skip
-    write_rows(folder / "results.csv", FIELDS, rows)
+    (folder / "results.csv").write_bytes(pack_rows(rows, FIELDS))
     return folder

@@ -12,8 +12,8 @@ from torch import Tensor
 class TokenBatch(NamedTuple):
     """The only thing that crosses from the model to the probes."""
 
-    acts: Tensor  # [N, L, D] in the backbone's dtype; behind the probed layers those of the surface, if it is asked for
-    side: Tensor  # [N, P] float32: what is known of each token without a model
+    acts: Tensor  # [N, L, D] in the backbone's dtype; behind the probed layers those of controls that are like them
+    side: Tensor  # [N, P] float32: features of controls, known without a model
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64: which chain of the stream

@@ -3,9 +3,8 @@
 Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,20 +13,25 @@ from torch import Tensor, nn
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
-from streamprobe.lags import Column, LagBuffer
+from streamprobe.lags import Column, LagBuffer, Pairs
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.chunks import frequencies_change, make_cache
 from streamprobe.model.hooks import check_taken, read, tap
 
 
-class Rows(Protocol):
-    """Layers that need no forward pass, such as `controls.Surface`."""
+class LayersOfTokens(Protocol):
+    """Layers that need no forward pass, such as `controls.embedding.EmbeddingLayers`."""
 
     before: int  # tokens that a token's row looks back on
 
     def rows(self, ids: Tensor, n: int) -> Tensor:
         """Activations [n, S, D] at the last n of these tokens, which begin `before` earlier, or with the chain."""
         ...
+
+
+def no_features(chain: Chain) -> Tensor:
+    """[T, 0], where no control asks for more."""
+    return torch.empty(len(chain.ids), 0)
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> list[list[int]]:
@@ -60,17 +64,18 @@ def stream(
     backbone: nn.Module,
     layers: Sequence[int],
     columns: Sequence[Column],
+    *,
     labels: Sequence[str],
     max_batch_tokens: int = 8192,
     seed: int | None = None,
     on_forward: Callable[[int, int], None] | None = None,
-    surface: Rows | None = None,
-    side: Callable[[Chain], Tensor] = lambda chain: torch.empty(len(chain.ids), 0),
+    embedded: LayersOfTokens | None = None,
+    side: Callable[[Chain], Tensor] = no_features,
 ) -> Iterator[TokenBatch]:
     """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
 
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
-    pass `on_forward` is told the tokens in it and those with padding.  The layers of `surface` stand behind the probed
+    pass `on_forward` is told the tokens in it and those with padding.  The layers of `embedded` stand behind the probed
     ones, and `side` gives a chain's features [T, P].  Chains are padded on the right, where causal attention makes
     padding invisible, and the mask says so as well.
 
@@ -83,26 +88,31 @@ def stream(
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
     blocks = decoder_layers(backbone)
-    last = blocks[max(layers)]
-    buffer = LagBuffer(columns, labels)
-    lengths = [len(c.ids) for c in chains]
-    apart = frequencies_change(backbone.config)
-    batches = [
-        part for batch in make_batches(lengths, max_batch_tokens, seed) for part in _split(batch, lengths, apart)
-    ]
+    pairing = _Pairing(LagBuffer(columns, labels), embedded, side)
     with tap({layer: blocks[layer] for layer in layers}) as taken:
-        for batch in batches:
-            longest = max(lengths[i] for i in batch)
+        for batch in _plan_batches(chains, backbone, max_batch_tokens, seed):
+            longest = max(len(chains[i].ids) for i in batch)
             cache = make_cache(backbone.config) if longest > max_batch_tokens else None
             for start in range(0, longest, max_batch_tokens):
                 part = slice(start, start + max_batch_tokens)
                 ids = [chains[i].ids[part] for i in batch]
-                forward(backbone, ids, cache, last)
+                forward(backbone, ids, cache, last=blocks[max(layers)])
                 check_taken(taken, layers, len(ids), max(map(len, ids)))
                 if on_forward:
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
-                chosen = [chains[i] for i in batch]
-                yield _label(chosen, batch, part, [taken[layer] for layer in layers], buffer, surface, side)
+                acts = [taken[layer] for layer in layers]
+                yield pairing.label({i: chains[i] for i in batch}, part, acts)
+
+
+def _plan_batches(
+    chains: Sequence[Chain], backbone: Any, max_batch_tokens: int, seed: int | None
+) -> Iterator[list[int]]:
+    """Batches of the numbers of chains that are read together."""
+    lengths = [len(c.ids) for c in chains]
+    limit = frequencies_change(backbone.config)  # chains on both sides of it are never in one batch
+    for batch in make_batches(lengths, max_batch_tokens, seed):
+        short, long = [i for i in batch if lengths[i] <= limit], [i for i in batch if lengths[i] > limit]
+        yield from (some for some in (short, long) if some)
 
 
 def forward(backbone: nn.Module, ids: Sequence[Tensor], cache: Any = None, last: nn.Module | None = None) -> None:
@@ -124,76 +134,38 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def _label(
-    chains: Sequence[Chain],
-    index: Sequence[int],
-    part: slice,
-    acts: Sequence[Tensor],
-    buffer: LagBuffer,
-    surface: Rows | None,
-    side: Callable[[Chain], Tensor],
-) -> TokenBatch:
-    """Activations [B, T, D] of each layer for a part of B chains, numbered `index` -> the valid tokens, in order."""
-    device = acts[0].device
-    paired = []
-    for b, chain in enumerate(chains):
+class _Pairing(NamedTuple):
+    """How what the model computed is laid beside labels and features."""
+
+    buffer: LagBuffer
+    embedded: LayersOfTokens | None
+    side: Callable[[Chain], Tensor]
+
+    def label(self, chains: Mapping[int, Chain], part: slice, acts: Sequence[Tensor]) -> TokenBatch:
+        """Activations [B, T, D] of each layer for a part of B chains, by their number -> the valid tokens, in order."""
+        device = acts[0].device
+        paired = [
+            self._pair(chain, part, [a[b, : len(chain.ids[part])].to(device) for a in acts])
+            for b, chain in enumerate(chains.values())
+        ]
+        some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
+        side = [
+            self.side(chain)[pairs.token[at]] for chain, pairs, at in zip(chains.values(), paired, some, strict=True)
+        ]
+        # From here on the host waits for the device, which has been computing while the labels were looked up.
+        return TokenBatch(
+            torch.cat([pairs.acts.index_select(0, send(at, device)) for pairs, at in zip(paired, some, strict=True)]),
+            torch.cat(side),
+            torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
+            torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
+            torch.cat([torch.full((len(at),), i) for i, at in zip(chains, some, strict=True)]),
+            torch.cat([pairs.token[at] for pairs, at in zip(paired, some, strict=True)]),
+        )
+
+    def _pair(self, chain: Chain, part: slice, rows: list[Tensor]) -> Pairs:
+        """The activations [t, D] of each layer for a part of a chain, and embedded layers, with their labels."""
         codes, support = chain.codes[part], chain.support[part]
-        rows = [a[b, : len(codes)].to(device) for a in acts]
-        if surface is not None:
-            seen = send(chain.ids[max(0, part.start - surface.before) : part.stop], device)
-            rows += surface.rows(seen, len(codes)).to(rows[0]).unbind(1)
-        paired.append(buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chain.ids)))
-    some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
-    beside = [side(chain)[pairs.token[at]] for chain, pairs, at in zip(chains, paired, some, strict=True)]
-    # From here on the host waits for the device, which has been computing while the labels were looked up.
-    return TokenBatch(
-        torch.cat([pairs.acts.index_select(0, send(at, device)) for pairs, at in zip(paired, some, strict=True)]),
-        torch.cat(beside),
-        torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
-        torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
-        torch.cat([torch.full((len(at),), i) for i, at in zip(index, some, strict=True)]),
-        torch.cat([pairs.token[at] for pairs, at in zip(paired, some, strict=True)]),
-    )
-
-
-def check_finite(
-    batches: Iterable[TokenBatch], chains: Sequence[Chain], layers: Sequence[int | str]
-) -> Iterator[TokenBatch]:
-    """The batches of a stream over `chains`, each looked through as it is read; `layers` [L] names their activations.
-
-    Raises InputError for the first activation that is infinite or not a number, by chain, token and layer.
-    """
-    for batch in batches:
-        # A sum tells of any such number at the price of one read; where it overflows itself, a closer look decides.
-        if not batch.acts.sum(2).isfinite().all():
-            for n, i in (~batch.acts.isfinite().all(2)).nonzero()[:1].tolist():
-                chain, token, layer = chains[int(batch.chain[n])], int(batch.token[n]), layers[i]
-                raise InputError(
-                    f"activations that are infinite or not numbers: chain {chain.id!r}, token {token}, layer {layer}",
-                    "finite numbers",
-                    "use --dtype float32 or bfloat16, or leave such chains out by --bad_chains skip"
-                    if isinstance(layer, int)
-                    else "use --dtype float32 or bfloat16, or other --controls",
-                )
-        yield batch
-
-
-def find_bad_chains(
-    chains: Sequence[Chain],
-    backbone: nn.Module,
-    layers: Sequence[int],
-    max_batch_tokens: int,
-    on_forward: Callable[[int, int], None] | None = None,
-) -> list[Chain]:
-    """Those of the chains that have an activation that is infinite or not a number at a sample, whatever its label.
-
-    The other arguments are those of `stream`.
-    """
-    labelled = [replace(c, codes=torch.zeros(len(c.ids), 1, dtype=torch.int8)) for c in chains]
-    every = Column("any", "token", 0)
-    bad: set[int] = set()
-    for batch in stream(labelled, backbone, layers, [every], [every.label], max_batch_tokens, None, on_forward):
-        if not batch.acts.sum(2).isfinite().all():
-            wrong = ~batch.acts.isfinite().flatten(1).all(1)
-            bad |= set(batch.chain[wrong.to(batch.chain.device)].tolist())
-    return [chains[i] for i in sorted(bad)]
+        if self.embedded is not None:
+            seen = send(chain.ids[max(0, part.start - self.embedded.before) : part.stop], rows[0].device)
+            rows = [*rows, *self.embedded.rows(seen, len(codes)).to(rows[0]).unbind(1)]
+        return self.buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chain.ids))

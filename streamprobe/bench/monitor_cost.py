@@ -22,6 +22,7 @@ from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
 from streamprobe.model.backbone import pick_dtype
 from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.sites import layer_sites
 from streamprobe.run.provenance import device_name
 from streamprobe.system.console import guard, say
 from streamprobe.tools.watch import watch
@@ -48,7 +49,9 @@ def make_probes(shape: Shape) -> ProbeBank:
     """A random probe for each of the shape's layers and of LAGS: 70."""
     columns = make_columns(["label"], ["token"], LAGS)
     size = (len(shape.layers), len(columns))
-    return ProbeBank(list(shape.layers), columns, torch.randn(*size, shape.hidden) / shape.hidden, torch.zeros(size))
+    return ProbeBank(
+        layer_sites(shape.layers), columns, torch.randn(*size, shape.hidden) / shape.hidden, torch.zeros(size)
+    )
 
 
 def time_rounds(ways: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[list[float]]:

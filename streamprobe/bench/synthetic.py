@@ -6,7 +6,7 @@ Shapes: T tokens in a chain, C labels, K columns.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, Column, make_columns
 from streamprobe.model.backbone import pick_dtype
+from streamprobe.probes.sites import layer_sites
 from streamprobe.run.memory_plan import memory_room
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.base import Solver
@@ -88,7 +89,7 @@ def make_grid(chains: Sequence[Chain], n_labels: int) -> Grid:
     held_out = max(1, len(chains) // 10)
     training, validation = chains[held_out:], chains[:held_out]
     n_train, valid, positive = count_tokens(training, columns, labels)
-    n_validation = count_tokens(validation, columns, labels)[0]
+    n_validation = count_tokens(validation, columns, labels).tokens
     return Grid(labels, columns, training, validation, n_train, n_validation, (valid - positive) / positive)
 
 
@@ -123,7 +124,8 @@ class Workbench:
 
     def read(self, grid: Grid, chains: Sequence[Chain]) -> Iterator[TokenBatch]:
         """One trip over the chains, as in a run."""
-        return stream(chains, self.model, self.layers, grid.columns, grid.labels, self.max_batch_tokens, SEED)
+        options: dict[str, Any] = {"labels": grid.labels, "max_batch_tokens": self.max_batch_tokens, "seed": SEED}
+        return stream(chains, self.model, self.layers, grid.columns, **options)
 
     def forward(self, chains: Sequence[Chain]) -> None:
         """The very batches of `read` through the model, and nothing else."""
@@ -132,7 +134,7 @@ class Workbench:
 
     def solver(self, name: str, grid: Grid, batch_size: int = BATCH) -> Solver:
         """A fresh solver; Newton's columns share one matrix per layer where there are more than 70 probes."""
-        about = (self.layers, grid.columns, self.shape.hidden, grid.positive_weight)
+        about = (layer_sites(self.layers), grid.columns, self.shape.hidden, grid.positive_weight)
         if name == "adam":
             return AdamSolver(*about, l2=L2, batch_size=batch_size, device=self.device)
         return NewtonSolver(*about, l2=L2, shared=len(grid.labels) > 1, device=self.device)

@@ -13,19 +13,24 @@ from typing import Any, TypeVar
 
 import torch
 
+from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.bench import offline as baseline
 from streamprobe.bench.synthetic import BASE_RATE, BATCH, L2, LAGS, SEED, Grid, Workbench, count, make_model
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains
 from streamprobe.evaluation.metrics import measure
-from streamprobe.evaluation.scores import Share, evaluate
+from streamprobe.evaluation.scores import evaluate
+from streamprobe.probes.base import Probes
 from streamprobe.probes.early_stopping import BestProbes
+from streamprobe.probes.sites import layer_sites
 from streamprobe.reporting.tensorboard.writer import Tracker
 from streamprobe.run.checkpoint import Checkpoint, save_run
+from streamprobe.run.jobs import states_of
+from streamprobe.run.memory_plan import Kept
 from streamprobe.run.provenance import peak_memory
 from streamprobe.solvers.base import Solver
 from streamprobe.system.console import say, warn
-from streamprobe.trainer import Fit, train
+from streamprobe.trainer import Done, Job, train
 
 MAX_PASSES = 50
 FORWARD = "bare forward of the truncated model"
@@ -138,9 +143,7 @@ def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: Act
     for _ in range(repeats):
         ledger.time(
             f"validation, 70 probes: scores and metrics of {grid.n_validation:,} tokens",
-            lambda: measure(
-                *evaluate([(bank, everything(grid))], held.in_order(partial(bench.read, grid, grid.validation)))[0][:3]
-            ),
+            partial(score_and_measure, bench, grid, bank, held),
         )
         ledger.time(f"metrics of 70 probes on {tokens:,} tokens", lambda: measure(scores, targets, targets | True))
         ledger.time(f"intervals of 70 probes on {tokens:,} tokens of 200 chains, 1,000 resamples", lambda: [
@@ -148,42 +151,48 @@ def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: Act
         ])  # fmt: skip
 
 
+def score_and_measure(bench: Workbench, grid: Grid, bank: Probes, held: ActivationMemory) -> None:
+    """What a run does with its validation tokens after a pass."""
+    batches = held.in_order(partial(bench.read, grid, grid.validation))
+    [scored] = evaluate([(bank, everything(bench, grid))], batches)
+    measure(scored.scores, scored.targets, scored.valid)
+
+
 def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     """All that a run does between the loaded model and its test, TensorBoard and checkpoints among it."""
     grid = bench.grids[1]
     solver = bench.solver("newton", grid)
-    fit = Fit(solver, BestProbes(solver.bank(), None), everything(grid))
+    job = Job(solver, BestProbes(solver.bank(), None), everything(bench, grid))
     memory, held = bench.memories(grid)
     with TemporaryDirectory() as name:
         folder = Path(name)
         tracker = Tracker(folder, [solver])
 
-        def save(number: int, tokens: int) -> None:
-            parts = {fit.name: solver.state(), f"{fit.name}-best": fit.best.state()}
-            save_run(folder, Checkpoint(parts, {}, number, tokens, []))
+        def save(done: Done) -> None:
+            save_run(folder, Checkpoint(states_of([job]), {}, done.passes, done.tokens, Kept(memory.rows, True, True)))
 
         validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
-        passes = ledger.time(
-            JOB,
-            lambda: train(
-                [fit],
-                memory,
-                lambda n: bench.read(grid, grid.train),
-                validation,
-                tracker,
-                save,
-                MAX_PASSES,
-                BATCH,
-                SEED,
-            ),
+        work = partial(
+            train,
+            [job],
+            memory,
+            lambda number: bench.read(grid, grid.train),
+            validation,
+            tracker=tracker,
+            save=save,
+            max_passes=MAX_PASSES,
+            batch_size=BATCH,
+            seed=SEED,
         )
+        done = ledger.time(JOB, work)
         tracker.close()
-    return {"passes": passes, "converged": int(solver.converged.sum())}
+    return {"passes": done.passes, "converged": int(solver.converged.sum())}
 
 
-def everything(grid: Grid) -> Share:
+def everything(bench: Workbench, grid: Grid) -> Feed:
     """All layers and columns."""
-    return Share("layers", lambda batch: batch.acts, torch.arange(len(grid.columns)))
+    every = torch.arange(len(grid.columns))
+    return Feed("layers", layer_sites(bench.layers), bench.shape.hidden, lambda batch: batch.acts, every)
 
 
 def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from streamprobe.config.schema import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig, require
+from streamprobe.controls.table import CONTROLS
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
 from streamprobe.system.privacy import FILES, TOKENS
@@ -53,6 +54,8 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         list[Any](GROUPS), prog="run.py", usage="run.py CONFIG.yaml [--key value ...]", allow_abbrev=False,
         description="Train linear probes for every layer and lag while the language model runs.",
     )  # fmt: skip
+    for action in parser._actions:
+        action.help = (action.help or "").replace("<controls>", _listed(CONTROLS))
     actions = {a.dest: a for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")}
 
     def refuse(message: str) -> None:
@@ -72,6 +75,11 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         require(bool(value), f"no {name}", f"the key {name!r}", f"give --{name}, or it in the config file")
     _check_text(config)
     return config
+
+
+def _listed(table: Mapping[str, Any]) -> str:
+    """The rows of a table in one sentence, for argparse."""
+    return "; ".join(f"{name} ({row.about})" for name, row in table.items()).replace("%", "%%")
 
 
 def _check_order(argv: Sequence[str], actions: Mapping[str, Action]) -> None:

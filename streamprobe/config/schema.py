@@ -5,7 +5,11 @@ from datetime import date
 from math import isfinite
 from typing import Any, Literal
 
+from streamprobe.controls.table import CONTROLS
 from streamprobe.errors import InputError
+
+# Keys that may differ between two launches of the same run.
+LAUNCH_KEYS = tuple("output_dir resume dry_run max_passes memory_gb bootstrap bad_chains".split())
 
 
 def key(default: Any, help: str) -> Any:
@@ -53,6 +57,16 @@ class ModelConfig:
             "at least 1, less than 2**31",
             "try 8192",
         )
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What says, beside its name, which model it is."""
+        return {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """What says which code builds it."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def _is_day(text: str) -> bool:
@@ -181,10 +195,7 @@ class ProbeConfig:
         "Tokens between activation and label; positive looks ahead.",
     )
     controls: list[str] = key(
-        ["embed", "text", "position", "persistence", "permuted"],
-        "What every probe is compared with, trained in the same passes: embed (the token), text (the last 8, 32 and "
-        "128 tokens), position (place in the response), persistence (label at t and time since the last section; lags "
-        "above 0), permuted (labels shifted within their chain); or none.",
+        list(CONTROLS), "What every probe is compared with, trained in the same passes: <controls>; or none."
     )
 
     def __post_init__(self) -> None:
@@ -206,9 +217,9 @@ class ProbeConfig:
         )
         require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "mend --lags")
         self.layers, self.lags = sorted(self.layers), sorted(self.lags)
+        known = (*CONTROLS, "none")
         for control in self.controls:
-            known = ("embed", "text", "position", "persistence", "permuted", "none")
-            require(control in known, f"controls {control}", f"one of {', '.join(known)}", "mend --controls")
+            require(control in known, f"controls {control}", f"one of {', '.join(known)}", "correct --controls")
         require(
             self.controls == ["none"] or "none" not in self.controls,
             f"controls {' '.join(self.controls)}",

@@ -13,23 +13,23 @@ from streamprobe.errors import InputError
 WINDOWS = (8, 32, 128)  # tokens that `text` averages
 
 
-class Surface:
-    """The layers `embed` and `text` of a model, or one of them, from token ids alone.
+class EmbeddingLayers:
+    """The controls `embed` and `text` as layers like those of the model, or one of them, from token ids alone.
 
     `text` holds for each of WINDOWS the mean embedding of so many tokens up to this one, of which the first third of
     the principal directions is kept, so that a probe of `text` has as many weights as one of a layer.
     """
 
-    LAYERS = ("embed", "text")
+    NAMES = ("embed", "text")
     before = max(WINDOWS) - 1  # tokens that a token's row looks back on
 
-    def __init__(self, embedding: nn.Module, ids: Tensor, hidden_size: int, layers: Sequence[str] = LAYERS):
+    def __init__(self, embedding: nn.Module, ids: Tensor, hidden_size: int, names: Sequence[str] = NAMES):
         """`embedding` maps ids to [..., E]; `ids` [N] are tokens whose embeddings set the principal directions.
 
         Rows are filled up with zeros to D = `hidden_size`.  Raises InputError for a model whose E is larger,
         and for embeddings that are not finite.
         """
-        self.embedding, self.layers = embedding, layers
+        self.embedding, self.names = embedding, names
         kinds, counts = ids.unique(return_counts=True)
         with torch.no_grad():
             table = embedding(kinds.to(next(embedding.parameters()).device)).float()  # [V, E]
@@ -67,5 +67,5 @@ class Surface:
         for i, window in enumerate(WINDOWS):
             begin = (end - window).clamp_min(0)
             text[:, i * width : (i + 1) * width] = middle + (sums[end] - sums[begin]) / (end - begin)[:, None]
-        both = dict(zip(self.LAYERS, (embed[-n:], text), strict=True))
-        return nn.functional.pad(torch.stack([both[name] for name in self.layers], dim=1), self.pad)
+        both = dict(zip(self.NAMES, (embed[-n:], text), strict=True))
+        return nn.functional.pad(torch.stack([both[name] for name in self.names], dim=1), self.pad)

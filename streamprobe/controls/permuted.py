@@ -1,13 +1,17 @@
-"""Control `permuted`: the probed layers, for labels shifted within each chain.
+"""Controls that read the probed layers for other labels; `permuted` shifts the labels within each chain.
 
 Shapes: T tokens in a chain, C labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from streamprobe.data.dataset import Dataset
 from streamprobe.lags import UNKNOWN, Column
 
 
@@ -25,6 +29,24 @@ def permute_labels(codes: Tensor, support: Tensor, random: np.random.Generator) 
     return moved
 
 
-def with_permuted(columns: Sequence[Column], seeds: int) -> list[Column]:
-    """The columns and, for each seed, their permuted twins."""
-    return [*columns, *(c._replace(control="permuted", seed=seed) for seed in range(seeds) for c in columns)]
+def relabelled_columns(columns: Sequence[Column], controls: Sequence[str], seeds: int) -> list[Column]:
+    """The columns and, for each control and seed, their twins that ask the same of its labels."""
+    twins = (c._replace(control=control, seed=seed) for control in controls for seed in range(seeds) for c in columns)
+    return [*columns, *twins]
+
+
+def relabel(
+    dataset: Dataset, controls: Mapping[str, Callable[[Tensor, Tensor, Any], Tensor]], seeds: int, seed: int
+) -> Dataset:
+    """The dataset with the labels of `controls`, each made with so many `seeds`, behind those of every chain.
+
+    `seed` is that of the one generator from which all of them are drawn.
+    """
+    random = np.random.default_rng(seed)
+    made = {}
+    for chain in dataset.chains():
+        others = [new(chain.codes, chain.support, random) for new in controls.values() for _ in range(seeds)]
+        made[chain.row] = replace(chain, codes=torch.cat([chain.codes, *others], dim=1))
+    splits = {name: [made[chain.row] for chain in chains] for name, chains in dataset.splits.items()}
+    names = [f"{label}/{name}{n}" for name in controls for n in range(seeds) for label in dataset.labels]
+    return replace(dataset, splits=splits, labels=[*dataset.labels, *names])

@@ -6,11 +6,12 @@ Shapes: T tokens in a chain, P features.
 import torch
 from torch import Tensor
 
-from streamprobe.controls.piecewise_linear import hats
+from streamprobe.controls.piecewise_linear import piecewise_linear
+from streamprobe.data.tokenize import Chain
 
 
-def position_features(n_tokens: int, start: int) -> Tensor:
-    """[T, P] of a chain whose response begins at token `start`: whether t is before it, and else its place."""
-    place = torch.arange(n_tokens)
-    problem = (place < start).float()[:, None]
-    return torch.cat([problem, hats((place - start).clamp_min(0)) * (1 - problem)], dim=1)
+def position_features(chain: Chain, n_labels: int = 0) -> Tensor:
+    """[T, P] of a chain: whether t is before the response, and else its place in that."""
+    place = torch.arange(len(chain.ids))
+    problem = (place < chain.start).float()[:, None]
+    return torch.cat([problem, piecewise_linear((place - chain.start).clamp_min(0)) * (1 - problem)], dim=1)

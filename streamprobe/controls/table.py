@@ -1,28 +1,75 @@
-"""What a probe must beat, made of the same chains and fed by the same passes.
+"""What a probe must beat, made of the same chains and fed by the same passes: a row for each control.
 
-    embed        the token's embedding, as one more layer: what the current word gives
-    text         averages of the last 8, 32 and 128 tokens' embeddings, as one more layer: what recent words give
-    position     the token's place in the response
-    persistence  the label at t and the time since its last section, where the label asked for lies ahead: what is known
-                 to someone who watches the sections go by
-    permuted     the probed layers, for labels shifted within each chain: what the chain as a whole gives
+None of them knows anything of the tokens after t.  To add one, write a module with its function and a row in CONTROLS:
+config, help, training, results, charts and docs read the row.
 
-None of them knows anything of the tokens after t.
-
-Shapes: T tokens in a chain, C labels, N tokens, D hidden size, P features.
+Shapes: T tokens in a chain, C labels, P features.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from streamprobe.controls.persistence import persistence_features
-from streamprobe.controls.position import position_features
+if TYPE_CHECKING:
+    from torch import Tensor
 
-BESIDE = ("position", "persistence")  # those that are features on the side
+    from streamprobe.data.tokenize import Chain
+    from streamprobe.lags import Column
 
 
-def side_features(n_tokens: int, start: int, codes: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Those of BESIDE that are in `names`, [T, P] each: see the functions of these names."""
-    position = [position_features(n_tokens, start)] if "position" in names else []
-    return position + ([persistence_features(codes)] if "persistence" in names else [])
+def later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of this folder, imported when it is called: torch takes seconds, and help needs none."""
+    return lambda *given: getattr(import_module(f"streamprobe.controls.{module}"), name)(*given)
+
+
+def at_every_lag(column: Column) -> bool:
+    """A control that is a fair one for every column."""
+    return True
+
+
+def ahead_only(column: Column) -> bool:
+    """A control that sees the label at t: it knows the answer unless that lies ahead."""
+    return column.lag > 0
+
+
+@dataclass(frozen=True)
+class Control:
+    """One row of the table; exactly one of `features`, `relabel` and `embedded` says how it is made."""
+
+    about: str  # what it is given at token t, for help, report and docs
+    marker: str  # of its curve, as matplotlib calls it
+    applies: Callable[[Column], bool] = at_every_lag  # to which columns
+    features: Callable[[Chain, int], Tensor] | None = None  # [T, P] of a chain with codes of C labels
+    relabel: Callable[[Tensor, Tensor, Any], Tensor] | None = None  # see `permuted`
+    embedded: bool = False  # one of `embedding.EmbeddingLayers`
+
+
+CONTROLS = {
+    "embed": Control("the token's embedding: what the current word gives", "s", embedded=True),
+    "text": Control(
+        "the mean embeddings of the last 8, 32 and 128 tokens, reduced to a layer's size: what recent words give",
+        "^",
+        embedded=True,
+    ),
+    "position": Control(
+        "the token's place in the response, as features of which any piecewise linear function is a weighted sum",
+        "D",
+        features=later("position", "position_features"),
+    ),
+    "persistence": Control(
+        "the label at t, and the time since its last section began or ended: what is known to someone who reads along "
+        "with the annotator's labels (lags above 0 only: at others it knows the answer)",
+        "v",
+        applies=ahead_only,
+        features=later("persistence", "persistence_features"),
+    ),
+    "permuted": Control(
+        "the probed layer, for labels turned around the circle of each chain by a random number of tokens: what the "
+        "chain as a whole gives",
+        "x",
+        relabel=later("permuted", "permute_labels"),
+    ),
+}

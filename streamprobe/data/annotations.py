@@ -48,9 +48,9 @@ class Annotation(NamedTuple):
     """Sections in the order of the text, and what had to be done to get them; one of several labels counts for each."""
 
     sections: list[Section]
-    edited: int  # sections whose words differ from the original's
-    lost: int  # sections that could not be found
-    unbalanced: int  # tags without their partner
+    edited: int = 0  # sections whose words differ from the original's
+    lost: int = 0  # sections that could not be found
+    unbalanced: int = 0  # tags without their partner
     names: Sequence[str] = ()  # what the tags name, before `label_names`
     strange: Sequence[str] = ()  # what looks like a tag of a form that is not understood
 

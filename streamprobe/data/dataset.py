@@ -1,6 +1,6 @@
-"""Annotated text -> token ids and label arrays, by split.
+"""The chains of a run: which records are used, for what, and what became of all that were read.
 
-Shapes: T tokens in a chain, C labels.
+Shapes: T tokens in a chain, C label arrays, K columns.
 """
 
 import hashlib
@@ -11,16 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from streamprobe.data.annotations import NAMES, Annotation, check_names
-from streamprobe.data.formats import Record, category_of, make_record
+from streamprobe.data.formats import Record, Refused
 from streamprobe.data.prompts import is_unicode
 from streamprobe.data.splits import split_chains
-from streamprobe.data.tokenize import Chain, tokenize
+from streamprobe.data.tokenize import AS_TEXT, Chain, TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, LagBuffer
-from streamprobe.system.console import shows_progress
 
 
 @dataclass
@@ -52,8 +49,9 @@ class Counts:
         """Counts a chain that is not used."""
         self.refused.setdefault(in_any_file(reason), []).append(in_any_file(id))
 
-    def use(self, record: Record, found: Annotation, marker: str = "") -> None:
+    def use(self, record: Record, marker: str = "") -> None:
         """Counts a chain that is used."""
+        found = record.annotation
         self.used += 1
         self.without_sections += not found.sections
         self.without_problem += not record.problem.strip()
@@ -78,18 +76,6 @@ def in_any_file(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-class Reading(NamedTuple):
-    """How a chain is read."""
-
-    prompt: str = "{problem}\n\n"  # see `format_prompt`
-    support: str = "response"  # see `tokenize`, as for the next two
-    unlabelled: str = "ignore"
-    bos: bool = True
-    response: str = "original"  # or `rejoined`, see `make_record`
-    day: str | None = None  # on which a chat template is rendered, YYYY-MM-DD; none is today
-    label_names: Mapping[str, str] = NAMES  # labels that are called otherwise here
-
-
 class Division(NamedTuple):
     """Which chains are for what."""
 
@@ -101,85 +87,111 @@ class Division(NamedTuple):
     by: str = "problem"  # or `chain`, see `split_chains`
 
 
-READ, DIVIDED = Reading(), Division()
+DIVIDED = Division()
 NOT_FINITE = "with activations that are infinite or not numbers"
+SPLITS = ("train", "validation", "test")
 
 
-def load_chains(
-    rows: Sequence[dict[str, Any]],
-    fields: tuple[str, str, str, str],
+class Census(NamedTuple):
+    """What a trip over a split yields, told without the model."""
+
+    tokens: int  # that are valid for some column
+    valid: Tensor  # [K] int64 tokens that are valid for each column
+    positive: Tensor  # [K] int64 positives among them
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The chains of a run, by split, and what became of every record."""
+
+    splits: Mapping[str, Sequence[Chain]]  # `train`, `validation` and `test`
+    labels: Sequence[str]  # the names of the chains' C label arrays
+    counts: Counts
+
+    def chains(self) -> list[Chain]:
+        """Every chain once, split by split: the validation chains may be the test chains."""
+        return list({chain.row: chain for split in self.splits.values() for chain in split}.values())
+
+    def lengths(self) -> list[int]:
+        """Tokens of every chain."""
+        return [len(chain.ids) for chain in self.chains()]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that is fed: token ids, labels and support of every chain, by split."""
+        digest = hashlib.sha256()
+        for name, chains in self.splits.items():
+            digest.update(name.encode())
+            for c in chains:
+                for tensor in (c.ids, c.codes, c.support):
+                    digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def take_census(self, columns: Sequence[Column]) -> dict[str, Census]:
+        """Of the training and of the validation chains."""
+        return {name: count_tokens(self.splits[name], columns, self.labels) for name in ("train", "validation")}
+
+
+def make_dataset(
+    records: Sequence[Record | Refused],
     tokenizer: Any,
     labels: Sequence[str],
+    *,
     context: int,
-    reading: Reading = READ,
+    text: TextOptions = AS_TEXT,
     division: Division = DIVIDED,
-    category_column: str | None = None,
     bad: Collection[int] = (),
-    partial: bool = False,
-) -> tuple[dict[str, list[Chain]], Counts]:
-    """Rows -> the chains of `train`, `validation` and `test`, and what became of each row.
+) -> Dataset:
+    """Records -> the chains of every split with codes for `labels`.
 
-    `fields` names the columns of id, problem, response and annotation; the category of a chain is in `category_column`,
-    or else in its id.  A row without an id is named by its place (the first is `#1`), one without a problem has an
-    empty one.  The split is drawn over all rows, so that a refused chain moves no other.  Chains of more than `context`
-    tokens are refused, and so are the rows `bad`, with whose activations something is wrong.  Raises InputError for a
-    test category that no row has, and for a label's name unless the rows are a `partial` choice of the data's.
+    The split is drawn over all records, so that a refused one moves no other.  Chains of more than `context` tokens are
+    refused, and so are the rows `bad`, with whose activations something is wrong.  Raises InputError for a test
+    category that no record has.
     """
-    counts = Counts(read=len(rows))
-    id_column, problem_column, *texts = fields
-    ids = [f"#{i}" if (id := row.get(id_column)) is None else str(id) for i, row in enumerate(rows, 1)]
-    kinds = [str(row.get(category_column)) for row in rows] if category_column else [category_of(id) for id in ids]
-    where = _divide([row.get(problem_column) for row in rows], kinds, division)
-    splits: dict[str, list[Chain]] = {"train": [], "validation": [], "test": []}
-    named: set[str] = set()
-    progress = tqdm(rows, desc="align", unit="chain", delay=2, disable=not shows_progress(), leave=False)
-    for number, (row, id, kind, split) in enumerate(zip(progress, ids, kinds, where, strict=True)):
-        made: str | tuple[Chain, Record, Annotation]
-        if split == "duplicate":
-            made = "with a problem of the test split"
-        elif number in bad:
-            made = NOT_FINITE
-        elif not is_unicode(id + kind):
-            made = "with an id or a category that is not Unicode"
-        else:
-            made = _make_chain(id, [row.get(name) for name in (problem_column, *texts)], tokenizer, labels, reading)
-        if not isinstance(made, str) and len(made[0].ids) > context:
-            made = f"longer than the model's context of {context:,} tokens"
-        if isinstance(made, str):
-            counts.refuse(made, id)
+    counts = Counts(read=len(records))
+    splits: dict[str, list[Chain]] = {name: [] for name in SPLITS}
+    for record, split in zip(records, _divide(records, division), strict=True):
+        reason = "with a problem of the test split" if split == "duplicate" else _why_unused(record, bad, text)
+        if reason or isinstance(record, Refused):
+            counts.refuse(reason, record.id)
             continue
-        chain, record, found = made
-        chain.category, chain.row = kind, number
-        named.update(found.names)
-        counts.use(record, found, chain.marker)
+        chain = tokenize(record, tokenizer, labels, text)
+        if len(chain.ids) > context:
+            counts.refuse(f"longer than the model's context of {context:,} tokens", record.id)
+            continue
+        counts.use(record, chain.marker)
         splits[split].append(chain)
-    if not partial:
-        check_names(reading.label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
-    return splits, counts
+    return Dataset(splits, list(labels), counts)
 
 
-def _make_chain(
-    id: str, texts: Sequence[object], tokenizer: Any, labels: Sequence[str], reading: Reading
-) -> tuple[Chain, Record, Annotation] | str:
-    """The chain of a row, of its problem, response and annotation, and what it was made of; or why it is refused."""
-    problem, response, annotated = texts
-    problem = "" if problem is None else problem
-    made = make_record(id, problem, response, annotated, reading.response, reading.unlabelled, reading.label_names)
-    if isinstance(made, str):
-        return made
-    return tokenize(made[0], tokenizer, labels, *reading[:4], day=reading.day), *made
+def _why_unused(record: Record | Refused, bad: Collection[int], text: TextOptions) -> str:
+    """The reason why a record is not used, as far as its text tells; nothing where it is.
+
+    A text without a section is one of negatives (`unlabelled: negative`), unless its sections were lost.
+    """
+    if record.row in bad:
+        return NOT_FINITE
+    if isinstance(record, Refused):
+        return record.reason
+    if not is_unicode(record.response + "".join(section.label for section in record.sections)):
+        return "with text that is not Unicode"
+    if record.sections:
+        return ""
+    if record.annotation.lost:
+        return "none of whose sections is found in the response"
+    return "without a section" if text.unlabelled == "ignore" or not record.response else ""
 
 
-def _divide(problems: Sequence[object], kinds: Sequence[str], division: Division) -> list[str]:
+def _divide(records: Sequence[Record | Refused], division: Division) -> list[str]:
+    categories = [record.category for record in records]
     return split_chains(
-        problems,
+        [record.problem for record in records],
         test_share=division.test_share,
         validation_share=0.0 if division.validate_on_test else division.validation_share,
         seed=division.seed,
         by=division.by,
-        test=None if division.test_categories is None else _in_categories(kinds, division.test_categories),
+        test=None if division.test_categories is None else _in_categories(categories, division.test_categories),
     )
 
 
@@ -188,35 +200,19 @@ def _in_categories(kinds: Sequence[str], chosen: Sequence[str]) -> list[bool]:
     if strange:
         known = ", ".join(sorted(set(kinds))[:20])
         raise InputError(
-            f"test_categories {' '.join(strange)}, which no chain has", f"of {known}", "mend --test_categories"
+            f"test_categories {' '.join(strange)}, which no chain has", f"of {known}", "correct --test_categories"
         )
     return [kind in chosen for kind in kinds]
 
 
-def fingerprint(splits: dict[str, list[Chain]]) -> str:
-    """SHA-256 of everything that is fed: token ids, labels and support of every chain, by split."""
-    digest = hashlib.sha256()
-    for name, chains in splits.items():
-        digest.update(name.encode())
-        for c in chains:
-            for tensor in (c.ids, c.codes, c.support):
-                digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def count_tokens(
-    chains: Sequence[Chain], columns: Sequence[Column], labels: Sequence[str]
-) -> tuple[int, Tensor, Tensor]:
-    """What `stream` will yield, without the model: its tokens, and valid tokens and positives of each column [K]."""
+def count_tokens(chains: Sequence[Chain], columns: Sequence[Column], labels: Sequence[str]) -> Census:
+    """What a trip over the chains will yield, without the model; `labels` names their C label arrays."""
     buffer = LagBuffer(columns, labels)
-    tokens, valid, positive = (
-        0,
-        torch.zeros(len(columns), dtype=torch.int64),
-        torch.zeros(len(columns), dtype=torch.int64),
-    )
+    tokens = 0
+    valid, positive = torch.zeros(2, len(columns), dtype=torch.int64)
     for c in chains:
         pairs = buffer.push(c.ids, c.codes, c.support, last=True)
         tokens += int(pairs.valid.any(1).sum())
         valid += pairs.valid.sum(0)
         positive += pairs.targets.sum(0)
-    return tokens, valid, positive
+    return Census(tokens, valid, positive)

@@ -1,65 +1,111 @@
-"""A row of a data set as a Record: one function a format."""
+"""A row of a data set as a Record: one function a format, and the table in which config, help and errors find it.
+
+To add a format, write a function `row, options -> Record` and a row in FORMATS.
+"""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from streamprobe.data.annotations import NAMES, Annotation, Section, annotate, rejoin
 from streamprobe.data.prompts import is_unicode
 
+Row = Mapping[str, Any]  # a row of a data set, by column
 
-@dataclass
+
+@dataclass(frozen=True)
 class Record:
-    """One annotated chain as text."""
+    """One labelled text: what every format makes of a row."""
 
-    id: str
-    problem: str
-    response: str
-    sections: list[Section]  # characters of `response`
+    response: str  # what the model wrote
+    annotation: Annotation  # its sections, in characters of `response`, and what had to be repaired
+    problem: str = ""
+    id: str = ""
+    category: str = ""  # the kind of problem, to which results can be split
+    row: int = 0  # which of the data, from 0
+
+    @property
+    def sections(self) -> Sequence[Section]:
+        """The labelled stretches of `response`."""
+        return self.annotation.sections
 
 
-def make_record(
-    id: str,
-    problem: object,
-    response: object,
-    annotated: object,
-    kind: str = "original",
-    unlabelled: str = "ignore",
-    label_names: Mapping[str, str] = NAMES,
-) -> tuple[Record, Annotation] | str:
-    """One row as a Record beside what was found of its annotation, or the reason why the row is refused.
+class Refused(NamedTuple):
+    """A row that is no Record; its problem still counts in the split, so that it moves no other."""
 
-    kind: the response as it was written (`original`), or the annotated sections joined by spaces (`rejoined`).
-    unlabelled: see `tokenize` and `why_unused`.
-    """
-    if not (isinstance(problem, str) and isinstance(response, str) and isinstance(annotated, str)):
-        return "with a field that is missing or not text"
-    if not is_unicode(problem + (annotated if kind == "rejoined" else response)):
-        return "with text that is not Unicode"
+    reason: str
+    problem: object = ""
+    id: str = ""
+    category: str = ""
+    row: int = 0
+
+
+class Unusable(Exception):
+    """Raised by a format for a row that it cannot use; the message is the reason under which the row is counted."""
+
+
+class FormatOptions(NamedTuple):
+    """Which columns hold what, and how a format reads them."""
+
+    id: str = "task_id"
+    problem: str = "problem"
+    response: str = "reasoning_chain"
+    annotation: str = "annotated_chain"
+    category: str | None = None  # None: the id without its number
+    rejoined: bool = False  # the annotated sections alone, joined by spaces, instead of the response as it was written
+    label_names: Mapping[str, str] = NAMES  # labels that are called otherwise in the data -> what they are called here
+
+
+class Format(NamedTuple):
+    """A way in which labels lie in a data set."""
+
+    read: Callable[[Row, FormatOptions], Record]  # raises Unusable
+    columns: Callable[[FormatOptions], Sequence[str]]  # that the data must have
+    about: str  # for the help of the key `format`
+
+
+def annotated(row: Row, options: FormatOptions) -> Record:
+    """A text, and a copy of it with `["label"]...["end-section"]` around its sections."""
+    problem, response, copy = (row.get(name) for name in (options.problem, options.response, options.annotation))
+    problem = "" if problem is None else problem
+    if not (isinstance(problem, str) and isinstance(response, str) and isinstance(copy, str)):
+        raise Unusable("with a field that is missing or not text")
+    if not is_unicode(problem + (copy if options.rejoined else response)):
+        raise Unusable("with text that is not Unicode")
     if not response.strip():
-        return "with an empty response"
-    if kind == "rejoined":
-        response, found = rejoin(annotated, response, label_names)
+        raise Unusable("with an empty response")
+    if options.rejoined:
+        response, found = rejoin(copy, response, options.label_names)
     else:
-        found = annotate(annotated, response, label_names)
+        found = annotate(copy, response, options.label_names)
     if found.strange and not found.asked:
-        return f"whose tags are all of a form that is not understood, such as {found.strange[0]}"
-    reason = why_unused(response, found, unlabelled)
-    return reason or (Record(id, problem, response, found.sections), found)
+        raise Unusable(f"whose tags are all of a form that is not understood, such as {found.strange[0]}")
+    return Record(response, found, problem)
 
 
-def why_unused(response: str, found: Annotation, unlabelled: str) -> str | None:
-    """The reason why a text with this annotation cannot be used, if there is one.
+FORMATS = {
+    "annotated": Format(
+        annotated,
+        lambda options: [options.id, options.problem, options.response, options.annotation],
+        'the text, and a copy of it with its sections in ["label"]...["end-section"]',
+    ),
+}
 
-    A text without a section is one of negatives (`unlabelled: negative`), unless its sections were lost.
+
+def read_row(row: Row, number: int, format: Format, options: FormatOptions) -> Record | Refused:
+    """Row `number` (from 0) as a Record, or Refused with the reason.
+
+    A row without an id is named by its place (the first is `#1`).
     """
-    if not is_unicode(response + "".join(section.label for section in found.sections)):
-        return "with text that is not Unicode"
-    if found.sections:
-        return None
-    if found.lost:
-        return "none of whose sections is found in the response"
-    return "without a section" if unlabelled == "ignore" or not response else None
+    id = f"#{number + 1}" if (given := row.get(options.id)) is None else str(given)
+    category = str(row.get(options.category)) if options.category else category_of(id)
+    try:
+        if not is_unicode(id + category):
+            raise Unusable("with an id or a category that is not Unicode")
+        return replace(format.read(row, options), id=id, category=category, row=number)
+    except Unusable as why:
+        return Refused(str(why), row.get(options.problem), id, category, number)
 
 
 def category_of(id: str) -> str:

@@ -4,23 +4,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from streamprobe.data.annotations import END, plain_name
-from streamprobe.data.dataset import Counts, count_tokens
+from streamprobe.data.dataset import Census, Counts, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
 
-Census = dict[str, tuple[int, Tensor, Tensor]]  # split -> tokens, and valid and positive ones of each column [K]
 FEW = 20  # chains, from which on a label that only one of them has is named
 SHOWN = 5  # names in a line
 MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
 
 
-def check_splits(splits: Mapping[str, Sequence[Chain]], labels: Sequence[str], counts: Counts) -> None:
+def check_splits(dataset: Dataset, labels: Sequence[str]) -> None:
     """Raises InputError for an empty split and for a label that never occurs."""
-    for name, chains in splits.items():
+    counts = dataset.counts
+    for name, chains in dataset.splits.items():
         if not chains:
             reasons = f" ({counts.n_refused} chains refused: {refusals(counts)})" if counts.refused else ""
             raise InputError(
@@ -31,29 +29,29 @@ def check_splits(splits: Mapping[str, Sequence[Chain]], labels: Sequence[str], c
     for label in labels:
         if not counts.labels[label]:
             known = ", ".join(name for name, _ in counts.labels.most_common())
-            raise InputError(f"label {label!r}, which never occurs", f"one of {known}", "mend --labels")
+            raise InputError(f"label {label!r}, which never occurs", f"one of {known}", "correct --labels")
 
 
-def take_census(splits: Mapping[str, Sequence[Chain]], columns: Sequence[Column], arrays: Sequence[str]) -> Census:
-    """What `stream` will yield for the training and the validation chains; `arrays` names their label arrays."""
-    return {name: count_tokens(splits[name], columns, arrays) for name in ("train", "validation")}
-
-
-def has_both(census: Census, k: int) -> bool:
+def has_both(census: Mapping[str, Census], k: int) -> bool:
     """Whether column k has training tokens of both classes, and validation tokens."""
-    _, valid, positive = census["train"]
-    return 0 < int(positive[k]) < int(valid[k]) and int(census["validation"][1][k]) > 0
+    train = census["train"]
+    return 0 < int(train.positive[k]) < int(train.valid[k]) and int(census["validation"].valid[k]) > 0
 
 
-def check_census(census: Census, columns: Sequence[Column], splits: Mapping[str, Sequence[Chain]]) -> None:
-    """Raises InputError for a lag longer than every chain, and a column that cannot be trained or validated."""
-    longest = max(int(c.support.sum()) for c in splits["train"])
-    for name, (_, valid, positive) in census.items():
+def check_census(census: Mapping[str, Census], columns: Sequence[Column], chains: Sequence[Chain]) -> None:
+    """Raises InputError for a lag longer than every training chain, and a column that cannot be trained or validated.
+
+    `columns` are the first of those that the census counts; `chains` those of the training split.
+    """
+    longest = max(int(c.support.sum()) for c in chains)
+    for name, found in census.items():
         for k, column in enumerate(columns):
-            n, hits = int(valid[k]), int(positive[k])
+            n, hits = int(found.valid[k]), int(found.positive[k])
             if not n and abs(column.lag) >= longest:
                 raise InputError(
-                    f"lag {column.lag}, which is longer than every chain", f"less than {longest} tokens", "mend --lags"
+                    f"lag {column.lag}, which is longer than every chain",
+                    f"less than {longest} tokens",
+                    "correct --lags",
                 )
             if not n or (name == "train" and hits in (0, n)):
                 raise InputError(
@@ -74,47 +72,45 @@ def _names(ids: Sequence[str], most: int = 3) -> str:
 
 
 def describe(
-    counts: Counts,
-    splits: Mapping[str, Sequence[Chain]],
-    census: Census,
-    columns: Sequence[Column],
-    labels: Sequence[str],
-    tokenizer: Any,
+    dataset: Dataset, census: Mapping[str, Census], columns: Sequence[Column], labels: Sequence[str], tokenizer: Any
 ) -> str:
-    """Chains and sections read and used, tokens and base rates, and one example, as text for the terminal."""
-    tokens = {name: sum(len(c.ids) for c in chains) for name, chains in splits.items()}
-    labelled = {name: sum(int((c.codes[:, 0] != UNKNOWN).sum()) for c in chains) for name, chains in splits.items()}
+    """Chains and sections read and used, tokens and base rates, and one example, as text for the terminal.
+
+    `labels` are those that are probed, the first of the dataset's; `census` counts `columns`.
+    """
+    counts = dataset.counts
+    refused = f": {refusals(counts)}" if counts.refused else ""
     lines = [
         f"chains    {counts.read:,} read, {counts.used:,} used ({counts.repaired:,} of them repaired: "
         f"{counts.edited_sections} sections edited, {counts.lost_sections} lost, {counts.unbalanced_tags} tags "
-        f"unbalanced), "
-        f"{counts.n_refused:,} refused{': ' + refusals(counts) if counts.refused else ''}",
+        f"unbalanced), {counts.n_refused:,} refused{refused}",
         f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
         + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
         *_notes(counts),
         *describe_tags(counts, labels),
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
+        *(_split_line(name, chains, len(labels)) for name, chains in dataset.splits.items()),
     ]
-    for name, chains in splits.items():
-        rates = ""
-        for c in range(len(labels)):
-            hits = sum(int((x.codes[:, c] >= INSIDE).sum()) for x in chains)
-            begun = sum(int((x.codes[:, c] == ONSET).sum()) for x in chains)
-            rates += f"{f'{hits / max(1, labelled[name]):.2%} in {begun:,}':>24}"
-        lines.append(f"{name:<12}{len(chains):>8,}{tokens[name]:>10,}{labelled[name]:>10,}{rates}")
-    positive = census["validation"][2].tolist()
+    positive = census["validation"].positive.tolist()
     blind = [str(c) for c, n in zip(columns, positive, strict=True) if not (n or c.control)]
     if blind:
         lines.append(
             f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
         )
-    lines += [
-        "            (base rate of the label's tokens, in so many sections)",
-        "",
-        example(splits["train"], labels, tokenizer),
-    ]
-    return "\n".join(lines)
+    base = "            (base rate of the label's tokens, in so many sections)"
+    return "\n".join([*lines, base, "", example(dataset.splits["train"], labels, tokenizer)])
+
+
+def _split_line(name: str, chains: Sequence[Chain], n_labels: int) -> str:
+    """A split's chains and tokens, and the base rate of each label's tokens in so many sections."""
+    labelled = sum(int((c.codes[:, 0] != UNKNOWN).sum()) for c in chains)
+    rates = ""
+    for c in range(n_labels):
+        hits = sum(int((chain.codes[:, c] >= INSIDE).sum()) for chain in chains)
+        begun = sum(int((chain.codes[:, c] == ONSET).sum()) for chain in chains)
+        rates += f"{f'{hits / max(1, labelled):.2%} in {begun:,}':>24}"
+    return f"{name:<12}{len(chains):>8,}{sum(len(c.ids) for c in chains):>10,}{labelled:>10,}{rates}"
 
 
 def _notes(counts: Counts) -> list[str]:

@@ -1,20 +1,103 @@
-"""The rows of a data set, wherever it lies, with their text untouched."""
+"""Where records come from: a file, a URL or a data set on the hub, with their text untouched.
+
+To add a source, write a class that yields records and can say where it stands: see `Source`.
+"""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+from tqdm import tqdm
+
+from streamprobe.data.annotations import NAMES, check_names
+from streamprobe.data.formats import FORMATS, Format, FormatOptions, Record, Refused, read_row
 from streamprobe.errors import InputError
+from streamprobe.system.console import shows_progress
 from streamprobe.system.network import hub_is_given_up, look_for_hub
 from streamprobe.system.privacy import clean_text, clean_url
 
 Rows = list[dict[str, Any]]
 SECONDS = 2.0  # for a server to take a call; there are two of them
 KINDS = (".json", ".jsonl", ".parquet")
+
+
+class Source(Protocol):
+    """Where the records of a run come from; what is behind it sees records alone."""
+
+    partial: bool  # whether it gives a choice of the data alone
+
+    def __iter__(self) -> Iterator[Record | Refused]:
+        """The records that are still to come."""
+        ...
+
+    def __len__(self) -> int:
+        """How many records there are in all."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """Where it stands: what a new source of the same data needs to go on behind the last record given."""
+        ...
+
+
+class RowSource:
+    """The rows of a file or data set, each read by one of `formats.FORMATS`."""
+
+    def __init__(self, rows: Rows, format: Format, options: FormatOptions, most: int | None = None, place: int = 0):
+        """At most `most` of the rows, evenly spaced (None: all); begins with the row at `place` of these."""
+        self.partial = most is not None and most < len(rows)
+        self.rows = (
+            [rows[i] for i in np.linspace(0, len(rows) - 1, most).astype(int)] if self.partial and most else rows
+        )
+        self.format, self.options, self.place = format, options, place
+
+    def __iter__(self) -> Iterator[Record | Refused]:
+        while self.place < len(self.rows):
+            self.place += 1
+            yield read_row(self.rows[self.place - 1], self.place - 1, self.format, self.options)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def state(self) -> dict[str, int]:
+        """The number of the next row."""
+        return {"place": self.place}
+
+
+def open_source(
+    data: str,
+    format: str,
+    options: FormatOptions,
+    *,
+    split: str = "train",
+    sha256: str | None = None,
+    most: int | None = None,
+) -> Source:
+    """The records of a JSON, JSON-lines or parquet file, a URL of one, or a data set on the hub.
+
+    `split` is that of a data set on the hub, `sha256` what a file must have, `most` as in `RowSource`.  Raises
+    InputError where the data cannot be read or a column that the format needs is missing.
+    """
+    chosen = FORMATS[format]
+    columns = [*chosen.columns(options), *([options.category] if options.category else [])]
+    return RowSource(read_rows(data, split, columns, sha256), chosen, options, most)
+
+
+def read_records(source: Source, label_names: Mapping[str, str] = NAMES) -> list[Record | Refused]:
+    """All records, with a progress bar in a terminal.
+
+    Raises InputError for one of `label_names` that no tag of the whole data names.
+    """
+    hidden = not shows_progress()
+    records = list(tqdm(source, "align", len(source), unit="chain", delay=2, disable=hidden, leave=False))
+    if not source.partial:
+        named = {name for record in records if isinstance(record, Record) for name in record.annotation.names}
+        check_names(label_names, named)
+    return records
 
 
 def fetch(data: str, sha256: str | None = None) -> str:

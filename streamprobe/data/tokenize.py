@@ -5,7 +5,7 @@ Shapes: T tokens in a chain, C labels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,20 @@ from streamprobe.data.prompts import encode, open_response, special_ids
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
 
-@dataclass
+class TextOptions(NamedTuple):
+    """How a record becomes the text that the model reads, and which of its tokens count: keys of the config."""
+
+    prompt: str = "{problem}\n\n"  # see `prompts.format_prompt`
+    support: str = "response"  # see `tokenize`, as for the next one
+    unlabelled: str = "ignore"
+    bos: bool = True  # whether a chain begins with the BOS token
+    day: str | None = None  # that a chat template writes, YYYY-MM-DD; none is today
+
+
+AS_TEXT = TextOptions()
+
+
+@dataclass(frozen=True)
 class Chain:
     """One annotated chain as the model sees it."""
 
@@ -30,36 +43,27 @@ class Chain:
     marker: str = ""  # with which the prompt ends and the response begins; it was left out of the prompt
 
 
-def tokenize(
-    record: Record,
-    tokenizer: Any,
-    labels: Sequence[str],
-    prompt: str,
-    support: str,
-    unlabelled: str,
-    with_bos: bool = True,
-    day: str | None = None,
-) -> Chain:
-    """One record as token ids and label codes.
+class Characters(NamedTuple):
+    """What is known of every character of a text."""
+
+    known: np.ndarray  # [characters] bool: whether its labels are known
+    section: np.ndarray  # [characters, C] int64: the number of each label's section, or -1
+
+
+def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: TextOptions = AS_TEXT) -> Chain:
+    """One record as token ids and label codes for each of `labels`.
 
     A token takes the labels of the sections that hold its last character that is not white space (its last character,
     where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
-    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.  `day`: see
-    `format_prompt`.
+    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.
     """
+    prompt, day = options.prompt, options.day
     head, marker = open_response(record.problem, record.response, prompt, tokenizer, day)
     text = head + record.response
-    ids, offsets = encode(text, prompt, tokenizer, with_bos)
+    ids, offsets = encode(text, prompt, tokenizer, options.bos)
+    characters = _label_characters(record, len(head), labels, options)
     special = special_ids(tokenizer)
-    known = np.full(len(text), unlabelled == "negative")  # whether a character's labels are known
-    known[: len(head)] = support == "all"
-    of_char = np.full((len(text), len(labels)), -1, dtype=np.int64)  # the number of each label's section
-    for number, (label, begin, stop) in enumerate(record.sections):
-        known[len(head) + begin : len(head) + stop] = True
-        if label in labels:
-            of_char[len(head) + begin : len(head) + stop, labels.index(label)] = number
-
     codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
     sample = np.zeros(len(ids), dtype=bool)
     seen, first = [-1] * len(labels), len(ids)
@@ -69,14 +73,32 @@ def tokenize(
         last = start + (len(text[start:end].rstrip()) or end - start) - 1
         if last >= len(head):
             first = min(first, t)
-        elif support == "response":
+        elif options.support == "response":
             continue
         sample[t] = True
-        if not known[last]:
-            continue
-        codes[t] = OUTSIDE
-        for c, number in enumerate(of_char[last].tolist()):
-            if number >= 0:
-                codes[t, c] = INSIDE if number == seen[c] else ONSET
-                seen[c] = number
-    return Chain(record.id, torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample), first, marker=marker)
+        if characters.known[last]:
+            codes[t] = _codes_at(characters.section[last].tolist(), seen)
+    tensors = torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample)
+    return Chain(record.id, *tensors, first, record.category, record.row, marker)
+
+
+def _label_characters(record: Record, head: int, labels: Sequence[str], options: TextOptions) -> Characters:
+    """The labels of the characters of a prompt of `head` characters and the response behind it."""
+    size = head + len(record.response)
+    known = np.full(size, options.unlabelled == "negative")
+    known[:head] = options.support == "all"
+    section = np.full((size, len(labels)), -1, dtype=np.int64)
+    for number, (label, begin, stop) in enumerate(record.sections):
+        known[head + begin : head + stop] = True
+        if label in labels:
+            section[head + begin : head + stop, labels.index(label)] = number
+    return Characters(known, section)
+
+
+def _codes_at(numbers: Sequence[int], seen: list[int]) -> list[int]:
+    """The code of each label [C] at a token in the sections `numbers`; `seen` are the last ones, brought up to date."""
+    codes = []
+    for c, number in enumerate(numbers):
+        codes.append(OUTSIDE if number < 0 else INSIDE if number == seen[c] else ONSET)
+        seen[c] = number if number >= 0 else seen[c]
+    return codes

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.base import Probes
 from streamprobe.probes.storage import restore
 
 
@@ -20,7 +20,7 @@ class BestProbes:
     have converged.
     """
 
-    def __init__(self, bank: ProbeBank, patience: int | None):
+    def __init__(self, bank: Probes, patience: int | None):
         shape = bank.bias.shape
         self.bank, self.patience = bank.clone(), patience
         self.score = torch.full(shape, -1.0, dtype=torch.float64)  # [L, K]
@@ -28,7 +28,7 @@ class BestProbes:
         self.misses = torch.zeros(shape, dtype=torch.int64)
         self.stopped = torch.zeros(shape, dtype=torch.bool)  # [L, K]: which probes are final
 
-    def update(self, score: Tensor, number: int, bank: ProbeBank, converged: Tensor) -> None:
+    def update(self, score: Tensor, number: int, bank: Probes, converged: Tensor) -> None:
         """Takes the probes of `bank` whose score [L, K] is the best yet, as of pass `number`; NaN counts as 0.
 
         `converged` [L, K] bool: which of them the solver calls final.
@@ -51,4 +51,4 @@ class BestProbes:
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
         ours = {name: getattr(self, name) for name in ("score", "best_pass", "misses", "stopped")}
-        return {"weight": self.bank.weight, "bias": self.bank.bias, **ours}
+        return self.bank.tensors() | ours

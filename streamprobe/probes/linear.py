@@ -1,10 +1,10 @@
-"""All probes as stacked tensors.
+"""Linear probes, all of a run as stacked tensors.
 
-Shapes: N tokens, L layers, K columns, D hidden size.  One linear probe per (layer, column), in raw activation space.
+Shapes: N tokens, L sites, K columns, D features.  One probe per (site, column), in raw activation space.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,18 +12,25 @@ from torch import Tensor
 
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
+from streamprobe.probes.sites import Site
 
 
 @dataclass
 class ProbeBank:
-    """The L x K probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
+    """The L x K linear probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
 
-    layers: list[Any]  # numbers; while a run trains its controls also names
+    sites: list[Site]
     columns: list[Column]
     weight: Tensor  # [L, K, D] float32
     bias: Tensor  # [L, K] float32
     threshold: Tensor | None = None  # [L, K] the logit from which on a probe says yes; None until validation chose it
     solver: str = ""
+    kind = "linear"
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the layers that are read, in the order of the sites."""
+        return [site.layer for site in self.sites if site.layer is not None]
 
     def scores(self, acts: Tensor) -> Tensor:
         """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype, on whatever device these lie."""
@@ -40,7 +47,7 @@ class ProbeBank:
 
         Without a label or a target: the first that the bank holds.  Raises InputError for a probe that it has not.
         """
-        real = {k: column for k, column in enumerate(self.columns) if not getattr(column, "control", "")}
+        real = {k: column for k, column in enumerate(self.columns) if not column.control}
         for name, value in (("label", label), ("target", target)):
             held = _unique(getattr(column, name) for column in real.values())
             value = held[0] if value is None else value
@@ -51,22 +58,46 @@ class ProbeBank:
         _require(lag, sorted(lags), "lag")
         return self.layers.index(layer), lags[lag]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights [L, K, D] and biases [L, K]."""
+        return {"weight": self.weight, "bias": self.bias}
+
+    @classmethod
+    def from_tensors(
+        cls, sites: list[Site], columns: list[Column], tensors: dict[str, Tensor], solver: str
+    ) -> "ProbeBank":
+        """The probes whose `tensors` these are.  Raises ValueError for any that are not a grid of linear probes."""
+        weight, bias = tensors["weight"], tensors["bias"]
+        if not (weight.shape[:2] == bias.shape == (len(sites), len(columns)) and weight.dim() == 3):
+            raise ValueError(f"tensors that are no grid of {len(sites)} layers x {len(columns)} columns")
+        return cls(sites, columns, weight.float(), bias.float(), solver=solver)
+
     def clone(self) -> "ProbeBank":
         """A copy that shares no tensor with this bank."""
         threshold = None if self.threshold is None else self.threshold.clone()
         copies = self.weight.clone(), self.bias.clone(), threshold
-        return ProbeBank(list(self.layers), list(self.columns), *copies, self.solver)
+        return ProbeBank(list(self.sites), list(self.columns), *copies, self.solver)
 
-    def take(self, where: Tensor, other: "ProbeBank") -> None:
+    def take(self, where: Tensor, other: Any) -> None:
         """Copies other's probes over this bank's where `where` [L, K] is True."""
         self.weight.copy_(torch.where(where[..., None], other.weight, self.weight))
         self.bias.copy_(torch.where(where, other.bias, self.bias))
+
+    def add_to_logits(self, added: Tensor) -> "ProbeBank":
+        """The probes with `added` [K] added to every logit."""
+        return replace(self, bias=self.bias + added)
+
+    def choose(self, columns: list[int], threshold: Tensor) -> "ProbeBank":
+        """The probes of these columns, with their thresholds [L, len(columns)]."""
+        chosen = [self.columns[k] for k in columns]
+        weight, bias = self.weight[:, columns], self.bias[:, columns]
+        return replace(self, columns=chosen, weight=weight, bias=bias, threshold=threshold)
 
     def to(self, device: torch.device | str) -> "ProbeBank":
         """This bank with its tensors on `device`."""
         threshold = None if self.threshold is None else self.threshold.to(device)
         moved = self.weight.to(device), self.bias.to(device), threshold
-        return ProbeBank(self.layers, self.columns, *moved, self.solver)
+        return ProbeBank(self.sites, self.columns, *moved, self.solver)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

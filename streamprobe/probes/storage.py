@@ -1,6 +1,6 @@
 """Probes on disk and on the hub: safetensors, nothing unpickled; and what a checkpoint puts back.
 
-Shapes: L layers, K columns, D hidden size.
+Shapes: L sites, K columns, D features.
 """
 
 import json
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from streamprobe.errors import InputError, first_line
 from streamprobe.lags import Column
+from streamprobe.probes.base import Probes
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.system.files import write_atomic
+from streamprobe.probes.sites import layer_sites
 from streamprobe.system.network import look_for_hub
 
 FILE = "probes.safetensors"
+KINDS: dict[str, type[Probes]] = {ProbeBank.kind: ProbeBank}  # of probes, by name: what can be read back
 
 
 def restore(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -45,12 +47,25 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def bank_tensors(name: str, bank: ProbeBank) -> dict[str, Tensor]:
-    """The bank as named tensors for a safetensors file: `<name>.weight` [L, K, D] and `<name>.bias` [L, K]."""
-    return {f"{name}.weight": bank.weight.cpu().contiguous(), f"{name}.bias": bank.bias.cpu().contiguous()}
+def pack_probes(banks: Mapping[str, Probes], about: Mapping[str, Any]) -> bytes:
+    """The content of a file of probes: each solver's, with `about` and their layout as metadata.
+
+    `<solver>.weight` [L, K, D], `.bias` [L, K] and `.threshold` [L, K] are for raw activations; another kind than
+    `linear` has tensors of other names.
+    """
+    tensors: dict[str, Tensor] = {}
+    for solver, bank in banks.items():
+        assert bank.threshold is not None, "probes without a threshold"
+        own = bank.tensors() | {"threshold": bank.threshold}
+        tensors |= {f"{solver}.{name}": tensor for name, tensor in own.items()}
+    first = next(iter(banks.values()))
+    layers = [site.layer for site in first.sites]
+    layout = {"solvers": list(banks), "layers": layers, "columns": [list(c) for c in first.columns]}
+    kinds = {solver: bank.kind for solver, bank in banks.items() if bank.kind != ProbeBank.kind}
+    return pack_tensors(tensors, {**about, **layout} | ({"kinds": kinds} if kinds else {}))
 
 
-def load_probes(source: str | Path, solver: str | None = None, revision: str | None = None) -> ProbeBank:
+def load_probes(source: str | Path, solver: str | None = None, revision: str | None = None) -> Any:
     """The probes of a run: `source` is its folder, its `probes.safetensors`, or `user/name` on the Hugging Face hub.
 
     `solver` picks one of several, `revision` a branch, tag or commit on the hub, which is asked only where no file or
@@ -61,18 +76,26 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
     name = solver or about["solvers"][0]
     if name not in about["solvers"]:
         raise InputError(f"solver {name!r}", f"one whose probes {path} holds: {about['solvers']}", "choose another")
-    layers, columns = about["layers"], [Column(*c) for c in about["columns"]]
+    kind = about.get("kinds", {}).get(name, ProbeBank.kind)
+    if kind not in KINDS:
+        raise _broken(path, f"of a kind that is known ({kind}, not {', '.join(KINDS)})")
     with safe_open(str(path), framework="pt") as f:
-        weight, bias, threshold = (f.get_tensor(f"{name}.{part}") for part in ("weight", "bias", "threshold"))
-    grid = (len(layers), len(columns))
-    tensors = (weight, bias, threshold)
-    if not (weight.shape[:2] == bias.shape == threshold.shape == grid and weight.dim() == 3):
-        raise _broken(path, f"but tensors that are no grid of {grid[0]} layers x {grid[1]} columns")
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        raise _broken(path, f"but tensors of {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
-    if not (weight.isfinite().all() and bias.isfinite().all()):
+        own = [key for key in f.keys() if key.startswith(f"{name}.")]
+        tensors = {key.removeprefix(f"{name}."): f.get_tensor(key) for key in own}
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise _broken(path, f"but tensors of {', '.join(sorted({str(each.dtype) for each in tensors.values()}))}")
+    threshold = tensors.pop("threshold")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise _broken(path, "but numbers that are infinite or none")
-    return ProbeBank(layers, columns, weight.float(), bias.float(), threshold.double(), name)
+    columns = [Column(*c) for c in about["columns"]]
+    try:
+        if threshold.shape != (len(about["layers"]), len(columns)):
+            raise ValueError(f"tensors that are no grid of {len(about['layers'])} layers x {len(columns)} columns")
+        bank = KINDS[kind].from_tensors(layer_sites(about["layers"]), columns, tensors, name)
+    except (KeyError, ValueError) as error:
+        raise _broken(path, f"but {error}") from error
+    bank.threshold = threshold.double()
+    return bank
 
 
 def find_probes(source: str | Path, revision: str | None = None) -> Path:
@@ -88,11 +111,11 @@ def find_probes(source: str | Path, revision: str | None = None) -> Path:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a file of probes says about itself: solvers, layers, columns and config, as `report.write_probes` put it."""
+    """What a file of probes says about itself: solvers, layers, columns and config, as `pack_probes` put it."""
     try:
         with safe_open(path, framework="pt") as f:
             about, names = json.loads((f.metadata() or {})["streamprobe"]), set(f.keys())
-        wanted = {f"{name}.{part}" for name in about["solvers"] for part in ("weight", "bias", "threshold")}
+        wanted = {f"{name}.threshold" for name in about["solvers"]}
         if not wanted or not about["layers"] or not about["columns"] or wanted - names:
             raise KeyError(*sorted(wanted - names))
         layers = about["layers"]
@@ -100,6 +123,8 @@ def read_about(path: Path) -> dict[str, Any]:
             raise ValueError(f"layers {layers}")
         about["columns"] = [_column(*column) for column in about["columns"]]
         about["config"] = dict(about.get("config", {}))
+        if not isinstance(about.get("kinds", {}), dict):
+            raise TypeError(f"kinds {about['kinds']}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _broken(path, f"({type(error).__name__}: {error})") from error
     if all(control for *_, control, _seed in about["columns"]):
@@ -133,14 +158,11 @@ def _fetch(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """A safetensors file, written atomically and byte-identical for equal input; `about` is its JSON metadata."""
-    _save(path, tensors, json.dumps(about, sort_keys=True))
-
-
-def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
+def pack_tensors(tensors: Mapping[str, Tensor], about: Any) -> bytes:
+    """The content of a safetensors file, byte-identical for equal input; `about` is its metadata: text, or JSON."""
     ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    write_atomic(path, save(ready, {"streamprobe": about}))  # of two entries the order would be any
+    text = about if isinstance(about, str) else json.dumps(about, sort_keys=True)
+    return save(ready, {"streamprobe": text})  # of two entries the order would be any
 
 
 def raw_bytes(tensor: Tensor) -> bytes:

@@ -1,6 +1,6 @@
-"""The files of a run's results: results.csv, summary.json, probes.safetensors, transcripts.json and report.html.
+"""Every file that a run writes at its end, each made of one `TestResults`.
 
-    python -m streamprobe.reporting.files RUN            # draws RUN/report.html anew from the other files
+To add a file, write a function `TestResults -> bytes` (or None, where there is nothing to write) and a row in FILES.
 
 Shapes: L layers, K columns, D hidden size.
 """
@@ -11,79 +11,124 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
+from streamprobe.config.schema import LAUNCH_KEYS
 from streamprobe.errors import InputError
-from streamprobe.evaluation.results import FIELDS, Row, place
-from streamprobe.probes.linear import ProbeBank
-from streamprobe.probes.storage import bank_tensors, save_tensors
+from streamprobe.evaluation.results import TestResults, by_category, differences, reliability
+from streamprobe.evaluation.rows import FIELDS, Row, place
+from streamprobe.probes.storage import pack_probes
 from streamprobe.reporting.html.page import render
+from streamprobe.reporting.transcripts import collect
 from streamprobe.system.console import guard, say
 from streamprobe.system.csv_files import broken_file, cell, read_csv
 from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import for_others
 
-WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields that are text
-SHARES = (
-    "auroc",
-    "average_precision",
-    "lift",
-    "f1",
-    "tpr",
-    "brier",
-    "base_rate",
-)  # which are drawn, and of the size of 1
+WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields of results.csv that are text,
+BOUNDED = ("auroc", "average_precision", "lift", "f1", "tpr", "brier", "base_rate")  # that are drawn, about 1 at most,
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
 
 
-def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
-    """A CSV file, its cells as `csvfiles.cell` gives them; `nan` where a class is absent."""
+class OutputFile(NamedTuple):
+    """A file of a run's folder."""
+
+    make: Callable[[TestResults], bytes | None]  # its content; None where there is nothing to write
+    about: str  # what it holds, for docs
+
+
+def results_csv(results: TestResults) -> bytes:
+    """A row for every probe and control."""
+    return pack_rows(results.rows, FIELDS)
+
+
+def categories_csv(results: TestResults) -> bytes | None:
+    """The same within each category of problems, where there are several."""
+    categories = [chain.category for chain in results.chains]
+    return _pack_all(by_category(results.probes, categories, results.resamples, results.seed))
+
+
+def differences_csv(results: TestResults) -> bytes | None:
+    """Differences between layers, and between lags."""
+    return _pack_all(differences(results.judged))
+
+
+def reliability_csv(results: TestResults) -> bytes | None:
+    """What probes say, and what is true."""
+    return _pack_all(reliability(results.probes))
+
+
+def probes_safetensors(results: TestResults) -> bytes:
+    """Every probe in raw activation space, and what it means; of the config what others may see."""
+    config = {name: value for name, value in results.facts["config"].items() if name not in LAUNCH_KEYS}
+    prints = {name: results.facts[name] for name in ("data_fingerprint", "model_fingerprint")}
+    return pack_probes(results.banks, {**prints, "config": for_others(config)})
+
+
+def transcripts_json(results: TestResults) -> bytes:
+    """A few test chains with what every probe says of each token."""
+    found = collect(results.probes, results.rows, results.chains, results.labels, results.tokenizer)
+    return json.dumps(found, separators=(",", ":")).encode()
+
+
+def summary_json(results: TestResults) -> bytes:
+    """What the run was and cost (`run`), and results nested solver > label > target > lag > layer or control."""
+    nested: dict[str, Any] = {}
+    for row in results.rows:
+        at = nested
+        for name in ("solver", "label", "target"):
+            at = at.setdefault(row[name], {})
+        numbers = FIELDS[FIELDS.index("split") :]
+        values = {name: None if isinstance(v := row[name], float) and math.isnan(v) else v for name in numbers}
+        at.setdefault(f"lag{row['lag']:+03d}", {})[place(row)] = values
+    run = {**results.facts, **results.cost(), **results.described}
+    return json.dumps({"run": run, "results": nested}, indent=1).encode()
+
+
+def report_html(results: TestResults) -> bytes:
+    """One self-contained page."""
+    return draw_report(results.folder)
+
+
+FILES = {  # in the order in which they are written; the report is drawn of others
+    "probes.safetensors": OutputFile(probes_safetensors, "every probe in raw activation space, with metadata"),
+    "results.csv": OutputFile(results_csv, "a row per probe and control on the test chains"),
+    "transcripts.json": OutputFile(transcripts_json, "a few test chains to read, with what every probe says of them"),
+    "categories.csv": OutputFile(categories_csv, "the rows of results.csv within each category of problems"),
+    "differences.csv": OutputFile(differences_csv, "paired differences of AUROC between layers and between lags"),
+    "reliability.csv": OutputFile(reliability_csv, "mean probability and share of positives, in ten bins of tokens"),
+    "summary.json": OutputFile(summary_json, "the results nested, with cost, counts, versions and fingerprints"),
+    "report.html": OutputFile(report_html, "one self-contained page"),
+}
+
+
+def write_files(results: TestResults) -> None:
+    """Writes every file of FILES into the run's folder, each whole or not at all."""
+    for name, file in FILES.items():
+        content = file.make(results)
+        if content is not None:
+            write_atomic(results.folder / name, content)
+
+
+def pack_rows(rows: Sequence[Row], fields: Sequence[str]) -> bytes:
+    """The content of a CSV file, its cells as `csv_files.cell` gives them; `nan` where a class is absent."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({name: cell(row[name]) for name in fields})
-    write_atomic(path, text.getvalue().encode())
+    return text.getvalue().encode()
 
 
-def write_summary(folder: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> None:
-    """summary.json: what the run cost (`run`), and results nested solver > label > target > lag > layer or control."""
-    nested: dict[str, Any] = {}
-    for row in rows:
-        at = nested
-        for name in ("solver", "label", "target"):
-            at = at.setdefault(row[name], {})
-        cell = {n: None if isinstance(v := row[n], float) and math.isnan(v) else v for n in FIELDS[6:]}
-        at.setdefault(f"lag{row['lag']:+03d}", {})[place(row)] = cell
-    write_atomic(folder / "summary.json", json.dumps({"run": run, "results": nested}, indent=1).encode())
+def _pack_all(rows: Sequence[Row]) -> bytes | None:
+    """The content of a CSV file with every field of the rows, if there are any."""
+    return pack_rows(rows, list(rows[0])) if rows else None
 
 
-def write_probes(folder: Path, banks: Mapping[str, ProbeBank], about: Mapping[str, Any]) -> None:
-    """probes.safetensors: each solver's probes, and what they mean; of the config in `about` what others may see.
-
-    `<solver>.weight` [L, K, D], `.bias` [L, K] and `.threshold` [L, K] are for raw activations.
-    """
-    tensors: dict[str, Tensor] = {}
-    for solver, bank in banks.items():
-        assert bank.threshold is not None
-        tensors |= bank_tensors(solver, bank) | {f"{solver}.threshold": bank.threshold}
-    first = next(iter(banks.values()))
-    layout = {"solvers": list(banks), "layers": first.layers, "columns": [list(c) for c in first.columns]}
-    shown = {name: for_others(value) if name == "config" else value for name, value in about.items()}
-    save_tensors(folder / "probes.safetensors", tensors, {**shown, **layout})
-
-
-def write_transcripts(folder: Path, transcripts: Mapping[str, Any]) -> None:
-    """transcripts.json, of `transcripts.collect`."""
-    write_atomic(folder / "transcripts.json", json.dumps(transcripts, separators=(",", ":")).encode())
-
-
-def write_report(folder: Path) -> None:
-    """report.html, from the folder's results.csv, summary.json and transcripts.json.
+def draw_report(folder: Path) -> bytes:
+    """The content of report.html, from the folder's results.csv, summary.json and transcripts.json.
 
     Raises InputError where one of them is missing or broken.
     """
@@ -97,7 +142,14 @@ def write_report(folder: Path) -> None:
         page = render(folder.resolve().name, rows, run, transcripts)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
-    write_atomic(folder / "report.html", page.encode(errors="replace"))
+    return page.encode(errors="replace")
+
+
+def write_report(folder: Path) -> Path:
+    """Draws report.html anew; returns its path.  Raises InputError as `draw_report` does."""
+    path = folder / "report.html"
+    write_atomic(path, draw_report(folder))
+    return path
 
 
 def _read(path: Path) -> str:
@@ -132,7 +184,7 @@ def _read_rows(path: Path) -> list[Row]:
     for line in read_csv(path, FIELDS):
         try:
             row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
-            wide = [name for name in FIELDS if name.startswith(SHARES) and abs(row[name]) > 1e6]
+            wide = [name for name in FIELDS if name.startswith(BOUNDED) and abs(row[name]) > 1e6]
             if wide:
                 raise ValueError(f"{wide[0]} {line[wide[0]]}")
             whole = {name: int(row[name]) for name in COUNTS}
@@ -142,19 +194,16 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def run(argv: Sequence[str]) -> None:
-    """The command line; raises InputError for what the user can fix."""
-    if len(argv) != 1:
-        raise InputError(
-            f"{len(argv)} arguments", "the folder of one run", "python -m streamprobe.reporting.files runs/demo"
-        )
-    write_report(Path(argv[0]))
-    say(f"wrote {Path(argv[0]) / 'report.html'}")
-
-
 def main(argv: Sequence[str]) -> int:
     """`python -m streamprobe.reporting.files RUN`; returns the exit status: 0 or 2."""
-    return guard(lambda: run(argv))
+
+    def run() -> None:
+        if len(argv) != 1:
+            expected = "python -m streamprobe.reporting.files runs/demo"
+            raise InputError(f"{len(argv)} arguments", "the folder of one run", expected)
+        say(f"wrote {write_report(Path(argv[0]))}")
+
+    return guard(run)
 
 
 if __name__ == "__main__":

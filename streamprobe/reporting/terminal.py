@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamprobe.evaluation.results import Row, place
+from streamprobe.evaluation.rows import Row, place
 
 Family = tuple[str, str, str]  # solver, label, target
 Grid = dict[str, dict[int, Row]]  # by place, then by lag

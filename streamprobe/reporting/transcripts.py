@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from streamprobe.data.tokenize import Chain
-from streamprobe.evaluation.results import Part, Row
+from streamprobe.evaluation.results import ScoredProbes
+from streamprobe.evaluation.rows import Row
 from streamprobe.lags import UNKNOWN
 
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"  # of the square root of a probability
@@ -98,13 +99,10 @@ def encode(probability: Tensor, asked: Tensor, threshold: float | None) -> str:
 
 
 def collect(
-    parts: Sequence[Part], rows: Sequence[Row], chains: Sequence[Chain], labels: Sequence[str], tokenizer: Any
+    parts: Sequence[ScoredProbes], rows: Sequence[Row], chains: Sequence[Chain], labels: Sequence[str], tokenizer: Any
 ) -> dict[str, Any]:
     """What transcripts.json holds; `chains` are those that the parts' tokens name, their first codes of `labels`."""
-    real = [
-        (part, i, k) for part in parts for k, column in enumerate(part.columns) for i, layer in enumerate(part.layers)
-        if not (column.control or column.seed) and isinstance(layer, int)
-    ]  # fmt: skip
+    real = [(part, i, k) for part in parts for i, k in part.real()]
     best = reference(rows)
     picks = [] if best is None else _picks(real, best)
     longest = max(SHORTEST, ROOM // max(1, len(real) * len(picks)))
@@ -113,7 +111,7 @@ def collect(
     return {
         "labels": list(labels),
         "probes": [
-            {"solver": p.solver, "layer": p.layers[i], "label": c.label, "target": c.target, "lag": c.lag,
+            {"solver": p.solver, "layer": p.sites[i].layer, "label": c.label, "target": c.target, "lag": c.lag,
              "threshold": _number(p.threshold[i, k].sigmoid())}
             for p, i, k in real for c in [p.columns[k]]
         ],
@@ -123,11 +121,11 @@ def collect(
     }  # fmt: skip
 
 
-def _picks(real: Sequence[tuple[Part, int, int]], best: Row) -> list[Pick]:
+def _picks(real: Sequence[tuple[ScoredProbes, int, int]], best: Row) -> list[Pick]:
     named = {name: best[name] for name in ("label", "target", "lag")}
     part, i, k = next(
         (p, i, k) for p, i, k in real
-        if p.solver == best["solver"] and p.layers[i] == best["layer"]
+        if p.solver == best["solver"] and p.sites[i].layer == best["layer"]
         and named == {name: getattr(p.columns[k], name) for name in named}
     )  # fmt: skip
     scored, valid = part.scored, part.scored.valid[:, k]
@@ -139,7 +137,7 @@ def _number(x: Tensor) -> float | None:
 
 
 def _excerpt(
-    why: Pick, chain: Chain, real: Sequence[tuple[Part, int, int]], n_labels: int, longest: int, tokenizer: Any
+    why: Pick, chain: Chain, real: Sequence[tuple[ScoredProbes, int, int]], n_labels: int, longest: int, tokenizer: Any
 ) -> dict[str, Any]:
     """At most `longest` tokens of a chain around the pick."""
     length = len(chain.ids)

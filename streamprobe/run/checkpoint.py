@@ -9,29 +9,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamprobe.errors import InputError
-from streamprobe.probes.storage import _save, raw_bytes
+from streamprobe.probes.storage import pack_tensors, raw_bytes
+from streamprobe.run.memory_plan import Kept
+from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
-FORMAT = 1  # of the checkpoint; raised whenever what is in it changes
+FORMAT = 2  # of the checkpoint; raised whenever what is in it changes
 
 
 class Checkpoint(NamedTuple):
     """Where a run stands after a pass."""
 
-    parts: dict[str, dict[str, Tensor]]  # the state of each solver, and of its best probes
+    states: dict[str, dict[str, Tensor]]  # the state of each solver, and of its best probes
     facts: dict[str, Any]  # what defines the run
     passes: int
     tokens: int  # seen in them
-    plan: list[Any]  # where the activations lie, which decides the order of the tokens
+    kept: Kept  # of the activations, which decides the order of the tokens
 
 
 def save_run(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes the checkpoint of a run, with a checksum of all that is in it."""
-    parts, facts, passes, tokens, plan = checkpoint
-    flat = {f"{part}.{name}": tensor.detach().cpu() for part, own in parts.items() for name, tensor in own.items()}
-    keys = {"format": FORMAT, "facts": facts, "pass": passes, "tokens": tokens, "plan": plan}
-    about = json.dumps(keys, sort_keys=True)
-    _save(folder / STATE, flat, f"{_checksum(flat, about)} {about}")
+    states = checkpoint.states
+    flat = {f"{part}.{name}": tensor.detach().cpu() for part, own in states.items() for name, tensor in own.items()}
+    keys = {"format": FORMAT, "facts": checkpoint.facts, "pass": checkpoint.passes, "tokens": checkpoint.tokens}
+    about = json.dumps(keys | {"plan": checkpoint.kept}, sort_keys=True)
+    write_atomic(folder / STATE, pack_tensors(flat, f"{_checksum(flat, about)} {about}"))
 
 
 def load_run(folder: Path) -> Checkpoint | None:
@@ -73,7 +75,7 @@ def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
         raise ValueError(f"plan {plan!r}")
     if not all(type(n) is int and 0 < n < 2**63 for n in (passes, tokens)):
         raise ValueError(f"pass {passes!r} and {tokens!r} tokens")
-    return Checkpoint(parts, facts, passes, tokens, plan)
+    return Checkpoint(parts, facts, passes, tokens, Kept(*plan))
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:

@@ -2,15 +2,26 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.stream import make_batches
 from streamprobe.config.load import RunConfig
 from streamprobe.data.tokenize import Chain
 from streamprobe.model.sizes import loaded_bytes, weight_bytes
-from streamprobe.run.lab import Lab
-from streamprobe.run.memory_plan import Plan
+from streamprobe.run.cost import Cost
+from streamprobe.run.inputs import make_inputs, read_texts
+from streamprobe.run.jobs import make_feeds
+from streamprobe.run.memory_plan import Kept, plan_run
+from streamprobe.run.reader import Reader, load_model, skip_bad_chains
 from streamprobe.system.console import say
+
+
+class Timed(NamedTuple):
+    """How long the model takes for a batch."""
+
+    seconds: float
+    tokens: int  # with padding
 
 
 def describe_weights(sizes: Mapping[str, int], deepest: int) -> str:
@@ -21,36 +32,37 @@ def describe_weights(sizes: Mapping[str, int], deepest: int) -> str:
 
 def describe_needs(
     splits: Mapping[str, Sequence[Chain]],
-    plan: Plan,
+    kept: Kept,
+    *,
     max_passes: int,
     max_batch_tokens: int,
     loaded: int,
-    timed: tuple[float, int],
+    timed: Timed,
 ) -> str:
     """What a run would ask of the model, as text for the terminal.
 
-    `loaded` is the model's size in bytes, `timed` the seconds and the padded tokens of one full batch.
+    `loaded` is the model's size in bytes, `timed` one full batch.
     """
     tokens = {name: sum(len(c.ids) for c in chains) for name, chains in splits.items()}
     padded = sum(padded_tokens([len(c.ids) for c in chains], max_batch_tokens) for chains in splits.values())
     every = f"in each of at most {max_passes} passes"
-    seconds, batch_tokens = timed
+    rate = timed.tokens / timed.seconds
     return "\n".join(
         [
             f"pass      {tokens['train']:,} training and {tokens['validation']:,} validation tokens to stream",
-            f"model     reads training tokens {'once' if plan.keep_train else every}, validation tokens "
-            f"{'once' if plan.keep_validation else every + ' and once more'}, test tokens once",
+            f"model     reads training tokens {'once' if kept.train else every}, validation tokens "
+            f"{'once' if kept.validation else every + ' and once more'}, test tokens once",
             f"loaded    {loaded / 1e9:,.3f} GB of weights",
-            f"time      {seconds * padded / batch_tokens:,.1f} s for the model to read training, validation and test "
+            f"time      {padded / rate:,.1f} s for the model to read training, validation and test "
             f"chains once: {sum(tokens.values()):,} tokens, {1 - sum(tokens.values()) / padded:.1%} padding, at "
-            f"{batch_tokens / seconds:,.0f} tokens/s as timed over {batch_tokens:,}",
+            f"{rate:,.0f} tokens/s as timed over {timed.tokens:,}",
         ]
     )
 
 
 def time_batch(
     chains: Sequence[Chain], read: Callable[[list[Chain]], Iterable[TokenBatch]], max_batch_tokens: int, seed: int
-) -> tuple[float, int]:
+) -> Timed:
     """Seconds that the first full batch of a pass takes once the model is warm, and its tokens with padding."""
     lengths = [len(c.ids) for c in chains]
     batches = make_batches(lengths, max_batch_tokens, seed)
@@ -60,7 +72,7 @@ def time_batch(
         start = time.perf_counter()
         for batch in read([chains[i] for i in batches[full]]):
             batch.acts[:1].cpu()  # waits for the device
-    return time.perf_counter() - start, padded[full]
+    return Timed(time.perf_counter() - start, padded[full])
 
 
 def padded_tokens(lengths: Sequence[int], max_tokens: int) -> int:
@@ -68,15 +80,28 @@ def padded_tokens(lengths: Sequence[int], max_tokens: int) -> int:
     return sum(len(batch) * max(lengths[i] for i in batch) for batch in make_batches(lengths, max_tokens, None))
 
 
-def _dry_run(config: RunConfig) -> None:
-    lab = Lab(config)
-    model, training, layers = config.model, config.training, config.probes.layers
-    where = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    sizes = weight_bytes(lab.model_config, layers, **where)
-    say(f"{lab.preflight}\n\n{describe_weights(sizes, max(layers))}")
-    lab.load_model()
-    plan, *_ = lab.plan(None)
-    loaded = loaded_bytes(lab.model)
-    timed = time_batch(lab.splits["train"], lab.stream, model.max_batch_tokens, training.seed + 1)
-    needs = describe_needs(lab.splits, plan, training.max_passes, model.max_batch_tokens, loaded, timed)
-    say(needs)
+def describe_run(config: RunConfig) -> None:
+    """Reads the data, loads the model, times one batch, and prints what the run would need; trains nothing."""
+    cost, model = Cost(), config.model
+    texts, config = read_texts(config)
+    inputs = make_inputs(config, texts)
+    layers = config.probes.layers
+    sizes = weight_bytes(texts.model_config, layers, **model.code)
+    say(f"{inputs.preflight}\n\n{describe_weights(sizes, max(layers))}")
+    backbone = load_model(config, texts, inputs)
+    if config.data.bad_chains == "skip":
+        inputs = skip_bad_chains(config, texts, inputs, backbone, cost)
+    reader = Reader(inputs, backbone, model.max_batch_tokens, cost)
+    plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), None)
+    splits = inputs.dataset.splits
+    timed = time_batch(splits["train"], reader.stream, model.max_batch_tokens, config.training.seed + 1)
+    say(
+        describe_needs(
+            splits,
+            plan.kept,
+            max_passes=config.training.max_passes,
+            max_batch_tokens=model.max_batch_tokens,
+            loaded=loaded_bytes(backbone.model),
+            timed=timed,
+        )
+    )

@@ -11,15 +11,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from streamprobe.errors import InputError
+from streamprobe.reporting.files import FILES
 from streamprobe.run.checkpoint import STATE
 from streamprobe.system import files
 from streamprobe.system.console import say
 
-RESULTS = (
-    "results.csv", "categories.csv", "differences.csv", "reliability.csv", "probes.safetensors", "transcripts.json",
-    "summary.json", "report.html",
-)  # fmt: skip
-NAMES = ("config.yaml", STATE, *RESULTS)  # all that a run writes but for the events of TensorBoard
+NAMES = ("config.yaml", STATE, *FILES)  # all that a run writes but for the events of TensorBoard
 LOCK = ".lock"
 TRIES = 10  # to make a folder that a refused run is just taking away
 
@@ -31,7 +28,7 @@ def holds_run(folder: Path) -> bool:
 
 def holds_results(folder: Path) -> bool:
     """Whether a run has got as far as its results."""
-    return any(os.path.lexists(folder / name) for name in RESULTS)
+    return any(os.path.lexists(folder / name) for name in FILES)
 
 
 @contextmanager

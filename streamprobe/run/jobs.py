@@ -1,6 +1,6 @@
-"""What each solver of a run is fed: the probed layers, and the controls that they must beat.
+"""What is trained in a run: a job for each solver and each group of sites with as many features.
 
-Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
+Shapes: N tokens, L sites, K columns, D features, P features that chains alone give.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,94 +9,139 @@ import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.evaluation.scores import Share
+from streamprobe.activations.feed import Feed
+from streamprobe.config.schema import TrainingConfig
+from streamprobe.controls.table import CONTROLS
+from streamprobe.lags import Column
 from streamprobe.probes.early_stopping import BestProbes
+from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.run.checkpoint import Checkpoint
-from streamprobe.run.lab import Lab
+from streamprobe.run.inputs import Inputs
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
-from streamprobe.trainer import Fit
+from streamprobe.trainer import Done, Job
+
+PROBED = "layers"  # the feed of the probes themselves
 
 
-def make_shares(lab: Lab) -> list[tuple[Share, list[int | str], int]]:
-    """Shares of the batches, each with its layers and their features: `layers` first, then those of the controls.
+def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int) -> list[Feed]:
+    """The probed layers first, then the controls with sites of their own.
 
-    A permuted label is one more column of the probed layers; other controls have layers of their own, and
-    `persistence` only columns that look ahead: at others it knows the answer.
+    A control that changes the labels is one more column of the probed layers; others are asked for the columns to which
+    they apply.
     """
-    n_layers = len(lab.config.probes.layers)
-    real = torch.arange(lab.n_real)
-    ahead = torch.tensor([k for k, column in enumerate(lab.columns[: lab.n_real]) if column.lag > 0], dtype=torch.int64)
-    shares: list[tuple[Share, list[int | str], int]] = [
-        (
-            Share("layers", lambda batch: batch.acts[:, :n_layers], torch.arange(len(lab.columns))),
-            list(lab.config.probes.layers),
-            lab.hidden_size,
-        )
+    n_layers, controls = len(layers), inputs.controls
+    every, real = torch.arange(len(inputs.columns)), torch.arange(inputs.n_real)
+    feeds = [Feed(PROBED, layer_sites(layers), hidden_size, lambda batch: batch.acts[:, :n_layers], every)]
+    if controls.embedded:
+        sites = control_sites(controls.embedded)
+        feeds.append(Feed("embeddings", sites, hidden_size, lambda batch: batch.acts[:, n_layers:], real))
+    for name, place in controls.places.items():
+        asked = [k for k in real.tolist() if CONTROLS[name].applies(inputs.columns[k])]
+        if asked:
+            width = place.stop - place.start
+            feeds.append(Feed(name, control_sites([name]), width, _on_the_side(place), torch.tensor(asked)))
+    return feeds
+
+
+def _on_the_side(place: slice) -> Callable[[TokenBatch], Tensor]:
+    """What a control's probes read of a batch, [N, 1, P]."""
+    return lambda batch: batch.side[:, None, place]
+
+
+def make_jobs(
+    inputs: Inputs, feeds: Sequence[Feed], training: TrainingConfig, *, shared: bool, device: torch.device
+) -> list[Job]:
+    """A new job for every solver and feed; `shared`: Newton's columns share one matrix per site."""
+    makers = {"adam": _adam_job, "newton": _newton_job}
+    weight = inputs.positive_weight
+    return [
+        makers[name](feed, inputs.columns, weight, training, shared=shared, device=device)
+        for name in training.solvers
+        for feed in feeds
     ]
-    if lab.surface_layers:
-        surface = Share("surface", lambda batch: batch.acts[:, n_layers:], real)
-        shares.append((surface, list(lab.surface_layers), lab.hidden_size))
-    for name, part in lab.side.items():
-        share = Share(name, _on_the_side(part), ahead if name == "persistence" else real)
-        if len(share.columns):
-            shares.append((share, [name], part.stop - part.start))
-    return shares
 
 
-def _on_the_side(part: slice) -> Callable[[TokenBatch], Tensor]:
-    def features(batch: TokenBatch) -> Tensor:
-        return batch.side[:, None, part]
-
-    return features
-
-
-def make_fits(lab: Lab, checkpoint: Checkpoint | None) -> tuple[list[Fit], tuple[int, int]]:
-    """The solvers with their best probes so far, and the passes and tokens behind them: new, or from the checkpoint."""
-    fits = [
-        make_fit(lab, name, share, layers, n_features)
-        for name in lab.config.training.solvers
-        for share, layers, n_features in make_shares(lab)
-    ]
-    if not checkpoint:
-        return fits, (0, 0)
-    for fit in fits:
-        fit.solver.load(checkpoint.parts.get(fit.name, {}))
-        fit.best.load(checkpoint.parts.get(f"{fit.name}-best", {}))
-    say(f"resumed   after pass {checkpoint.passes}")
-    return fits, (checkpoint.passes, checkpoint.tokens)
-
-
-def make_fit(lab: Lab, name: str, share: Share, layers: list[int | str], n_features: int) -> Fit:
-    """A new solver for a share; Adam has every column as often as there are seeds, since each starts elsewhere."""
-    training = lab.config.training
-    pairs = [(k, lab.columns[k]) for k in share.columns.tolist()]
-    if name == "adam":
-        more = range(1, training.seeds)
-        pairs += [(k, column._replace(seed=seed)) for seed in more for k, column in pairs if not column.control]
+def _adam_job(
+    feed: Feed,
+    columns: Sequence[Column],
+    weight: Tensor,
+    training: TrainingConfig,
+    *,
+    shared: bool,
+    device: torch.device,
+) -> Job:
+    """Every column as often as there are seeds, since each of Adam's probes starts elsewhere."""
+    pairs = [(k, columns[k]) for k in feed.columns.tolist()]
+    more = range(1, training.seeds)
+    pairs += [(k, column._replace(seed=seed)) for seed in more for k, column in pairs if not column.control]
     index = torch.tensor([k for k, _ in pairs])
-    about = (layers, [column for _, column in pairs], n_features, lab.positive_weight[index])
-    share = share._replace(columns=index.to(lab.device))
-    if name == "adam":
-        adam = AdamSolver(
-            *about, training.learning_rate, training.l2, training.batch_size, training.standardize, training.seed,
-            lab.device,
-        )  # fmt: skip
-        return Fit(adam, BestProbes(adam.bank(), training.patience), share)
-    newton = NewtonSolver(*about, training.l2, training.tolerance, training.standardize, lab.shared, lab.device)
-    return Fit(newton, BestProbes(newton.bank(), None), share)
+    solver = AdamSolver(
+        feed.sites,
+        [column for _, column in pairs],
+        feed.n_features,
+        weight[index],
+        learning_rate=training.learning_rate,
+        l2=training.l2,
+        batch_size=training.batch_size,
+        standardize=training.standardize,
+        seed=training.seed,
+        device=device,
+    )
+    return Job(solver, BestProbes(solver.bank(), training.patience), feed._replace(columns=index.to(device)))
 
 
-def standing(fits: Sequence[Fit]) -> str:
-    """The solvers' places on the line that ends a pass."""
-    places = []
-    for name in dict.fromkeys(fit.solver.name for fit in fits):
-        own = [fit for fit in fits if fit.solver.name == name]
-        final, total = sum(int(fit.best.stopped.sum()) for fit in own), sum(fit.best.stopped.numel() for fit in own)
-        real = [k for k, column in enumerate(own[0].solver.columns) if not column.control]
-        f1 = own[0].best.score[:, real]
+def _newton_job(
+    feed: Feed,
+    columns: Sequence[Column],
+    weight: Tensor,
+    training: TrainingConfig,
+    *,
+    shared: bool,
+    device: torch.device,
+) -> Job:
+    solver = NewtonSolver(
+        feed.sites,
+        [columns[k] for k in feed.columns.tolist()],
+        feed.n_features,
+        weight[feed.columns],
+        l2=training.l2,
+        tolerance=training.tolerance,
+        standardize=training.standardize,
+        shared=shared,
+        device=device,
+    )
+    return Job(solver, BestProbes(solver.bank(), None), feed._replace(columns=feed.columns.to(device)))
+
+
+def take_up(jobs: Sequence[Job], checkpoint: Checkpoint | None) -> Done:
+    """Puts every job where the checkpoint left it, if there is one; returns how far that was."""
+    if not checkpoint:
+        return Done()
+    for job in jobs:
+        job.solver.load(checkpoint.states.get(job.name, {}))
+        job.best.load(checkpoint.states.get(f"{job.name}-best", {}))
+    say(f"resumed   after pass {checkpoint.passes}")
+    return Done(checkpoint.passes, checkpoint.tokens)
+
+
+def states_of(jobs: Sequence[Job]) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of them."""
+    states = {job.name: job.solver.state() for job in jobs}
+    return states | {f"{job.name}-best": job.best.state() for job in jobs}
+
+
+def describe_progress(jobs: Sequence[Job]) -> str:
+    """Where every solver stands, for the line that ends a pass."""
+    lines = []
+    for name in dict.fromkeys(job.solver.name for job in jobs):
+        own = [job for job in jobs if job.solver.name == name]
+        final, total = sum(int(job.best.stopped.sum()) for job in own), sum(job.best.stopped.numel() for job in own)
+        probed = own[0]
+        real = [k for k, column in enumerate(probed.solver.columns) if not column.control]
+        f1 = probed.best.score[:, real]
         best, end = ("best ", "stopped") if name == "adam" else ("", "converged")
         scores = f"{best}validation F1 {f1.min():.3f} .. {f1.max():.3f}"
-        places.append(f"{name}: {scores}, {final} of {total} probes and controls {end}")
-    return "   ".join(places)
+        lines.append(f"{name}: {scores}, {final} of {total} probes and controls {end}")
+    return "   ".join(lines)

@@ -1,21 +1,36 @@
-"""Where the activations of a run lie: device memory, host RAM, or a pool that mixes them."""
+"""Where the activations of a run lie, and how large Newton's matrices may be: device memory, host RAM, or a pool."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from streamprobe.activations.store import CHUNK_TOKENS, LEAST_TOKENS, MIXING_TOKENS, Sizes
+from streamprobe.activations.feed import Feed
+from streamprobe.activations.store import CHUNK_TOKENS, LEAST_TOKENS, MIXING_TOKENS, ActivationMemory, Sizes
+from streamprobe.config.load import RunConfig
 from streamprobe.errors import InputError
+from streamprobe.model.backbone import pick_dtype
+from streamprobe.model.blocks import text_config
+from streamprobe.run.inputs import Inputs
+from streamprobe.run.reader import Backbone
+from streamprobe.solvers.newton import curvature_bytes, vector_bytes
+from streamprobe.system.console import say
 from streamprobe.system.hardware import free_bytes
+
+
+class Kept(NamedTuple):
+    """What a run keeps in memory, which decides the order of its tokens: a resumed run keeps the same."""
+
+    rows: int  # tokens that the pool of training tokens holds
+    train: bool  # the whole training split fits: the model reads it once
+    validation: bool
+    shared: bool = False  # Newton's columns share one matrix per layer
 
 
 class Plan(NamedTuple):
     """Where the tokens of the train and validation splits lie."""
 
-    rows: int  # tokens that the train pool holds
-    keep_train: bool  # the whole train split fits: the model runs over it once
-    keep_validation: bool
+    kept: Kept
     home: torch.device  # where the kept tokens or the pool lie
 
 
@@ -30,18 +45,14 @@ class Reserve(NamedTuple):
         return max(self.device * (home == device), self.host * (home.type == "cpu"))
 
 
-NO_RESERVE = Reserve()
-
-
 def estimate_reserve(
-    sizes: Sizes, batch: tuple[int, int], intermediate: int, n_evaluated: int, n_probes: int
+    sizes: Sizes, *, tokens: int, longest: int, intermediate: int, n_evaluated: int, n_probes: int
 ) -> Reserve:
     """What must stay free, estimated for blocks like Llama's with fused attention.
 
-    `batch`: tokens of the largest forward pass, with padding, and those of its longest chain; `intermediate`: width
-    of the model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers.
+    `tokens`: of the largest forward pass, with padding; `longest`: of its longest chain; `intermediate`: width of the
+    model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers.
     """
-    tokens, longest = batch
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
@@ -55,53 +66,188 @@ def memory_room(memory_gb: float | None, device: torch.device, reserve: int = 0)
     return room if memory_gb is None else int(min(memory_gb * 1e9, room))
 
 
-def plan_memory(
-    memory_gb: float | None,
-    token_bytes: int,
-    n_train: int,
-    n_validation: int,
-    batch_size: int,
-    device: torch.device,
-    taken: int = 0,
-    reserve: Reserve = NO_RESERVE,
-    before: tuple[int, bool, bool] | None = None,
-) -> Plan:
-    """Device memory first, then host RAM, if both splits fit there; else a mixing pool, in device memory if it can be.
+class Tokens(NamedTuple):
+    """How many tokens there are room for to find."""
 
-    `memory_gb` as in `memory_room`; `taken` bytes of the device's are spoken for, and those of `reserve` stay free.
-    `before`: what a run that is resumed kept, which decides the order of its tokens and so is kept again.  Raises
-    InputError if there is no room for that, or not even for a pool of LEAST_TOKENS, or of one mini-batch of
-    `batch_size` if that is more.
+    train: int
+    validation: int
+    bytes_each: int
+
+
+def plan_memory(
+    tokens: Tokens,
+    rooms: Mapping[torch.device, int],
+    *,
+    batch_size: int,
+    taken: int = 0,
+    before: Kept | None = None,
+) -> Plan:
+    """The first of `rooms` (bytes) in which both splits fit; else a mixing pool, in the first that has room for one.
+
+    `taken` bytes of the first are spoken for.  `before`: what a run that is resumed kept.  Raises InputError if there
+    is no room for that, or not even for a pool of LEAST_TOKENS, or of one mini-batch of `batch_size` if that is more.
     """
-    homes = dict.fromkeys((device, torch.device("cpu")))
-    rooms = {home: memory_room(memory_gb, home, reserve.on(home, device)) for home in homes}
-    rooms[device] = max(0, rooms[device] - taken)
+    first = next(iter(rooms))
+    rooms = {**rooms, first: max(0, rooms[first] - taken)}
     if before:
-        return _as_before(before, (before[0] + n_validation * before[2]) * token_bytes, rooms)
+        return _plan_as_before(tokens, rooms, before)
     for home, space in rooms.items():
-        if (n_train + n_validation) * token_bytes <= space:
-            return Plan(n_train, True, True, home)
+        if (tokens.train + tokens.validation) * tokens.bytes_each <= space:
+            return Plan(Kept(tokens.train, True, True), home)
     least = max(LEAST_TOKENS, batch_size)
     for home, space in rooms.items():
-        for keep_validation in (n_validation * token_bytes <= space / 2, False):
-            rows = space // token_bytes - n_validation * keep_validation
+        for keep_validation in (tokens.validation * tokens.bytes_each <= space / 2, False):
+            rows = space // tokens.bytes_each - tokens.validation * keep_validation
             if rows >= least:
-                return Plan(min(rows, max(MIXING_TOKENS, batch_size), n_train), False, keep_validation, home)
+                pool = min(rows, max(MIXING_TOKENS, batch_size), tokens.train)
+                return Plan(Kept(pool, False, keep_validation), home)
     raise InputError(
         f"{max(rooms.values()) / 1e6:,.2f} MB for activations"
         + (f" beside {taken / 1e6:,.2f} MB for Newton's matrices" if taken else ""),
-        f"at least {least * token_bytes / 1e6:,.2f} MB, to mix {least:,} tokens in",
+        f"at least {least * tokens.bytes_each / 1e6:,.2f} MB, to mix {least:,} tokens in",
         "raise --memory_gb, free memory, or probe fewer layers",
     )
 
 
-def _as_before(before: tuple[int, bool, bool], needed: int, rooms: Mapping[torch.device, int]) -> Plan:
+def _plan_as_before(tokens: Tokens, rooms: Mapping[torch.device, int], before: Kept) -> Plan:
     """The plan of the run that is resumed, in whichever memory has room for it."""
+    needed = (before.rows + tokens.validation * before.validation) * tokens.bytes_each
     home = next((home for home, space in rooms.items() if needed <= space), None)
     if home is None:
         raise InputError(
             f"{max(rooms.values()) / 1e6:,.2f} MB for activations",
-            f"{needed / 1e6:,.2f} MB for {before[0]:,} training tokens, as when the run began",
+            f"{needed / 1e6:,.2f} MB for {before.rows:,} training tokens, as when the run began",
             "raise --memory_gb, free memory, or start a new run",
         )
-    return Plan(*before, home)
+    return Plan(before, home)
+
+
+class Matrices(NamedTuple):
+    """What Newton's solvers take."""
+
+    vectors: int  # bytes beside the matrices
+    all: int  # bytes of a matrix for every site and column, beside the sums of each site
+    one: int  # bytes of one for every site
+
+    @classmethod
+    def of(cls, feeds: Sequence[Feed]) -> "Matrices":
+        """Those of the solvers of these feeds."""
+        sizes = [(len(feed.sites), len(feed.columns), feed.n_features) for feed in feeds]
+        return cls(
+            vectors=sum(vector_bytes(*size) for size in sizes),
+            all=sum(curvature_bytes(*size) for size in sizes),
+            one=sum(curvature_bytes(sites, 1, features) for sites, _, features in sizes),
+        )
+
+    def must_share(self, room: int, activations: int, pool: int) -> bool:
+        """Whether the columns of a site must share a matrix, with `room` bytes for all.
+
+        Where one for each would take over half of the room, the place of activations that could else be kept, or that
+        of the least `pool`.
+        """
+        spare = room - activations - self.vectors - self.one
+        return self.all > room / 2 or 0 <= spare < self.all or room - self.taken(False) < pool
+
+    def taken(self, shared: bool) -> int:
+        """Bytes in all."""
+        return self.vectors + self.one + (0 if shared else self.all)
+
+
+def make_plan(
+    tokens: Tokens,
+    matrices: Matrices | None,
+    *,
+    device: torch.device,
+    memory_gb: float | None,
+    reserve: Reserve,
+    batch_size: int,
+    before: Kept | None,
+) -> Plan:
+    """Where the tokens will lie, and whether Newton (None: it is not asked for) shares its matrices; prints both.
+
+    Device memory comes first, then host RAM.  `memory_gb` as in `memory_room`; `reserve` stays free.
+    """
+    homes = dict.fromkeys((device, torch.device("cpu")))
+    rooms = {home: memory_room(memory_gb, home, reserve.on(home, device)) for home in homes}
+    shared, taken = False, 0
+    if matrices:
+        activations = (tokens.train + tokens.validation) * tokens.bytes_each
+        pool = max(LEAST_TOKENS, batch_size) * tokens.bytes_each
+        shared = before.shared if before else matrices.must_share(rooms[device], activations, pool)
+        taken = matrices.taken(shared)
+        kind = f"one per layer: {matrices.all / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
+        say(f"curvature {taken / 1e9:.2f} GB on {device}, {kind}")
+    plan = plan_memory(tokens, rooms, batch_size=batch_size, taken=taken, before=before)
+    kept = plan.kept._replace(shared=shared)
+    rows = kept.rows + tokens.validation * kept.validation
+    what = (
+        f"all {rows:,} training and validation tokens: the model reads them once"
+        if kept.train
+        else f"a pool of {kept.rows:,} of {tokens.train:,} training tokens: the model reads them in every pass"
+    )
+    say(f"memory    {rows * tokens.bytes_each / 1e9:.2f} GB on {plan.home} for {what}")
+    return plan._replace(kept=kept)
+
+
+class RunPlan(NamedTuple):
+    """Where everything lies while a run trains."""
+
+    kept: Kept
+    home: torch.device  # of the activations
+    device: torch.device  # of the model and the solvers
+    tokens: Tokens
+    sizes: Sizes
+    matrices: Matrices | None  # Newton's, if it is asked for
+
+
+def plan_run(
+    config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Sequence[Feed], before: Kept | None
+) -> RunPlan:
+    """Plans and prints where activations and Newton's matrices will lie; `before` is what a resumed run kept.
+
+    Raises InputError where there is no room, and for Newton on a device without float64.
+    """
+    training, newton = config.training, "newton" in config.training.solvers
+    if newton and backbone.device.type == "mps":
+        raise InputError("solver newton on mps", "a device with float64", "give --device_map cpu or --solvers adam")
+    n_layers = len(backbone.layers) + len(inputs.controls.embedded)
+    dtype = pick_dtype(config.model.dtype)
+    sizes = Sizes(n_layers, backbone.hidden_size, len(inputs.columns), inputs.controls.width, dtype)
+    tokens = Tokens(inputs.census["train"].tokens, inputs.census["validation"].tokens, sizes.token_bytes())
+    matrices = Matrices.of(feeds) if newton else None
+    plan = make_plan(
+        tokens,
+        matrices,
+        device=backbone.device,
+        memory_gb=training.memory_cap,
+        reserve=_reserve(config, inputs, backbone, sizes, feeds),
+        batch_size=training.batch_size,
+        before=before,
+    )
+    return RunPlan(plan.kept, plan.home, backbone.device, tokens, sizes, matrices)
+
+
+def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, sizes: Sizes, feeds: Sequence[Feed]) -> Reserve:
+    """What the forward passes, a chunk of tokens, the evaluation and a checkpoint will take for a while."""
+    most, lengths = config.model.max_batch_tokens, inputs.dataset.lengths()
+    width = getattr(text_config(backbone.model.config), "intermediate_size", None) or 4 * backbone.hidden_size
+    supported = [sum(int(c.support.sum()) for c in inputs.dataset.splits[name]) for name in ("validation", "test")]
+    n_probes = sum(len(feed.sites) * len(feed.columns) for feed in feeds) * len(config.training.solvers)
+    reserve = estimate_reserve(
+        sizes,
+        tokens=min(most, sum(lengths)),
+        longest=min(most, max(lengths)),
+        intermediate=max(width) if isinstance(width, list) else width,  # some models have one a block
+        n_evaluated=max(supported),
+        n_probes=n_probes,
+    )
+    vectors = Matrices.of(feeds).vectors if "newton" in config.training.solvers else 0
+    return reserve._replace(host=max(reserve.host, 2 * vectors))  # twice while a checkpoint is written
+
+
+def make_memories(plan: RunPlan) -> tuple[ActivationMemory, ActivationMemory]:
+    """Room for the training and for the validation tokens, as planned."""
+    kept = plan.kept
+    train = ActivationMemory(kept.rows, kept.train, plan.sizes, plan.device, plan.home)
+    n_validation = plan.tokens.validation * kept.validation
+    return train, ActivationMemory(n_validation, kept.validation, plan.sizes, plan.device, plan.home)

@@ -1,215 +1,253 @@
-"""A RunConfig, put together from the parts into a finished run."""
+"""A config becomes a finished run: read, load, plan, train, test, write."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.feed import Feed
 from streamprobe.config.load import RunConfig
-from streamprobe.errors import InputError
-from streamprobe.evaluation import results
 from streamprobe.evaluation.metrics import measure
+from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
 from streamprobe.evaluation.scores import evaluate
-from streamprobe.probes.linear import ProbeBank
-from streamprobe.reporting import files as report
-from streamprobe.reporting import terminal as table
-from streamprobe.reporting import transcripts
+from streamprobe.evaluation.verdict import verdicts
+from streamprobe.probes.base import Probes
+from streamprobe.reporting import terminal
+from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tensorboard.writer import Tracker
-from streamprobe.run.checkpoint import STATE, Checkpoint, load_run, save_run
-from streamprobe.run.dry_run import _dry_run
-from streamprobe.run.folder import claim_folder, holds_results
-from streamprobe.run.jobs import make_fits, standing
-from streamprobe.run.lab import Lab, Memories
-from streamprobe.run.provenance import peak_memory, read_config, write_config
+from streamprobe.run.checkpoint import STATE, Checkpoint, save_run
+from streamprobe.run.cost import Cost
+from streamprobe.run.dry_run import describe_run
+from streamprobe.run.folder import claim_folder
+from streamprobe.run.inputs import Inputs, make_inputs, read_texts
+from streamprobe.run.jobs import PROBED, describe_progress, make_feeds, make_jobs, states_of, take_up
+from streamprobe.run.memory_plan import Kept, RunPlan, make_memories, plan_run
+from streamprobe.run.provenance import facts_of, peak_memory, write_config
+from streamprobe.run.reader import Backbone, Reader, load_model, skip_bad_chains
+from streamprobe.run.resume import check_same_run, find_checkpoint
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
-from streamprobe.system.privacy import without_secrets
-from streamprobe.trainer import Fit, train
-
-FREE_ON_RESUME = (
-    "output_dir", "resume", "dry_run", "max_passes", "memory_gb", "bootstrap", "bad_chains",
-    "config", "git_commit", "device"
-)  # fmt: skip
+from streamprobe.trainer import Done, Job, train
 
 
 def run(config: RunConfig) -> Path | None:
     """Trains, tests and writes one run; returns its folder, or None after a dry run, which only prints what that needs.
 
-    Raises InputError for what the user can mend.
+    Raises InputError for what the user can fix.
     """
-    if not config.output.dry_run:
-        return _run(config)
-    _dry_run(config)
-    return None
-
-
-def _run(config: RunConfig) -> Path:
+    if config.output.dry_run:
+        describe_run(config)
+        return None
     output = config.output
     with claim_folder(output.output_dir, config.name, output.resume) as folder:
-        _run_in(folder, config)
+        run_in(folder, config)
     return folder
 
 
-def _run_in(folder: Path, config: RunConfig) -> None:
-    began = time.perf_counter()
-    checkpoint = find_checkpoint(config, folder) if config.output.resume else None
-    lab = Lab(config)
-    say(lab.preflight)
-    lab.load_model()
-    facts = lab.facts()
-    if checkpoint:
-        check_resume(facts, checkpoint.facts)
-    memories = lab.memories(checkpoint.plan if checkpoint else None)
-    fits, thresholds, passes, tracker = fit(lab, folder, memories, checkpoint, facts)
-    judged = test(lab, folder, fits, thresholds, facts)
-    rows, verdicts = [each.row for each in judged], results.verdicts(judged)
-    plan = f"{memories[0].rows} tokens on {memories[0].home}, {'kept' if memories[0].keep_train else 'streamed'}"
-    cost = {"passes": passes, "seconds": round(time.perf_counter() - began, 1), "activations": plan, **lab.cost()}
-    if "newton" in config.training.solvers:
-        cost["newton_matrices"] = "one per layer" if lab.shared else "one per layer and column"
-    told = {"counts": lab.counts.as_dict(), "verdicts": verdicts, "preflight": lab.preflight}
-    report.write_summary(folder, rows, {**facts, **cost, **told})
-    report.write_report(folder)
-    printed = f"{table.table(rows, verdicts)}\n{table.describe_cost(cost)}"
-    say(f"\n{printed}\n{table.describe_files(folder)}")
-    tracker.text("1 verdict", printed)
-    tracker.outcome(facts["config"], table.headline(rows))
-    tracker.close()
+def run_in(folder: Path, config: RunConfig) -> None:
+    """The whole run, from the config to the last file in `folder`."""
+    cost, checkpoint = Cost(), None
+    if config.output.resume:
+        checkpoint, config = find_checkpoint(config, folder)
+    setup = set_up(config, checkpoint, cost)
+    config, backbone = setup.config, setup.backbone
+    plan = plan_run(config, setup.inputs, backbone, setup.feeds, checkpoint.kept if checkpoint else None)
+    jobs = make_jobs(setup.inputs, setup.feeds, config.training, shared=plan.kept.shared, device=backbone.device)
+    done = take_up(jobs, checkpoint)
+    check_room(folder, *needed_room(jobs, folder))
+    write_config(folder, setup.facts)
+    tracker = Tracker(folder, [job.solver for job in jobs], done.tokens + 1 if config.output.resume else None)
+    tracker.text("2 preflight", setup.inputs.preflight)
+    tracker.text("3 config", json.dumps(setup.facts, indent=1))
+    save = PassEnd(folder, setup.facts, plan.kept, jobs, tracker, backbone.device)
+    memory, held_out = make_memories(plan)
+    validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
+    done = train(
+        jobs,
+        memory,
+        lambda number: setup.reader.read("train", config.training.seed + number, f"pass {number}"),
+        validation,
+        tracker=tracker,
+        save=save,
+        max_passes=config.training.max_passes,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        done=done,
+    )
+    thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker, done)
+    results = judge_held_out(setup, folder, jobs, thresholds, partial(describe_cost, cost, plan, done))
+    write_files(results)
+    finish(results, tracker)
 
 
-def find_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
-    """What to go on from, or None where the run in `folder` has not come to its first checkpoint.
+class Setup(NamedTuple):
+    """What stands before the first pass, each made of those before it."""
 
-    Raises InputError where that run is another one, or is finished and its checkpoint is gone: it would be replaced.
+    config: RunConfig
+    tokenizer: Any
+    inputs: Inputs
+    backbone: Backbone
+    reader: Reader
+    feeds: list[Feed]
+    facts: dict[str, Any]  # what defines the numbers of this run
+
+
+def set_up(config: RunConfig, checkpoint: Checkpoint | None, cost: Cost) -> Setup:
+    """Reads the data, loads the model, and sees what is to be trained; prints what was read.
+
+    Raises InputError where that is another run than the checkpoint's.
     """
-    checkpoint = load_run(folder)
-    if not checkpoint and holds_results(folder):
-        raise InputError(
-            f"--resume in {folder}, which holds results but no {STATE}",
-            "a checkpoint to go on from",
-            "put it back, or start a new run without --resume in another folder",
-        )
-    if checkpoint or (folder / "config.yaml").exists():
-        then = checkpoint.facts["config"] if checkpoint else read_config(folder)
-        config.data.chat_date = config.data.chat_date or then.get("chat_date")
-        check_resume(without_secrets(config.flat()), without_secrets(then))
-    if not checkpoint:
-        say(f"nothing to resume in {folder}: starting at the first pass")
-    return checkpoint
+    texts, config = read_texts(config)
+    inputs = make_inputs(config, texts)
+    say(inputs.preflight)
+    backbone = load_model(config, texts, inputs)
+    facts = facts_of(config, inputs.fingerprint, backbone.model)
+    if checkpoint:
+        check_same_run(facts["config"] | facts, checkpoint.facts["config"] | checkpoint.facts)
+    if config.data.bad_chains == "skip":
+        inputs = skip_bad_chains(config, texts, inputs, backbone, cost)
+    texts.records.clear()  # the chains are final, and texts may take much memory
+    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost)
+    feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size)
+    return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts)
 
 
-def needed_room(fits: Sequence[Fit], folder: Path) -> tuple[int, int]:
-    """Bytes that the run still needs on the disk, and those of its largest file."""
-    checkpoint = sum(t.nbytes for fit in fits for owner in (fit.solver, fit.best) for t in owner.state().values())
-    probes = sum(fit.best.bank.weight.nbytes for fit in fits if fit.share.name == "layers")
-    before = folder / STATE
-    return 2 * checkpoint + probes - (before.stat().st_size if before.exists() else 0), checkpoint
+@dataclass
+class PassEnd:
+    """What is done at the end of every pass, when the trainer calls it: a checkpoint, a line, and two curves."""
+
+    folder: Path
+    facts: dict[str, Any]
+    kept: Kept
+    jobs: Sequence[Job]
+    tracker: Tracker
+    device: torch.device
+    lap: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, done: Done) -> None:
+        """Saves the run as it stands after a pass."""
+        save_run(self.folder, Checkpoint(states_of(self.jobs), self.facts, done.passes, done.tokens, self.kept))
+        seconds, self.lap = time.perf_counter() - self.lap, time.perf_counter()
+        self.tracker.number("progress/tokens_per_second", done.tokens / done.passes / seconds, done.tokens)
+        self.tracker.number("progress/memory_gb", peak_memory(self.device) / 1e9, done.tokens)
+        say(f"pass {done.passes:<4}{seconds:>8.1f} s   {describe_progress(self.jobs)}")
 
 
-def fit(
-    lab: Lab, folder: Path, memories: Memories, checkpoint: Checkpoint | None, facts: dict[str, Any]
-) -> tuple[list[Fit], list[Tensor], int, Tracker]:
-    """Trains the banks; returns the solvers' best probes, their thresholds [L, K], the passes made, and the tracker."""
-    training = lab.config.training
-    plan, memory, held_out = memories
-    fits, done = make_fits(lab, checkpoint)
-    check_room(folder, *needed_room(fits, folder))
-    write_config(folder, facts)
-    tracker = Tracker(folder, [fit.solver for fit in fits], done[1] + 1 if lab.config.output.resume else None)
-    tracker.text("2 preflight", lab.preflight)
-    tracker.text("3 config", json.dumps(facts, indent=1))
-    lap, seen = time.perf_counter(), done[1]
-
-    def save(number: int, tokens: int) -> None:
-        nonlocal lap, seen
-        seen = tokens
-        states = {fit.name: fit.solver.state() for fit in fits}
-        states |= {f"{fit.name}-best": fit.best.state() for fit in fits}
-        save_run(folder, Checkpoint(states, facts, number, tokens, [*plan[:3], lab.shared]))
-        seconds, lap = time.perf_counter() - lap, time.perf_counter()
-        tracker.number("progress/tokens_per_second", tokens / number / seconds, tokens)
-        tracker.number("progress/memory_gb", peak_memory(lab.device) / 1e9, tokens)
-        say(f"pass {number:<4}{seconds:>8.1f} s   {standing(fits)}")
-
-    validation = partial(held_out.in_order, lambda: lab.read("validation"))
-    passes = train(
-        fits, memory, lambda n: lab.read("train", training.seed + n, f"pass {n}"), validation, tracker, save,
-        training.max_passes, training.batch_size, training.seed, done,
-    )  # fmt: skip
-    scored = evaluate([(natural(lab, fit), fit.share) for fit in fits], validation())
-    metrics = [measure(*each[:3]) for each in scored]
-    for each, own, found in zip(fits, scored, metrics, strict=True):
-        tracker.curves(each.solver, own, found["auroc"], seen)
-    return fits, [found["threshold"] for found in metrics], passes, tracker
-
-
-def test(
-    lab: Lab, folder: Path, fits: list[Fit], thresholds: list[Tensor], facts: dict[str, Any]
-) -> list[results.Judged]:
-    """Scores the held-out chains once with the best probes; writes all but the summary and the report."""
-    training = lab.config.training
-    banks = [natural(lab, fit) for fit in fits]
-    batches = (batch.to(lab.device) for batch in lab.read("test"))
-    scored = evaluate([(bank, fit.share) for bank, fit in zip(banks, fits, strict=True)], batches)
-    halves = [-lab.positive_weight[fit.share.columns.cpu()].log() for fit in fits]
-    parts = [
-        results.Part(
-            fit.solver.name, bank.layers, bank.columns, own, threshold, half, fit.best.best_pass,
-            fit.solver.gradient_norm,
-        )
-        for fit, bank, own, threshold, half in zip(fits, banks, scored, thresholds, halves, strict=True)
-    ]  # fmt: skip
-    say(f"test      {len(lab.splits['test']):,} chains, resampled {training.bootstrap:,} times for the intervals")
-    judged = results.judge(parts, len(lab.splits["test"]), training.bootstrap, training.seed)
-    about = {name: facts[name] for name in ("data_fingerprint", "model_fingerprint")}
-    about["config"] = {name: value for name, value in facts["config"].items() if name not in FREE_ON_RESUME}
-    probes = {
-        fit.solver.name: without_controls(bank, threshold)
-        for fit, bank, threshold in zip(fits, banks, thresholds, strict=True)
-        if fit.share.name == "layers"
-    }
-    report.write_probes(folder, probes, about)
-    report.write_rows(folder / "results.csv", results.FIELDS, [each.row for each in judged])
-    shown = (parts, [each.row for each in judged], lab.splits["test"], lab.config.probes.labels, lab.tokenizer)
-    report.write_transcripts(folder, transcripts.collect(*shown))
-    categories = [chain.category for chain in lab.splits["test"]]
-    for name, rows in (
-        ("categories.csv", results.by_category(parts, categories, training.bootstrap, training.seed)),
-        ("differences.csv", results.differences(judged)),
-        ("reliability.csv", results.reliability(parts)),
-    ):
-        if rows:
-            report.write_rows(folder / name, list(rows[0]), rows)
-    return judged
-
-
-def natural(lab: Lab, fit: Fit) -> ProbeBank:
+def calibrated(job: Job, inputs: Inputs) -> Probes:
     """The best probes with their class weighting undone, so that the sigmoid of a logit is the probability they mean.
 
     Training counts each positive `positive_weight` times, which adds the logarithm of that to the logits.
     """
-    bank = fit.best.bank
-    added = lab.positive_weight.to(bank.bias)[fit.share.columns.to(bank.bias.device)].log()
-    return ProbeBank(bank.layers, bank.columns, bank.weight, bank.bias - added)
+    bank = job.best.bank
+    added = inputs.positive_weight.to(bank.bias)[job.feed.columns.to(bank.bias.device)].log()
+    return bank.add_to_logits(-added)
 
 
-def without_controls(bank: ProbeBank, threshold: Tensor) -> ProbeBank:
-    """The probes that are no controls, of the first seed, with their thresholds."""
-    real = [k for k, column in enumerate(bank.columns) if not (column.control or column.seed)]
-    columns = [bank.columns[k] for k in real]
-    return ProbeBank(bank.layers, columns, bank.weight[:, real], bank.bias[:, real], threshold[:, real])
+def choose_thresholds(
+    jobs: Sequence[Job], inputs: Inputs, validation: Iterable[TokenBatch], tracker: Tracker, done: Done
+) -> list[Tensor]:
+    """The logits [L, K] from which on the best probes of each job say yes: those with the highest validation F1."""
+    scored = evaluate([(calibrated(job, inputs), job.feed) for job in jobs], validation)
+    thresholds = []
+    for job, own in zip(jobs, scored, strict=True):
+        metrics = measure(own.scores, own.targets, own.valid)
+        tracker.curves(job.solver, own, metrics["auroc"], done.tokens)
+        thresholds.append(metrics["threshold"])
+    return thresholds
 
 
-def check_resume(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Raises InputError for a key or fact whose change would make the resumed run another one."""
-    for name, value in now.items():
-        if name not in FREE_ON_RESUME and value != then.get(name):
-            raise InputError(
-                f"--resume with {name} {value}",
-                f"{then.get(name)}, as the run began",
-                "give the same, or start a new run without --resume",
-            )
+def judge_held_out(
+    setup: Setup,
+    folder: Path,
+    jobs: Sequence[Job],
+    thresholds: Sequence[Tensor],
+    cost: Callable[[], Mapping[str, Any]],
+) -> TestResults:
+    """Scores the held-out chains once with the best probes."""
+    config, inputs, device = setup.config, setup.inputs, setup.backbone.device
+    chains, training = inputs.dataset.splits["test"], config.training
+    banks = [calibrated(job, inputs) for job in jobs]
+    batches = (batch.to(device) for batch in setup.reader.read("test"))
+    scored = evaluate([(bank, job.feed) for bank, job in zip(banks, jobs, strict=True)], batches)
+    probes = [
+        ScoredProbes(
+            job.solver.name,
+            bank.sites,
+            bank.columns,
+            own,
+            threshold,
+            half=-inputs.positive_weight[job.feed.columns.cpu()].log(),
+            best_pass=job.best.best_pass,
+            gradient_norm=job.solver.gradient_norm,
+        )
+        for job, bank, own, threshold in zip(jobs, banks, scored, thresholds, strict=True)
+    ]
+    say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
+    judged = judge(probes, len(chains), training.bootstrap, training.seed)
+    return TestResults(
+        folder=folder,
+        probes=probes,
+        judged=judged,
+        banks=probes_to_save(jobs, banks, thresholds),
+        chains=chains,
+        labels=config.probes.labels,
+        tokenizer=setup.tokenizer,
+        facts=setup.facts,
+        described={
+            "counts": inputs.dataset.counts.as_dict(),
+            "verdicts": verdicts(judged),
+            "preflight": inputs.preflight,
+        },
+        cost=cost,
+        resamples=training.bootstrap,
+        seed=training.seed,
+    )
+
+
+def probes_to_save(jobs: Sequence[Job], banks: Sequence[Probes], thresholds: Sequence[Tensor]) -> dict[str, Probes]:
+    """Each solver's probes that are no controls, of the first seed, with their thresholds."""
+    saved = {}
+    for job, bank, threshold in zip(jobs, banks, thresholds, strict=True):
+        if job.feed.name == PROBED:
+            real = [k for k, column in enumerate(bank.columns) if not (column.control or column.seed)]
+            saved[job.solver.name] = bank.choose(real, threshold[:, real])
+    return saved
+
+
+def describe_cost(cost: Cost, plan: RunPlan, done: Done) -> dict[str, Any]:
+    """What the run took so far, as summary.json holds it."""
+    kept = plan.kept
+    found: dict[str, Any] = {
+        "passes": done.passes,
+        "activations": f"{kept.rows} tokens on {plan.home}, {'kept' if kept.train else 'streamed'}",
+        **cost.as_dict(plan.device),
+    }
+    if plan.matrices:
+        found["newton_matrices"] = "one per layer" if kept.shared else "one per layer and column"
+    return found
+
+
+def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
+    """Bytes that the run still needs on the disk, and those of its largest file."""
+    checkpoint = sum(tensor.nbytes for state in states_of(jobs).values() for tensor in state.values())
+    banks = [job.best.bank for job in jobs if job.feed.name == PROBED]
+    probes = sum(tensor.nbytes for bank in banks for tensor in bank.tensors().values())
+    before = folder / STATE
+    return 2 * checkpoint + probes - (before.stat().st_size if before.exists() else 0), checkpoint
+
+
+def finish(results: TestResults, tracker: Tracker) -> None:
+    """What a run ends with in the terminal and in TensorBoard."""
+    said = terminal.table(results.rows, results.described["verdicts"])
+    printed = f"{said}\n{terminal.describe_cost(results.cost())}"
+    say(f"\n{printed}\n{terminal.describe_files(results.folder)}")
+    tracker.text("1 verdict", printed)
+    tracker.outcome(results.facts["config"], terminal.headline(results.rows))
+    tracker.close()

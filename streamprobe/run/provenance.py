@@ -13,9 +13,12 @@ import torch
 import yaml
 from torch import nn
 
+from streamprobe.config.load import RunConfig
 from streamprobe.errors import InputError, first_line
+from streamprobe.model.backbone import pick_dtype
 from streamprobe.probes.storage import raw_bytes
 from streamprobe.system.files import write_atomic
+from streamprobe.system.privacy import without_secrets
 
 PACKAGES = "streamprobe torch transformers tokenizers accelerate bitsandbytes numpy datasets safetensors".split()
 
@@ -23,6 +26,19 @@ PACKAGES = "streamprobe torch transformers tokenizers accelerate bitsandbytes nu
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+
+
+def facts_of(config: RunConfig, data_fingerprint: str, model: Any) -> dict[str, Any]:
+    """What defines the numbers of a run."""
+    return {
+        "config": without_secrets(config.flat()),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "data_fingerprint": data_fingerprint,
+        "model_fingerprint": model_fingerprint(model),
+        "device": device_name(model.device),
+        "dtype": str(pick_dtype(config.model.dtype)),
+    }
 
 
 def git_commit() -> str:

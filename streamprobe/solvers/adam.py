@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, fold
+from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.running_sums import first_scaling, scaled
 
@@ -30,11 +31,11 @@ class AdamSolver:
     """
 
     name = "adam"
-    forgetful = False
+    needs_first_pass = False
 
     def __init__(
         self,
-        layers: Sequence[int | str],
+        sites: Sequence[Site],
         columns: Sequence[Column],
         hidden_size: int,
         positive_weight: Tensor,
@@ -46,12 +47,12 @@ class AdamSolver:
         device: torch.device | str = "cpu",
     ):
         """`positive_weight` is [K].  Weights start as `nn.Linear`'s do: uniform in +- 1 / sqrt(hidden_size)."""
-        self.layers, self.columns = list(layers), list(columns)
+        self.sites, self.columns = list(sites), list(columns)
         self.positive_weight = positive_weight.to(device, torch.float32)
         self.l2, self.batch_size, self.standardize = l2, batch_size, standardize
         random = torch.Generator().manual_seed(seed)
         bound = hidden_size**-0.5
-        shape = (len(layers), len(columns), hidden_size)
+        shape = (len(sites), len(columns), hidden_size)
         start = torch.empty(shape[1], shape[0], hidden_size + 1).uniform_(-bound, bound, generator=random)
         start = start.transpose(0, 1).to(device)  # a column's start does not depend on those behind it
         self.weight = start[..., :-1].contiguous()  # [L, K, D]
@@ -103,7 +104,7 @@ class AdamSolver:
 
     def bank(self) -> ProbeBank:
         """The probes as they stand, in raw activation space."""
-        return ProbeBank(self.layers, self.columns, *fold(self.weight, self.bias, self.mean, self.scale)).clone()
+        return ProbeBank(self.sites, self.columns, *fold(self.weight, self.bias, self.mean, self.scale)).clone()
 
     def loss(self) -> Tensor:
         """Mean class-weighted loss [L, K] since the last call, without the penalty; NaN where no token was valid."""

@@ -1,6 +1,6 @@
 """What every solver can do.
 
-Shapes: N tokens, L layers, K columns, D hidden size.
+Shapes: N tokens, L sites, K columns, D features.
 """
 
 from typing import Protocol
@@ -8,14 +8,15 @@ from typing import Protocol
 from torch import Tensor
 
 from streamprobe.lags import Column
-from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.base import Probes
+from streamprobe.probes.sites import Site
 
 
 class Solver(Protocol):
     """Fits L x K probes, one chunk of shuffled tokens after another."""
 
     name: str
-    layers: list[int | str]  # numbers of layers, and names of controls
+    sites: list[Site]
     columns: list[Column]
     converged: Tensor  # [L, K] bool: probes that no further pass would change
     gradient_norm: Tensor  # [L, K] of the objective at the probes of `bank`; NaN where it is not known
@@ -26,12 +27,12 @@ class Solver(Protocol):
     def end_pass(self) -> None:
         """Told when all training tokens have been seen once more."""
 
-    def bank(self) -> ProbeBank:
+    def bank(self) -> Probes:
         """The probes as they stand, in raw activation space, sharing no memory with the solver."""
         ...
 
     @property
-    def forgetful(self) -> bool:
+    def needs_first_pass(self) -> bool:
         """Whether a resumed run must show it the first pass once more, for what is too large for a checkpoint."""
         ...
 

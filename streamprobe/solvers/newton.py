@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, fold
+from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.running_sums import Grams, first_scaling, mapped_vector, with_one
 
@@ -53,7 +54,7 @@ class NewtonSolver:
 
     def __init__(
         self,
-        layers: Sequence[int | str],
+        sites: Sequence[Site],
         columns: Sequence[Column],
         hidden_size: int,
         positive_weight: Tensor,
@@ -64,14 +65,14 @@ class NewtonSolver:
         device: torch.device | str = "cpu",
     ):
         """`positive_weight` is [K]."""
-        self.layers, self.columns = list(layers), list(columns)
+        self.sites, self.columns = list(sites), list(columns)
         self.positive_weight = positive_weight.to(device, torch.float32)
         self.l2, self.tolerance, self.standardize, self.shared = l2, tolerance, standardize, shared
-        probes = (len(layers), len(columns))
+        probes = (len(sites), len(columns))
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.grams: Grams | None = None
         self.factor: Tensor | None = None  # [L, K or 1, E, E] Cholesky factors of H, once the first pass is over
-        self.mean = torch.zeros(len(layers), hidden_size, device=device)
+        self.mean = torch.zeros(len(sites), hidden_size, device=device)
         self.scale = torch.ones_like(self.mean)
         self.penalty = torch.full((hidden_size + 1,), 2 * l2, **wide)  # of d J / d w
         self.penalty[-1] = 0
@@ -110,7 +111,7 @@ class NewtonSolver:
     @torch.no_grad()
     def end_pass(self) -> None:
         """The step, from what the pass has summed."""
-        only_recalled = self.forgetful
+        only_recalled = self.needs_first_pass
         if self.factor is None:
             self._factorise()
         if not only_recalled:
@@ -140,7 +141,7 @@ class NewtonSolver:
                     store[i, k], info = torch.linalg.cholesky_ex(bound)
                 if info or not store[i, k].isfinite().all():
                     raise InputError(
-                        f"activations of layer {self.layers[i]} whose Gram matrix cannot be factorised",
+                        f"activations of {self.sites[i].title} whose Gram matrix cannot be factorised",
                         "finite activations, and a penalty that outweighs rounding",
                         "use another --dtype, raise --l2, or leave --standardize on",
                     )
@@ -204,7 +205,7 @@ class NewtonSolver:
         return solved
 
     @property
-    def forgetful(self) -> bool:
+    def needs_first_pass(self) -> bool:
         """Whether the matrices of H are missing in a solver that has been loaded and is to go on."""
         return self.factor is None and int(self.passes) > 0 and not bool(self.converged.all())
 
@@ -212,7 +213,7 @@ class NewtonSolver:
         """The best probes so far, in raw activation space: after one pass its Newton step, whose J no pass has seen."""
         probes = self.best if self.passes > 1 else self.point
         weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), self.scale.double())
-        return ProbeBank(self.layers, self.columns, weight.float(), bias.float())
+        return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
 
     def loss(self) -> Tensor:
         """Mean class-weighted loss [L, K] since the last call, without the penalty; NaN where no token was valid."""

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from streamprobe.errors import InputError, first_line
-from streamprobe.evaluation.results import place
+from streamprobe.evaluation.rows import place
 from streamprobe.probes.storage import FILE, find_probes, read_about
 from streamprobe.system.console import guard, say
 from streamprobe.system.csv_files import read_csv

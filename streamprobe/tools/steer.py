@@ -30,15 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.activations.stream import check_finite, find_bad_chains, stream
+from streamprobe.activations.finite import check_finite, find_bad_chains
+from streamprobe.activations.stream import stream
 from streamprobe.data.tokenize import Chain
 from streamprobe.demo import behaviour
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.model.blocks import context, decoder_layers
 from streamprobe.model.hooks import steer
+from streamprobe.probes.sites import layer_sites
 from streamprobe.probes.storage import find_probes, read_about
-from streamprobe.run.lab import Lab
+from streamprobe.run.inputs import chains_of, read_texts
 from streamprobe.system.console import guard, say
 from streamprobe.tools import generation
 from streamprobe.tools import watch as monitor
@@ -238,12 +240,13 @@ def run(argv: Sequence[str] | None) -> None:
     config, bank = generation.open_run(given.run, given)
     place = monitor.pick(given.run, bank, given)
     layer, column = bank.layers[place[0]], bank.columns[place[1]]
-    lab = Lab(config)
-    check_data(given.run, lab.fingerprint)
+    data, config = read_texts(config)
+    dataset = chains_of(config, data)
+    check_data(given.run, dataset.fingerprint())
     model, tokenizer = generation.load_whole(config, bank)
     block = decoder_layers(model)[layer]
     head, most = model.base_model, config.model.max_batch_tokens  # no logits are needed here
-    chosen, fed = evenly(lab.splits["test"], given.problems), evenly(lab.splits["train"], CHAINS)
+    chosen, fed = evenly(dataset.splits["test"], given.problems), evenly(dataset.splits["train"], CHAINS)
     if config.data.bad_chains == "skip":
         bad = set(map(id, find_bad_chains(chosen + fed, head, bank.layers, most)))
         chosen, fed = ([chain for chain in own if id(chain) not in bad] for own in (chosen, fed))
@@ -252,8 +255,8 @@ def run(argv: Sequence[str] | None) -> None:
 
     probe = nn.functional.normalize(bank.weight[place].to(model.device), dim=0)
     column = Column(column.label, column.target, column.lag)
-    batches = stream(fed, head, [layer], [column], config.probes.labels, most)
-    scale = measure_scale(check_finite(batches, fed, [layer]), probe)
+    batches = stream(fed, head, [layer], [column], labels=config.probes.labels, max_batch_tokens=most)
+    scale = measure_scale(check_finite(batches, fed, layer_sites([layer])), probe)
     vectors = directions(probe, scale.difference, len(prompts), given.seed)
     cosine = float(vectors["probe"][0] @ vectors["difference of means"][0])
     say(

@@ -11,9 +11,6 @@ from torch import Tensor
 from streamprobe.activations import store as module
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.store import ActivationMemory, Sizes
-from streamprobe.errors import InputError
-from streamprobe.run import memory_plan
-from streamprobe.run.memory_plan import Plan, Reserve, memory_room, plan_memory
 
 CPU = torch.device("cpu")
 
@@ -222,82 +219,6 @@ def test_stored_in_the_dtype_asked_for():
     store = ActivationMemory(N_TOKENS, True, SIZES._replace(dtype=torch.float64), CPU)
     chunks = list(store.shuffled(source, 8, 0))
     assert {c.acts.dtype for c in chunks} == {torch.float64}
-
-
-# --- the plan ---
-
-GPU = torch.device("cuda")
-GB = 10**9
-
-
-def plan(monkeypatch: pytest.MonkeyPatch, cap: float | None, device: torch.device, free: dict[str, float], **n: int):
-    """`plan_memory` for tokens of 1,000 bytes, with this many GB free, of which one is reserved everywhere."""
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda where: int(free[where.type] * GB))
-    tokens = n.get("train", 800_000), n.get("validation", 100_000), n.get("batch", 64)
-    reserve = Reserve(0, GB) if device.type == "cpu" else Reserve(GB, GB)
-    return plan_memory(cap, 1000, *tokens, device, reserve=reserve)
-
-
-PLANS = {  # memory_gb, device, GB free, tokens -> plan; all tokens are 0.9 GB; 1 GB and a tenth of what is free stay free
-    "fits": (None, CPU, {"cpu": 5}, {}, Plan(800_000, True, True, CPU)),
-    "fits to the byte": (0.9, CPU, {"cpu": 2.2}, {}, Plan(800_000, True, True, CPU)),
-    "fits on the device": (None, GPU, {"cuda": 2.2, "cpu": 9}, {}, Plan(800_000, True, True, GPU)),
-    "fits in RAM only": (None, GPU, {"cuda": 2.1, "cpu": 9}, {}, Plan(800_000, True, True, CPU)),
-    "fits nowhere": (None, GPU, {"cuda": 2.1, "cpu": 2.1}, {}, Plan(65_536, False, True, GPU)),
-    "capped": (0.5, CPU, {"cpu": 9}, {}, Plan(65_536, False, True, CPU)),
-    "capped on the device": (0.5, GPU, {"cuda": 9, "cpu": 9}, {}, Plan(65_536, False, True, GPU)),
-    "pool beside validation": (0.13, CPU, {"cpu": 9}, {"validation": 65_000}, Plan(65_000, False, True, CPU)),
-    "validation is over half": (0.13, CPU, {"cpu": 9}, {"validation": 65_001}, Plan(65_536, False, False, CPU)),
-    "free memory counts, too": (5, CPU, {"cpu": 1.14}, {}, Plan(26_000, False, False, CPU)),
-    "a large mini-batch": (0.5, CPU, {"cpu": 9}, {"batch": 90_000}, Plan(90_000, False, True, CPU)),
-    "no pool beside validation": (0.002, CPU, {"cpu": 9}, {"validation": 1_000}, Plan(2_000, False, False, CPU)),
-    "the least": (0.001024, CPU, {"cpu": 9}, {}, Plan(1_024, False, False, CPU)),
-    "a short train split": (
-        0.007,
-        CPU,
-        {"cpu": 9},
-        {"train": 5_000, "validation": 9_000},
-        Plan(5_000, False, False, CPU),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_plan(monkeypatch, name):
-    cap, device, free, tokens, expected_plan = PLANS[name]
-    assert plan(monkeypatch, cap, device, free, **tokens) == expected_plan
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_plan_keeps_to_the_budget(monkeypatch, name):
-    cap, device, free, tokens, _ = PLANS[name]
-    got = plan(monkeypatch, cap, device, free, **tokens)
-    kept = tokens.get("validation", 100_000) * got.keep_validation
-    assert (got.rows + kept) * 1000 <= min(free[got.home.type], cap or 1e9) * GB
-
-
-@pytest.mark.parametrize(("cap", "free"), [(0.001023, {"cpu": 9}), (None, {"cpu": 1.1})], ids=["capped", "full"])
-def test_too_little_memory(monkeypatch, cap, free):
-    with pytest.raises(InputError, match="MB for activations; expected at least 1.02 MB, .* raise --memory_gb"):
-        plan(monkeypatch, cap, CPU, free)
-
-
-def test_a_resumed_run_keeps_what_it_kept(monkeypatch):
-    """Whatever is free now: the pool decides the order of the tokens."""
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda where: GB)
-    sizes = 1000, 800_000, 100_000, 64, CPU
-    assert plan_memory(None, *sizes, before=(20_000, False, True)) == Plan(20_000, False, True, CPU)
-    assert plan_memory(None, *sizes) == Plan(800_000, True, True, CPU)  # negative control
-    with pytest.raises(InputError, match="for 900,000 training tokens, as when the run began; fix: raise --memory_gb"):
-        plan_memory(None, *sizes, before=(900_000, True, True))
-
-
-def test_the_reserve_lies_where_it_is_needed(monkeypatch):
-    """On a device the forward pass takes the device's memory and the scores the host's; on the CPU the larger counts."""
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda where: 10 * GB)
-    reserve = Reserve(device=2 * GB, host=GB)
-    rooms = [memory_room(None, home, reserve.on(home, device)) for home, device in ((GPU, GPU), (CPU, GPU), (CPU, CPU))]
-    assert rooms == [7 * GB, 8 * GB, 7 * GB]
 
 
 @pytest.mark.usefixtures("small")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from conftest import load_chains, make_rows
 from test_backbone import build
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -18,7 +18,7 @@ from streamprobe.activations import stream as module
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import make_batches, stream
-from streamprobe.data.dataset import count_tokens, load_chains
+from streamprobe.data.dataset import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
@@ -66,8 +66,7 @@ def make_chains(n: int, seed: int = 0, longest: int = 40) -> list[Chain]:
 @pytest.fixture(scope="module")
 def real_chains(tokenizer: Any) -> list[Chain]:
     """Chains as `load_chains` makes them."""
-    fields = ("task_id", "problem", "reasoning_chain", "annotated_chain")
-    return load_chains(make_rows(15, seed=2), fields, tokenizer, LABELS, 512)[0]["train"]
+    return load_chains(make_rows(15, seed=2), tokenizer, LABELS, 512)[0]["train"]
 
 
 @torch.no_grad()
@@ -99,7 +98,7 @@ def expected(chain: Chain) -> tuple[list[int], Tensor, Tensor]:
 
 
 def run(chains: list[Chain], backbone: nn.Module, max_tokens: int = 128, seed: int | None = 0) -> list[TokenBatch]:
-    return list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, seed))
+    return list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=max_tokens, seed=seed))
 
 
 def joined(batches: list[TokenBatch]) -> TokenBatch:
@@ -191,7 +190,16 @@ def test_the_mask_and_the_padded_tokens_are_told(backbone):
     handle = backbone.register_forward_pre_hook(look, with_kwargs=True)
     try:
         batches = list(
-            stream(chains, backbone, LAYERS, COLUMNS, LABELS, 100, 0, lambda real, padded: told.append((real, padded)))
+            stream(
+                chains,
+                backbone,
+                LAYERS,
+                COLUMNS,
+                labels=LABELS,
+                max_batch_tokens=100,
+                seed=0,
+                on_forward=lambda real, padded: told.append((real, padded)),
+            )
         )
     finally:
         handle.remove()
@@ -238,7 +246,7 @@ def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, ma
 
 
 class Ids:
-    """A layer that holds each token's id and its place, as `Surface` holds its embedding."""
+    """A layer that holds each token's id and its place, as `EmbeddingLayers` hold its embedding."""
 
     before = 1000  # so that it sees the whole chain
 
@@ -255,8 +263,22 @@ def side(chain: Chain) -> Tensor:
 @pytest.mark.parametrize("max_tokens", [7, 10_000])
 def test_surface_and_side_stand_beside_the_activations_of_their_own_token(backbone, max_tokens):
     chains = make_chains(9, seed=2)
-    plain = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0)))
-    got = joined(list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, max_tokens, 0, None, Ids(), side)))
+    plain = joined(list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=max_tokens, seed=0)))
+    got = joined(
+        list(
+            stream(
+                chains,
+                backbone,
+                LAYERS,
+                COLUMNS,
+                labels=LABELS,
+                max_batch_tokens=max_tokens,
+                seed=0,
+                embedded=Ids(),
+                side=side,
+            )
+        )
+    )
     ids = torch.stack([chains[c].ids[t] for c, t in zip(got.chain.tolist(), got.token.tolist(), strict=True)]).float()
     assert got.acts.shape[1] == len(LAYERS) + 1 and torch.equal(got.acts[:, :-1], plain.acts)
     assert torch.equal(got.acts[:, -1, 0], ids) and torch.equal(got.acts[:, -1, 1], got.token.float())
@@ -282,7 +304,7 @@ def test_count_tokens_is_what_the_stream_yields(backbone, real_chains, seed):
 
 
 def test_grad_mode_does_not_leak(backbone):
-    for batch in stream(make_chains(5), backbone, LAYERS, COLUMNS, LABELS, 64):
+    for batch in stream(make_chains(5), backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=64):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert not batch.acts.requires_grad and not batch.acts.is_inference()
         weight = torch.zeros(batch.acts.shape[-1], requires_grad=True)
@@ -302,7 +324,7 @@ def n_hooks(model: nn.Module) -> int:
 
 
 def test_hooks_are_there_only_while_it_streams(backbone):
-    batches = stream(make_chains(5), backbone, LAYERS, COLUMNS, LABELS, 32)
+    batches = stream(make_chains(5), backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=32)
     assert n_hooks(backbone) == 0
     next(batches)
     assert n_hooks(backbone) == len(LAYERS)
@@ -384,7 +406,9 @@ def test_no_chain_sets_the_memory(backbone, monkeypatch):
 
     monkeypatch.setattr(module, "make_cache", make)
     chains = long_chains(backbone)
-    batches = list(stream(chains, backbone, LAYERS, COLUMNS, LABELS, 8, 0, count))
+    batches = list(
+        stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=8, seed=0, on_forward=count)
+    )
     assert len(caches) == sum(len(c.ids) > 8 for c in chains) > 2
     assert max(alive) == 1 and all(ref() is None for ref in caches)
     assert len(told) == len(batches) and sum(tokens for tokens, _ in told) == sum(len(c.ids) for c in chains)
@@ -443,7 +467,16 @@ def test_the_model_runs_once_if_the_split_is_kept(backbone, real_chains):
     forwards = []
 
     def trip() -> Iterator[TokenBatch]:
-        return stream(real_chains, backbone, LAYERS, COLUMNS, LABELS, 256, 0, lambda *size: forwards.append(size))
+        return stream(
+            real_chains,
+            backbone,
+            LAYERS,
+            COLUMNS,
+            labels=LABELS,
+            max_batch_tokens=256,
+            seed=0,
+            on_forward=lambda *size: forwards.append(size),
+        )
 
     reference = torch.cat([b.acts for b in trip()]).flatten(1)
     once = len(forwards)

@@ -15,7 +15,7 @@ import transformers
 import yaml
 
 from streamprobe.cli import main
-from streamprobe.run import pipeline as experiment
+from streamprobe.run import pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +132,7 @@ def test_what_the_user_got_wrong_is_told_in_one_line(base, capsys, keys, argv, g
 
 def test_without_a_config_the_demo_runs_and_says_where_it_can(capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(experiment, "run", ran.append)
+    monkeypatch.setattr(pipeline, "run", ran.append)
     monkeypatch.chdir(ROOT)
     assert main([]) == 0 and ran[0].name == "demo" and ran[0].model.model == "streamprobe/demo/model"
     monkeypatch.chdir(ROOT / "tests")
@@ -224,7 +224,7 @@ def test_a_bug_shows_its_traceback(base, monkeypatch):
     def bug(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("streamprobe.run.pipeline.Lab.__init__", bug)
+    monkeypatch.setattr("streamprobe.run.pipeline.read_texts", bug)
     with pytest.raises(ValueError, match="a bug"):
         main([str(write("config.yaml", base))])
 

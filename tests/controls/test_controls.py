@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamprobe.controls.embedding import WINDOWS, Surface
-from streamprobe.controls.permuted import permute_labels, with_permuted
+from streamprobe.controls.embedding import WINDOWS, EmbeddingLayers
+from streamprobe.controls.permuted import permute_labels, relabelled_columns
 from streamprobe.controls.persistence import persistence_features
-from streamprobe.controls.piecewise_linear import KNOTS, hats
+from streamprobe.controls.piecewise_linear import KNOTS, piecewise_linear
 from streamprobe.controls.position import position_features
+from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, make_columns
 
@@ -29,6 +30,18 @@ def make_codes(seed: int, n: int = 120) -> tuple[Tensor, Tensor]:
     support = random.random(n) < 0.9
     support[:15] = False
     return torch.from_numpy(codes)[:, None], torch.from_numpy(support)
+
+
+def chain_of(codes: Tensor, start: int = 15) -> Chain:
+    """A chain with these codes [T, C], whose response begins at token `start`."""
+    return Chain(
+        "x", torch.zeros(len(codes), dtype=torch.int64), codes, torch.ones(len(codes), dtype=torch.bool), start
+    )
+
+
+def position(n: int, start: int) -> Tensor:
+    """The features of `position` in a chain of n tokens."""
+    return position_features(chain_of(torch.zeros(n, 1, dtype=torch.int8), start))
 
 
 # --- permuted labels ---
@@ -77,8 +90,8 @@ def test_all_labels_move_together_and_the_chain_is_left_alone() -> None:
 
 def test_permuted_columns_read_arrays_of_their_own() -> None:
     columns = make_columns(["a", "b"], ["token"], [0, 4])
-    twins = with_permuted(columns, 2)
-    assert twins[:4] == columns and len(twins) == 12 and with_permuted(columns, 0) == columns
+    twins = relabelled_columns(columns, ["permuted"], 2)
+    assert twins[:4] == columns and len(twins) == 12 and relabelled_columns(columns, ["permuted"], 0) == columns
     assert Counter(c.array for c in twins) == dict.fromkeys(
         ("a", "b", "a/permuted0", "b/permuted0", "a/permuted1", "b/permuted1"), 2
     )
@@ -88,9 +101,9 @@ def test_permuted_columns_read_arrays_of_their_own() -> None:
 # --- position and persistence ---
 
 
-def test_hats_sum_to_one_and_hold_every_piecewise_linear_function() -> None:
+def test_the_features_sum_to_one_and_hold_every_piecewise_linear_function() -> None:
     x = torch.cat([torch.arange(300.0), torch.tensor([5000.0, 12_288.0, 1e6])])
-    shares = hats(x)
+    shares = piecewise_linear(x)
     assert torch.allclose(shares.sum(1), torch.ones(len(x))) and (shares >= 0).all()
     values = torch.randn(len(KNOTS), generator=torch.Generator().manual_seed(0))
     expected = np.interp(x.clamp(max=float(KNOTS[-1])).numpy(), KNOTS.numpy(), values.numpy())
@@ -115,12 +128,12 @@ def persistence_by_loop(codes: list[int]) -> list[tuple[bool, bool, int]]:
 @pytest.mark.parametrize("seed", range(10))
 def test_persistence_is_that_of_a_loop(seed: int) -> None:
     codes, _ = make_codes(seed)
-    features = persistence_features(codes)
+    features = persistence_features(chain_of(codes), 1)
     width = len(KNOTS)
     for row, (inside, before, since) in zip(features, persistence_by_loop(codes[:, 0].tolist()), strict=True):
         assert row[:2].tolist() == [inside, before]
         here, there = row[2 : 2 + width], row[2 + width :]
-        expected = hats(torch.tensor([since]))[0]
+        expected = piecewise_linear(torch.tensor([since]))[0]
         assert torch.equal(here, expected * inside) and torch.equal(there, expected * before)
 
 
@@ -132,14 +145,14 @@ def knows_the_past_only(features: Tensor, cut: Tensor) -> bool:
 @pytest.mark.parametrize("n", [1, 16, 50, 119])
 def test_no_side_feature_knows_what_comes(n: int) -> None:
     codes, _ = make_codes(5)
-    assert knows_the_past_only(persistence_features(codes), persistence_features(codes[:n]))
-    assert knows_the_past_only(position_features(120, 15), position_features(n, 15))
+    assert knows_the_past_only(persistence_features(chain_of(codes), 1), persistence_features(chain_of(codes[:n]), 1))
+    assert knows_the_past_only(position(120, 15), position(n, 15))
     share_of_length = [torch.arange(m)[:, None] / m for m in (120, n)]  # negative control
     assert n == 1 or not knows_the_past_only(*share_of_length)
 
 
 def test_position_counts_from_the_response() -> None:
-    a, b = position_features(60, 10), position_features(80, 30)
+    a, b = position(60, 10), position(80, 30)
     assert torch.equal(a[10:], b[30:]) and not a[:10, 1:].any() and a[:, 0].sum() == 10
     assert len({tuple(row) for row in a[10:].tolist()}) == 50, "every place has features of its own"
 
@@ -153,7 +166,7 @@ def embedding() -> nn.Embedding:
     return nn.Embedding(50, 32)
 
 
-def text_by_loop(embedding: nn.Embedding, surface: Surface, ids: Tensor) -> Tensor:
+def text_by_loop(embedding: nn.Embedding, surface: EmbeddingLayers, ids: Tensor) -> Tensor:
     """[T, D] of every token's windows, one after another."""
     table = (embedding.weight.detach() - surface.mean) @ surface.directions
     rows = []
@@ -165,7 +178,7 @@ def text_by_loop(embedding: nn.Embedding, surface: Surface, ids: Tensor) -> Tens
 
 def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(1))
-    surface = Surface(embedding, ids, 32)
+    surface = EmbeddingLayers(embedding, ids, 32)
     rows = surface.rows(ids, 300)
     assert torch.equal(rows[:, 0], embedding(ids).detach())
     expected = text_by_loop(embedding, surface, ids)
@@ -176,7 +189,7 @@ def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Emb
 @pytest.mark.parametrize("size", [1, 50, 130, 299])
 def test_surface_is_the_same_in_chunks(embedding: nn.Embedding, size: int) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(2))
-    surface = Surface(embedding, ids, 32)
+    surface = EmbeddingLayers(embedding, ids, 32)
     whole = surface.rows(ids, 300)
     parts = torch.cat(
         [surface.rows(ids[max(0, i - surface.before) : i + size], len(ids[i : i + size])) for i in range(0, 300, size)]
@@ -188,23 +201,23 @@ def test_surface_is_the_same_in_chunks(embedding: nn.Embedding, size: int) -> No
 
 def test_surface_knows_the_past_only_and_may_be_one_layer(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(3))
-    surface = Surface(embedding, ids, 32, ["text"])
+    surface = EmbeddingLayers(embedding, ids, 32, ["text"])
     whole, cut = surface.rows(ids, 200), surface.rows(ids[:90], 90)
     assert whole.shape == (200, 1, 32) and torch.allclose(whole[:90], cut, atol=1e-5)
 
 
 def test_narrow_embeddings_are_filled_up_and_wide_ones_refused(embedding: nn.Embedding) -> None:
     ids = torch.arange(50)
-    rows = Surface(embedding, ids, 40).rows(ids, 50)
+    rows = EmbeddingLayers(embedding, ids, 40).rows(ids, 50)
     assert rows.shape == (50, 2, 40) and not rows[..., 32:].any()
-    assert torch.equal(rows[..., :32], Surface(embedding, ids, 32).rows(ids, 50))
+    assert torch.equal(rows[..., :32], EmbeddingLayers(embedding, ids, 32).rows(ids, 50))
     with pytest.raises(InputError, match="embeddings of size 32 in a model of hidden size 16"):
-        Surface(embedding, ids, 16)
+        EmbeddingLayers(embedding, ids, 16)
 
 
 def test_the_kept_directions_are_those_of_most_variance(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (500,), generator=torch.Generator().manual_seed(4))
-    surface = Surface(embedding, ids, 32)
+    surface = EmbeddingLayers(embedding, ids, 32)
     rows = embedding.weight.detach()[ids]
     centred = (rows - rows.mean(0)).double()
     expected = torch.linalg.svd(centred, full_matrices=False).S.square()[: 32 // 3].sum()

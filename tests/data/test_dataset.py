@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, make_tokenizer
+from conftest import fingerprint, load_chains, make_record, make_rows, make_tokenizer
 from tqdm import tqdm
 
 from streamprobe.data.annotations import Section, annotate
-from streamprobe.data.dataset import Division, Reading, fingerprint, load_chains
-from streamprobe.data.formats import Record, category_of, make_record
+from streamprobe.data.dataset import Division
+from streamprobe.data.formats import FormatOptions, Record, annotated, category_of
 from streamprobe.data.prompts import format_prompt
 from streamprobe.data.sources import read_rows
 from streamprobe.data.splits import split_chains
-from streamprobe.data.tokenize import tokenize
+from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
@@ -89,12 +89,12 @@ def wide_tokenizer(width: int) -> Any:
 
 
 def record(response: str, *sections: tuple[str, int, int], problem: str = "") -> Record:
-    return Record("x_0", problem, response, [Section(*s) for s in sections])
+    return make_record(problem, response, sections, "x_0")
 
 
 def wide(rec: Record, width: int = 3, prompt: str = "{problem}", support: str = "response", unlabelled: str = "ignore"):
     """The codes of `backtracking` and `deduction` and the support of tokens of `width` characters."""
-    chain = tokenize(rec, wide_tokenizer(width), LABELS, prompt, support, unlabelled)
+    chain = tokenize(rec, wide_tokenizer(width), LABELS, TextOptions(prompt, support, unlabelled))
     assert chain.codes.dtype == torch.int8 and chain.support.dtype == torch.bool and chain.ids.dtype == torch.int64
     assert len(chain.ids) == len(chain.codes) == len(chain.support)
     return chain.codes[:, 0].tolist(), chain.codes[:, 1].tolist(), chain.support.tolist()
@@ -149,7 +149,7 @@ def test_support(unlabelled):
 def test_prompt_is_text_before_the_response(tokenizer, prompt):
     rec = record("wait no.", (B, 0, 8), problem="which box {x}?")
     assert format_prompt(rec.problem, prompt, tokenizer) == prompt.replace("{problem}", rec.problem)
-    chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
+    chain = tokenize(rec, tokenizer, LABELS, TextOptions(prompt, "response", "ignore"))
     assert tokenizer.decode(chain.ids[1:]) == prompt.replace("{problem}", rec.problem) + rec.response
     assert tokenizer.decode(chain.ids[chain.support]).strip() == rec.response
 
@@ -176,7 +176,7 @@ def test_bos_exactly_once(name):
     options, prompt, lead = BOS[name]
     tokenizer = make_tokenizer(**options)
     rec = record("wait no. then box", (B, 0, 8), (D, 8, 17), problem="which box?")
-    chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
+    chain = tokenize(rec, tokenizer, LABELS, TextOptions(prompt, "response", "ignore"))
     assert chain.ids[: len(lead)].tolist() == lead
     assert chain.ids.tolist().count(0) == len(lead)
     head = format_prompt(rec.problem, prompt, tokenizer).replace("<s>", "")
@@ -191,7 +191,7 @@ def test_bos_exactly_once(name):
 def test_special_tokens_are_never_samples(support, unlabelled):
     tokenizer = make_tokenizer(adds="<s> $A </s>")
     rec = record("wait </s> no <pad>", (B, 0, 18), problem="which <s> box?")
-    chain = tokenize(rec, tokenizer, LABELS, "{problem}\n\n", support, unlabelled)
+    chain = tokenize(rec, tokenizer, LABELS, TextOptions("{problem}\n\n", support, unlabelled))
     special = torch.isin(chain.ids, torch.tensor([0, 1, 2]))
     assert special.sum() == 5
     assert not chain.support[special].any()
@@ -225,10 +225,8 @@ UNICODE = {
 def test_round_trip(tokenizer, prompt, rows):
     """The characters of positive tokens are the section's, bar white space; each section begins once."""
     for row in rows:
-        made = make_record("x", *(row[name] for name in FIELDS[1:]))
-        assert not isinstance(made, str)
-        rec = made[0]
-        chain = tokenize(rec, tokenizer, LABELS, prompt, "response", "ignore")
+        rec = annotated(row, FormatOptions())
+        chain = tokenize(rec, tokenizer, LABELS, TextOptions(prompt, "response", "ignore"))
         text, encoded = encode(rec, tokenizer, prompt)
         assert chain.ids.tolist() == encoded["input_ids"]
         offsets = np.array(encoded["offset_mapping"])
@@ -245,13 +243,12 @@ def test_round_trip(tokenizer, prompt, rows):
 
 def test_onset_is_the_token_of_the_first_letter(tokenizer):
     for row in make_rows(20, seed=4):
-        made = make_record("x", *(row[name] for name in FIELDS[1:]))
-        assert not isinstance(made, str)
-        rec = made[0]
-        rec.sections = [  # without the white space that the annotator put inside the tags
+        rec = annotated(row, FormatOptions())
+        sections = [  # without the white space that the annotator put inside the tags
             Section(s.label, s.end - len(rec.response[s.start : s.end].lstrip()), s.end) for s in rec.sections
         ]
-        chain = tokenize(rec, tokenizer, LABELS, "{problem}\n\n", "response", "ignore")
+        rec = make_record(rec.problem, rec.response, sections)
+        chain = tokenize(rec, tokenizer, LABELS, TextOptions("{problem}\n\n", "response", "ignore"))
         text, encoded = encode(rec, tokenizer, "{problem}\n\n")
         head = len(text) - len(rec.response)
         for c, label in enumerate(LABELS):
@@ -272,7 +269,7 @@ def row_of(problem: object, response: object, annotated: object) -> dict[str, ob
 
 def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
     rows = make_rows(50, seed=5)
-    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
+    splits, counts = load_chains(rows, tokenizer, LABELS, 512)
     assert {name: len(chains) for name, chains in splits.items()} == {"train": 36, "validation": 4, "test": 10}
     assert counts.as_dict() | {"labels": 0, "label_chains": 0, "characters": 0, "labelled_characters": 0} == {
         "read": 50, "used": 50, "repaired": 0, "edited_sections": 0, "lost_sections": 0, "unbalanced_tags": 0,
@@ -303,23 +300,23 @@ def test_load_chains_counts_what_it_refuses(tokenizer):
     }
     place = iter(order[10:])
     for reason, values in bad.items():
-        for problem, response, annotated in values:
+        for problem, response, copy in values:
             if reason.startswith("longer"):
-                annotated = f'["deduction"]{annotated}["end-section"]'
-            rows[next(place)] = row_of(problem, response, annotated)
+                copy = f'["deduction"]{copy}["end-section"]'
+            rows[next(place)] = row_of(problem, response, copy)
     edited = next(place)
     rows[edited]["annotated_chain"] = rows[edited]["annotated_chain"].replace(".", ", so.", 1)
     unbalanced = next(place)
     rows[unbalanced]["annotated_chain"] = rows[unbalanced]["annotated_chain"].removesuffix('["end-section"]')
     by_chain = Division(by="chain")
-    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 300, division=by_chain)
+    splits, counts = load_chains(rows, tokenizer, LABELS, 300, division=by_chain)
     assert {reason: len(ids) for reason, ids in counts.refused.items()} == {
         reason: len(values) for reason, values in bad.items()
     }
     assert counts.read == 50 and counts.used == 50 - counts.n_refused == 50 - sum(map(len, counts.refused.values()))
     assert sum(map(len, splits.values())) == counts.used
     assert (counts.repaired, counts.edited_sections, counts.unbalanced_tags, counts.lost_sections) == (2, 1, 1, 0)
-    clean = load_chains(make_rows(50, seed=5), FIELDS, tokenizer, LABELS, 300, division=by_chain)[0]
+    clean = load_chains(make_rows(50, seed=5), tokenizer, LABELS, 300, division=by_chain)[0]
     assert [c.id for c in splits["test"]] == [c.id for c in clean["test"]]
     for name in splits:
         assert {c.id for c in splits[name]} <= {c.id for c in clean[name]}
@@ -327,7 +324,7 @@ def test_load_chains_counts_what_it_refuses(tokenizer):
 
 def test_a_section_of_two_labels_counts_for_each_and_its_characters_once(tokenizer):
     rows = [row_of("which?", "one two. three.", '["a"]["b"]one two.["end-section"] ["a"]three.["end-section"]')]
-    splits, counts = load_chains(rows, FIELDS, tokenizer, ["a", "b"], 512)
+    splits, counts = load_chains(rows, tokenizer, ["a", "b"], 512)
     assert counts.labels == {"a": 2, "b": 1} and counts.label_chains == {"a": 1, "b": 1}
     assert (counts.labelled_characters, counts.characters, counts.repaired) == (14, 15, 0)
     (chain,) = splits["train"]
@@ -336,26 +333,27 @@ def test_a_section_of_two_labels_counts_for_each_and_its_characters_once(tokeniz
     assert [(chain.codes[:, c] == ONSET).sum() for c in range(2)] == [2, 1]
 
 
-def test_labels_take_their_names_from_the_reading(tokenizer):
+def test_labels_take_their_names_from_the_options(tokenizer):
     rows = make_rows(30, seed=5)
     for row in rows[::2]:
         row["annotated_chain"] = row["annotated_chain"].replace('["backtracking"]', '["5. Backtracking"]')
-    plain = fingerprint(load_chains(make_rows(30, seed=5), FIELDS, tokenizer, LABELS, 512)[0])
-    assert fingerprint(load_chains(rows, FIELDS, tokenizer, LABELS, 512)[0]) != plain  # negative control
+    plain = fingerprint(load_chains(make_rows(30, seed=5), tokenizer, LABELS, 512)[0])
+    assert fingerprint(load_chains(rows, tokenizer, LABELS, 512)[0]) != plain  # negative control
     for response in ("original", "rejoined"):
-        reading = Reading(response=response, label_names={"5. Backtracking": "backtracking"})
-        splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512, reading)
+        names = {"5. Backtracking": "backtracking"}
+        fields = FormatOptions(rejoined=response == "rejoined", label_names=names)
+        splits, counts = load_chains(rows, tokenizer, LABELS, 512, fields=fields)
         assert set(counts.labels) == {"backtracking", "deduction", "initializing"}
         assert response == "rejoined" or fingerprint(splits) == plain
     with pytest.raises(InputError, match="no tag names 'Backtracking'"):
-        load_chains(rows, FIELDS, tokenizer, LABELS, 512, Reading(label_names={"Backtracking": "backtracking"}))
+        load_chains(rows, tokenizer, LABELS, 512, fields=FormatOptions(label_names={"Backtracking": "backtracking"}))
 
 
 def test_tags_that_are_not_understood_are_counted(tokenizer):
     rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30, seed=5)]
     rows[0]["annotated_chain"] = rows[0]["annotated_chain"].replace('["deduction"]', "<deduction>", 1)
     rows[1]["annotated_chain"] = "<deduction>" + rows[1]["reasoning_chain"]
-    counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1]
+    counts = load_chains(rows, tokenizer, LABELS, 512)[1]
     assert counts.strange_tags == {"<deduction>": 1} and counts.repaired == 1
     assert counts.refused == {"whose tags are all of a form that is not understood, such as <deduction>": ["beta_0"]}
 
@@ -370,22 +368,22 @@ def test_progress_is_shown_on_a_terminal_after_two_seconds(tokenizer, monkeypatc
     output = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr("sys.stderr", output)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("streamprobe.data.dataset.tqdm", partial(tqdm, file=output, mininterval=0))
+    monkeypatch.setattr("streamprobe.data.sources.tqdm", partial(tqdm, file=output, mininterval=0))
     monkeypatch.setattr("streamprobe.data.formats.annotate", lambda *given: (time.sleep(seconds), annotate(*given))[1])
-    load_chains(make_rows(4, seed=5), FIELDS, tokenizer, LABELS, 512)
+    load_chains(make_rows(4, seed=5), tokenizer, LABELS, 512)
     assert ("align" in output.getvalue()) == shown
 
 
 def test_context_is_counted_in_tokens(tokenizer):
     rows = make_rows(1, seed=6)
-    length = len(load_chains(rows, FIELDS, tokenizer, LABELS, 10_000)[0]["train"][0].ids)
-    assert load_chains(rows, FIELDS, tokenizer, LABELS, length)[1].used == 1
-    assert load_chains(rows, FIELDS, tokenizer, LABELS, length - 1)[1].used == 0
+    length = len(load_chains(rows, tokenizer, LABELS, 10_000)[0]["train"][0].ids)
+    assert load_chains(rows, tokenizer, LABELS, length)[1].used == 1
+    assert load_chains(rows, tokenizer, LABELS, length - 1)[1].used == 0
 
 
 def test_fingerprint_sees_every_change(tokenizer):
     def load() -> dict[str, list[Any]]:
-        return load_chains(make_rows(20, seed=6), FIELDS, tokenizer, LABELS, 512)[0]
+        return load_chains(make_rows(20, seed=6), tokenizer, LABELS, 512)[0]
 
     first = fingerprint(load())
     assert fingerprint(load()) == first
@@ -473,7 +471,7 @@ def test_row_without_a_field_is_refused_and_not_the_file(tmp_path, tokenizer):
     order = np.random.RandomState(42).permutation(20)
     del rows[order[10]]["annotated_chain"]
     read = read_rows(write(tmp_path / "x.json", rows), "train", FIELDS)
-    counts = load_chains(read, FIELDS, tokenizer, LABELS, 512)[1]
+    counts = load_chains(read, tokenizer, LABELS, 512)[1]
     name = rows[order[10]]["task_id"]
     assert counts.refused == {"with a field that is missing or not text": [name]} and counts.used == 19
 
@@ -513,7 +511,7 @@ def test_missing_file(tmp_path, suffix):
 def test_repaired_chains_are_used_chains(tokenizer):
     row = make_rows(1, seed=6)[0]
     row["annotated_chain"] = row["annotated_chain"].replace(".", ", so.", 1)
-    counts = load_chains([row], FIELDS, tokenizer, LABELS, 10)[1]
+    counts = load_chains([row], tokenizer, LABELS, 10)[1]
     assert counts.used == 0 and counts.repaired == 0 and not counts.labels
 
 
@@ -539,12 +537,12 @@ def test_json_lines_with_line_separators_in_strings_and_a_byte_order_mark(tmp_pa
 def test_a_lone_surrogate_is_refused(tokenizer):
     rows: list[dict[str, Any]] = [dict(r) for r in make_rows(30)]
     rows[3]["reasoning_chain"] += "\ud83d"
-    refused = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[1].refused
+    refused = load_chains(rows, tokenizer, LABELS, 512)[1].refused
     assert refused == {"with text that is not Unicode": [rows[3]["task_id"]]}
     rows = [dict(r) for r in make_rows(30)]
     rows[3]["annotated_chain"] = rows[3]["annotated_chain"].replace(".", "\ud83d.", 1)
     refused = [
-        load_chains(rows, FIELDS, tokenizer, LABELS, 512, Reading(response=kind))[1].refused
+        load_chains(rows, tokenizer, LABELS, 512, fields=FormatOptions(rejoined=kind == "rejoined"))[1].refused
         for kind in ("original", "rejoined")
     ]
     assert refused == [{}, {"with text that is not Unicode": [rows[3]["task_id"]]}]
@@ -565,13 +563,13 @@ def original_reading(tokenizer: Any, row: dict[str, str], head: str) -> tuple[li
     return ids, marks
 
 
-def test_rejoined_without_bos_and_with_the_problem_is_the_originals_reading(tokenizer):
-    reading = Reading("User: {problem}\n\nAssistant:", "all", "negative", False, "rejoined")
+def test_rejoined_without_bos_and_with_the_problem_is_the_originals_text(tokenizer):
+    text = TextOptions("User: {problem}\n\nAssistant:", "all", "negative", bos=False)
     rows = make_rows(20, seed=9)
-    splits, counts = load_chains(rows, FIELDS, tokenizer, ["backtracking"], 512, reading)
+    splits, counts = load_chains(rows, tokenizer, ["backtracking"], 512, fields=FormatOptions(rejoined=True), text=text)
     chains = {chain.id: chain for split in splits.values() for chain in split}
     assert len(chains) == 20 and counts.used == 20
-    plain = load_chains(rows, FIELDS, tokenizer, ["backtracking"], 512)[0]
+    plain = load_chains(rows, tokenizer, ["backtracking"], 512)[0]
     differ = 0
     for row in rows:
         chain = chains[row["task_id"]]
@@ -584,8 +582,8 @@ def test_rejoined_without_bos_and_with_the_problem_is_the_originals_reading(toke
 
 def test_the_response_begins_behind_the_prompt(tokenizer):
     for support in ("response", "all"):
-        rec = Record("x", "A puzzle", "okay then.", [Section("deduction", 0, 10)])
-        chain = tokenize(rec, tokenizer, LABELS, "{problem}\n\n", support, "ignore")
+        rec = make_record("A puzzle", "okay then.", [("deduction", 0, 10)])
+        chain = tokenize(rec, tokenizer, LABELS, TextOptions("{problem}\n\n", support, "ignore"))
         assert tokenizer.decode(chain.ids[chain.start :]) == "okay then."
         assert tokenizer.decode(chain.ids[: chain.start]).endswith("A puzzle\n\n")
 
@@ -601,34 +599,34 @@ def test_the_category_is_the_id_without_its_number(id, category):
 def test_whole_categories_are_held_out(tokenizer):
     rows = make_rows(40, seed=6)
     division = Division(test_categories=["beta", "delta"])
-    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=division)
+    splits, _ = load_chains(rows, tokenizer, LABELS, 512, division=division)
     assert {c.category for c in splits["test"]} == {"beta", "delta"} and len(splits["test"]) == 20
     assert {c.category for c in (*splits["train"], *splits["validation"])} == {"alpha", "gamma"}
     assert len(splits["validation"]) == 2
-    mixed = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[0]  # negative control
+    mixed = load_chains(rows, tokenizer, LABELS, 512)[0]  # negative control
     assert len({c.category for c in mixed["test"]} & {c.category for c in mixed["train"]}) > 1
     with pytest.raises(InputError, match="test_categories omega, which no chain has; expected of alpha, beta"):
-        load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=Division(test_categories=["omega"]))
+        load_chains(rows, tokenizer, LABELS, 512, division=Division(test_categories=["omega"]))
 
 
 def test_categories_by_column(tokenizer):
     rows = [row | {"kind": "even" if i % 2 == 0 else "odd"} for i, row in enumerate(make_rows(20, seed=6))]
     division = Division(test_categories=["odd"])
-    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=division, category_column="kind")
+    splits, _ = load_chains(rows, tokenizer, LABELS, 512, division=division, fields=FormatOptions(category="kind"))
     assert {c.id for c in splits["test"]} == {row["task_id"] for row in rows if row["kind"] == "odd"}
 
 
 def test_validation_may_be_the_test_chains(tokenizer):
     rows = make_rows(30, seed=6)
-    plain = load_chains(rows, FIELDS, tokenizer, LABELS, 512)[0]
-    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=Division(validate_on_test=True))
+    plain = load_chains(rows, tokenizer, LABELS, 512)[0]
+    splits, _ = load_chains(rows, tokenizer, LABELS, 512, division=Division(validate_on_test=True))
     assert splits["validation"] is splits["test"]
     assert [c.id for c in splits["test"]] == [c.id for c in plain["test"]]
     assert len(splits["train"]) == len(plain["train"]) + len(plain["validation"])
 
 
 def test_a_name_may_be_missing_from_some_rows_of_the_data_only(tokenizer):
-    rows, reading = make_rows(20), Reading(label_names={"5. backtracking": "backtracking"})
-    assert load_chains(rows, FIELDS, tokenizer, LABELS, 512, reading, partial=True)[1].used == 20
+    rows, fields = make_rows(20), FormatOptions(label_names={"5. backtracking": "backtracking"})
+    assert load_chains(rows, tokenizer, LABELS, 512, fields=fields, most=10)[1].used == 10
     with pytest.raises(InputError, match="no tag names '5. backtracking'"):  # negative control
-        load_chains(rows, FIELDS, tokenizer, LABELS, 512, reading)
+        load_chains(rows, tokenizer, LABELS, 512, fields=fields)

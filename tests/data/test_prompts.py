@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_rows, make_tokenizer
+from conftest import load_chains, make_record, make_rows, make_tokenizer
 
 from streamprobe.cli import main
 from streamprobe.data import prompts
-from streamprobe.data.annotations import Section
-from streamprobe.data.dataset import Reading, load_chains
-from streamprobe.data.formats import Record
 from streamprobe.data.prompts import format_prompt, open_response, resolve_day
-from streamprobe.data.tokenize import tokenize
+from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.tools import generation
 
@@ -81,7 +78,7 @@ def test_doubled_markers_are_counted_and_shown(tokenizer):
     for row in rows[:5]:
         for name in FIELDS[2:]:
             row[name] = "<think>\n" + row[name]
-    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512, Reading("{problem}\n<think>\n"))
+    splits, counts = load_chains(rows, tokenizer, LABELS, 512, text=TextOptions("{problem}\n<think>\n"))
     assert counts.markers == {"<think>": 5} and counts.as_dict()["markers"] == {"<think>": 5}
     for chain in (chain for split in splits.values() for chain in split):
         text = tokenizer.decode(chain.ids)
@@ -92,7 +89,7 @@ def test_doubled_markers_are_counted_and_shown(tokenizer):
 def test_a_model_that_writes_anew_is_given_the_marker_that_its_prompt_ends_with():
     tokenizer = make_tokenizer(chat_template=TURN + "{{ '<think>\\n' }}")
     plain, opened = (
-        tokenize(Record("x", "why?", text, []), tokenizer, LABELS, "chat", "response", "negative")
+        tokenize(make_record("why?", text), tokenizer, LABELS, TextOptions("chat", "response", "negative"))
         for text in ("wait no.", "<think>\nwait no.")
     )
     assert plain.marker == "" and opened.marker == "<think>"
@@ -114,8 +111,8 @@ CHATML = (
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_bos_token_that_marks_a_role_stays_once(template, bos):
     tokenizer = make_tokenizer(adds="$A", chat_template=template)
-    record = Record("x", "why? <s>", "wait no.", [Section("backtracking", 0, 8)])
-    chain = tokenize(record, tokenizer, LABELS, "chat", "response", "ignore", bos)
+    record = make_record("why? <s>", "wait no.", [("backtracking", 0, 8)])
+    chain = tokenize(record, tokenizer, LABELS, TextOptions("chat", "response", "ignore", bos))
     expected = tokenizer("<s>user\nwhy? <s></s>\n<s>assistant\nwait no.", add_special_tokens=False)["input_ids"]
     assert chain.ids.tolist() == expected
     assert generation.encode("why? <s>", "chat", tokenizer, bos).tolist() == expected[: chain.start]
@@ -125,8 +122,8 @@ def test_a_bos_token_that_marks_no_role_is_taken_away_without_bos():
     """The negative control: it is not left wherever a template writes it, nor where the problem holds another."""
     for problem, n in (("why?", 1), ("why <s>?", 1), ("why?", 2)):
         tokenizer = make_tokenizer(adds="$A", chat_template="{{ bos_token }}" * n + TURN)
-        record = Record("x", problem, "wait no.", [Section("backtracking", 0, 8)])
-        chain = tokenize(record, tokenizer, LABELS, "chat", "response", "ignore", False)
+        record = make_record(problem, "wait no.", [("backtracking", 0, 8)])
+        chain = tokenize(record, tokenizer, LABELS, TextOptions("chat", "response", "ignore", False))
         text = f"[user]{problem}wait no."
         assert chain.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -219,8 +216,8 @@ def test_the_day_is_kept_in_the_config_and_on_resume(dated, capsys, monkeypatch,
 
 def test_watching_a_model_renders_the_day_of_its_run():
     tokenizer = make_tokenizer(chat_template="It is {{ strftime_now('%d %b %Y') }}. " + TURN)
-    record = Record("x", "why?", "wait no.", [Section("backtracking", 0, 8)])
-    chain = tokenize(record, tokenizer, LABELS, "chat", "response", "ignore", day="2024-03-05")
+    record = make_record("why?", "wait no.", [("backtracking", 0, 8)])
+    chain = tokenize(record, tokenizer, LABELS, TextOptions("chat", "response", "ignore", day="2024-03-05"))
     ids = generation.encode("why?", "chat", tokenizer, True, "2024-03-05")
     assert torch.equal(ids, chain.ids[: chain.start]) and "05 Mar 2024" in tokenizer.decode(ids)
     assert not torch.equal(ids, generation.encode("why?", "chat", tokenizer, True))  # negative control

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_rows
+from conftest import load_chains, make_rows
 
-from streamprobe.data.dataset import Reading, load_chains
+from streamprobe.data.formats import FormatOptions
 from streamprobe.data.preflight import refusals
+from streamprobe.data.tokenize import TextOptions
 
 FIELDS = ("task_id", "problem", "reasoning_chain", "annotated_chain")
 LABELS = ["backtracking"]
@@ -21,7 +22,7 @@ def test_records_that_are_not_unicode_are_refused_by_name(tokenizer):
     rows[1]["kind"] = "\ud83d"
     rows[2]["annotated_chain"] = rows[2]["annotated_chain"].replace("deduction", "deduc\ud83dtion", 1)
     rows[3]["problem"] += "\udc00"
-    _, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512, category_column="kind")
+    _, counts = load_chains(rows, tokenizer, LABELS, 512, fields=FormatOptions(category="kind"))
     assert counts.refused == {
         "with an id or a category that is not Unicode": [r"alpha_0\ud83d", "beta_0"],
         "with text that is not Unicode": ["delta_0"],
@@ -51,7 +52,7 @@ def letter_tokenizer() -> Any:
 
 def base_rate(rows: list[dict[str, str]], unlabelled: str) -> tuple[float, Any]:
     """Positives over labelled letters, and the counts."""
-    splits, counts = load_chains(rows, FIELDS, letter_tokenizer(), LABELS, 9999, Reading(unlabelled=unlabelled))
+    splits, counts = load_chains(rows, letter_tokenizer(), LABELS, 9999, text=TextOptions(unlabelled=unlabelled))
     codes = torch.cat([chain.codes[:, 0] for split in splits.values() for chain in split])
     return float((codes > 0).sum() / (codes >= 0).sum()), counts
 
@@ -86,13 +87,13 @@ def test_texts_none_of_whose_sections_is_found_are_refused_either_way(unlabelled
 
 
 def test_rejoined_sections_of_a_text_without_any_are_no_text(tokenizer):
-    reading = Reading(unlabelled="negative", response="rejoined")
-    _, counts = load_chains(plain_rows(), FIELDS, tokenizer, LABELS, 512, reading)
+    options = {"fields": FormatOptions(rejoined=True), "text": TextOptions(unlabelled="negative")}
+    _, counts = load_chains(plain_rows(), tokenizer, LABELS, 512, **options)
     assert {reason: len(ids) for reason, ids in counts.refused.items()} == {"without a section": 12}
 
 
 def test_rows_without_an_id_are_named_by_their_place(tokenizer):
     rows: list[dict[str, Any]] = [dict(row) for row in plain_rows(n_plain=2)]
     del rows[1]["task_id"]
-    _, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
+    _, counts = load_chains(rows, tokenizer, LABELS, 512)
     assert counts.refused == {"without a section": ["alpha_0", "#2"]}

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_rows
+from conftest import fingerprint, load_chains, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamprobe.config.load import load_config
-from streamprobe.data.dataset import Division, fingerprint, load_chains
+from streamprobe.data.dataset import Division
 from streamprobe.data.sources import read_rows
 from streamprobe.data.splits import same_problem, split_chains
 from streamprobe.model.blocks import context
@@ -124,10 +124,10 @@ def test_rows_without_a_problem_are_each_their_own(missing):
 def test_rows_without_a_problem_are_all_used_and_counted(tokenizer, missing):
     rows: list[dict[str, Any]] = [row | {"problem": missing} for row in make_rows(64, seed=5)]
     del rows[3]["problem"]
-    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
+    splits, counts = load_chains(rows, tokenizer, LABELS, 512)
     assert {name: len(chains) for name, chains in splits.items()} == split_counts(64)
     assert counts.used == counts.without_problem == 64 and not counts.refused
-    whole = load_chains(make_rows(64, seed=5), FIELDS, tokenizer, LABELS, 512)
+    whole = load_chains(make_rows(64, seed=5), tokenizer, LABELS, 512)
     assert whole[1].without_problem == 0
     assert [c.id for c in splits["test"]] == [c.id for c in whole[0]["test"]]
 
@@ -141,7 +141,7 @@ def split_counts(n: int) -> dict[str, int]:
 
 def test_the_problem_is_fed_as_it_is_written(tokenizer):
     rows = [row | {"problem": row["problem"] + " \r\n"} for row in make_rows(20, seed=5)]
-    splits, _ = load_chains(rows, FIELDS, tokenizer, LABELS, 512)
+    splits, _ = load_chains(rows, tokenizer, LABELS, 512)
     chain = splits["train"][0]
     problem = next(row["problem"] for row in rows if row["task_id"] == chain.id)
     assert tokenizer.decode(chain.ids[: chain.start], skip_special_tokens=True) == problem + "\n\n"
@@ -153,7 +153,7 @@ def test_twins_of_held_out_categories_are_left_out_and_counted(tokenizer, by):
     twin, other = rows[0], rows[1]  # of `alpha` and `beta`
     other["problem"] = " " + twin["problem"]
     division = Division(test_categories=["alpha"], by=by)
-    splits, counts = load_chains(rows, FIELDS, tokenizer, LABELS, 512, division=division)
+    splits, counts = load_chains(rows, tokenizer, LABELS, 512, division=division)
     assert {chain.category for chain in splits["test"]} == {"alpha"} and len(splits["test"]) == 10
     assert counts.refused == {"with a problem of the test split": [other["task_id"]]}
 
@@ -210,6 +210,6 @@ def test_the_demos_chains_and_split_stay_what_they_are(monkeypatch):
     rows = read_rows(config.data.data, "train", FIELDS)
     assert len({same_problem(row["problem"], i) for i, row in enumerate(rows)}) == len(rows) == 500
     splits, _ = load_chains(
-        rows, FIELDS, load_tokenizer(config.model.model), config.probes.labels, context(read_config(config.model.model))
+        rows, load_tokenizer(config.model.model), config.probes.labels, context(read_config(config.model.model))
     )
     assert fingerprint(splits) == "0c339199b7e74525193b2b153f465d908faacc5b9dd733b8dc4d13170b755ae5"

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows
+from conftest import make_record, make_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from streamprobe.data.annotations import Section
 from streamprobe.data.formats import Record
 from streamprobe.data.prompts import encode
-from streamprobe.data.tokenize import tokenize
+from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 from streamprobe.model.tokenizer import keep_white_space, load_tokenizer
@@ -32,14 +32,14 @@ PIECES = [  # label and text of the sections, between which some text has no lab
 LABELS = ["backtracking", "deduction"]
 
 
-def make_record(problem: str = "why?\n") -> Record:
+def pieces_as_record(problem: str = "why?\n") -> Record:
     """The pieces as one response."""
     response, sections = "", []
     for label, text in PIECES:
         if label:
             sections.append(Section(label, len(response), len(response) + len(text)))
         response += text
-    return Record("x_0", problem, response, sections)
+    return make_record(problem, response, sections, "x_0")
 
 
 def byte_level(post: Any) -> Tokenizer:
@@ -99,8 +99,8 @@ def expected_codes(record: Record, head: int, spans: list[tuple[int, int]]) -> l
 
 def check(tokenizer: Any, pieces: Any, record: Record | None = None) -> None:
     """Every token behind the BOS one is a sample with the label that walking says; `pieces` gives bytes of tokens."""
-    record = record or make_record()
-    chain = tokenize(record, tokenizer, LABELS, "{problem}", "response", "ignore")
+    record = record or pieces_as_record()
+    chain = tokenize(record, tokenizer, LABELS, TextOptions("{problem}", "response", "ignore"))
     spans = walk(pieces(tokenizer.convert_ids_to_tokens(chain.ids[1:].tolist())), record.problem + record.response)
     head = len(record.problem)
     first = 1 + next(i for i, (_, end) in enumerate(spans) if end > head)
@@ -119,7 +119,7 @@ def test_white_space_tokens_are_samples_and_carry_their_sections_label(tmp_path,
     tokenizer = load_tokenizer(folder)
     check(tokenizer, byte_pieces)
     plain = AutoTokenizer.from_pretrained(folder)
-    text = make_record().response
+    text = pieces_as_record().response
     assert tokenizer(text)["input_ids"] == plain(text)["input_ids"]
 
 
@@ -129,7 +129,7 @@ def test_labels_of_white_space_fails_without_its_offsets(tmp_path, kind):
     tokenizer = AutoTokenizer.from_pretrained(save(byte_level(processors.ByteLevel(trim_offsets=True)), kind, tmp_path))
     with pytest.raises(AssertionError):
         check(tokenizer, byte_pieces)
-    chain = tokenize(make_record(), tokenizer, LABELS, "{problem}", "response", "ignore")
+    chain = tokenize(pieces_as_record(), tokenizer, LABELS, TextOptions("{problem}", "response", "ignore"))
     assert (~chain.support[chain.start :]).float().mean() > 0.1
 
 
@@ -147,7 +147,7 @@ POST = {
 @pytest.mark.parametrize("name", POST)
 def test_white_space_has_offsets_and_the_ids_stay(name):
     core = byte_level(POST[name]) if POST[name] else byte_level(processors.ByteLevel(trim_offsets=False))
-    text = make_record().response
+    text = pieces_as_record().response
     before = core.encode(text)
     keep_white_space(core)
     after = core.encode(text)
@@ -165,8 +165,8 @@ def test_tokens_of_unknown_letters_are_text_unless_they_are_special_otherwise(tm
     core.add_special_tokens(["<unk>", "<pad>"])
     folder = save(core, "PreTrainedTokenizerFast", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>", "pad_token": pad}))
-    record = Record("x", "so", "so 🙂 wait <pad> no", [Section("deduction", 0, 2), Section("backtracking", 3, 18)])
-    chain = tokenize(record, load_tokenizer(folder), LABELS, "{problem} ", "response", "ignore")
+    record = make_record("so", "so 🙂 wait <pad> no", [("deduction", 0, 2), ("backtracking", 3, 18)])
+    chain = tokenize(record, load_tokenizer(folder), LABELS, TextOptions("{problem} ", "response", "ignore"))
     assert chain.ids.tolist() == [4, 4, 0, 2, 1, 3]
     text = pad == "<pad>"  # else it stands for no text, and <pad> is a word
     assert chain.support.tolist() == [False, True, text, True, not text, True]
@@ -224,14 +224,14 @@ def test_bytes_of_unknown_letters_carry_the_label_of_their_own_letter(tmp_path, 
     """Sections that end within a run of unknown letters, and of unknown white space."""
     tokenizer = load_tokenizer(save(fallback(model), "PreTrainedTokenizerFast", tmp_path))
     response = "so 🙂漢🙂 wait\n\n\tno"
-    record = Record("x", "why.\n", response, [Section("deduction", 0, 4), Section("backtracking", 4, 12)])
+    record = make_record("why.\n", response, [("deduction", 0, 4), ("backtracking", 4, 12)])
     tokens = tokenizer.convert_ids_to_tokens(
         tokenizer(record.problem + response, add_special_tokens=False)["input_ids"]
     )
     spans = walk(fallback_pieces(tokens), record.problem + response)
     ids, offsets = encode(record.problem + response, "{problem}", tokenizer, False)
     assert offsets[1:] == spans and offsets[0] == (0, 1)
-    chain = tokenize(record, tokenizer, LABELS, "{problem}", "response", "ignore")
+    chain = tokenize(record, tokenizer, LABELS, TextOptions("{problem}", "response", "ignore"))
     head = len(record.problem)
     first = next(i for i, (_, end) in enumerate(spans) if end > head)
     assert chain.codes[chain.start :].tolist() == expected_codes(record, head, spans[first:])

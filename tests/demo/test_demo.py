@@ -12,13 +12,13 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from conftest import inputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from streamprobe.cli import main
-from streamprobe.config.load import load_config
 from streamprobe.data.annotations import parse_annotations
 from streamprobe.demo import task
 from streamprobe.demo.model import (
@@ -34,7 +34,7 @@ from streamprobe.demo.model import (
 from streamprobe.demo.muon import Muon, orthogonalise
 from streamprobe.demo.train import HERE, batches, learning_rate, save, train
 from streamprobe.lags import LagBuffer
-from streamprobe.run.lab import Lab
+from streamprobe.run.inputs import Inputs
 
 ROOT = Path(__file__).parents[2]
 RETURN = re.compile(r"wait , (drop|back|\d+ is wrong) ")
@@ -267,10 +267,10 @@ def test_the_same_with_something_from_the_network_is_noticed(tmp_path, key):
     assert done.returncode == 3 and "a socket was opened" in done.stderr
 
 
-def surface(lab: Lab, split: str) -> dict[str, np.ndarray]:
+def surface(inputs: Inputs, split: str) -> dict[str, np.ndarray]:
     """What the text shows without a model, for every token that counts, and targets and validity [N, K] beside it."""
-    found, buffer = [], LagBuffer(lab.columns, lab.arrays)
-    for chain in lab.splits[split]:
+    found, buffer = [], LagBuffer(inputs.columns, inputs.dataset.labels)
+    for chain in inputs.dataset.splits[split]:
         index = torch.arange(len(chain.ids)) - chain.start
         found.append(buffer.push(torch.stack([chain.ids, index], 1), chain.codes, chain.support, last=True))
     acts, targets, valid, _ = (torch.cat(part).numpy() for part in zip(*found, strict=True))
@@ -286,10 +286,10 @@ def test_returns_are_foreseen_better_than_from_position_or_the_current_token(tmp
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
     rows = csv.DictReader((tmp_path / "run" / "results.csv").open())
     probe = {(row["target"], int(row["lag"])): float(row["auroc"]) for row in rows if not row["control"]}
-    lab = Lab(load_config(argv))
-    train_split, test_split = surface(lab, "train"), surface(lab, "test")
+    inputs = inputs_of(argv)
+    train_split, test_split = surface(inputs, "train"), surface(inputs, "test")
     plain = {}
-    for k, column in enumerate(lab.columns):
+    for k, column in enumerate(inputs.columns):
         seen, new = train_split["valid"][:, k], test_split["valid"][:, k]
         for kind in ("token", "position"):
             fit = LogisticRegression(class_weight="balanced", max_iter=500)

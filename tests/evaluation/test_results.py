@@ -6,24 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from conftest import sites_of
 from scipy.stats import t
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
 
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
-from streamprobe.evaluation.results import (
-    BINS,
-    FIELDS,
-    Judged,
-    Part,
-    by_category,
-    differences,
-    judge,
-    reliability,
-    verdicts,
-)
+from streamprobe.evaluation.results import BINS, ScoredProbes, by_category, differences, judge, reliability
+from streamprobe.evaluation.rows import FIELDS, Judged
 from streamprobe.evaluation.scores import Scored
 from streamprobe.evaluation.significance import lower_bounds
+from streamprobe.evaluation.verdict import verdicts
 from streamprobe.lags import Column
 
 N_CHAINS, LENGTH = 24, 40
@@ -41,7 +34,7 @@ def source(seed: int, n_chains: int = N_CHAINS, length: int = LENGTH) -> tuple[T
 def part(
     name: str, layers: Sequence[int | str], columns: Sequence[Column], targets: Tensor, chain: Tensor, strength: Tensor,
     seed: int,
-) -> Part:  # fmt: skip
+) -> ScoredProbes:  # fmt: skip
     """Scores that see the target with a strength [L, K] each, and noise that a chain's tokens share in part."""
     random = torch.Generator().manual_seed(seed)
     shape = (len(targets), len(layers), len(columns))
@@ -51,14 +44,14 @@ def part(
     scores = noise + strength * y[:, None].float()
     valid = torch.rand(y.shape, generator=random) < 0.9
     nothing = torch.zeros(shape[1:])
-    return Part(
-        name, list(layers), list(columns), Scored(scores, y & valid, valid, chain, chain), nothing, torch.zeros(len(columns)),
+    return ScoredProbes(
+        name, sites_of(layers), list(columns), Scored(scores, y & valid, valid, chain, chain), nothing, torch.zeros(len(columns)),
         nothing, nothing,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def parts() -> list[Part]:
+def parts() -> list[ScoredProbes]:
     """Two layers of which one sees much at lag 0, permuted twins that see nothing, and two controls."""
     targets, chain = source(0)
     real = [Column("back", "token", lag) for lag in LAGS]
@@ -72,7 +65,7 @@ def parts() -> list[Part]:
 
 
 @pytest.fixture(scope="module")
-def judged(parts: list[Part]) -> list[Judged]:
+def judged(parts: list[ScoredProbes]) -> list[Judged]:
     return judge(parts, N_CHAINS, 100, 7)
 
 
@@ -84,7 +77,7 @@ def find(judged: Sequence[Judged], layer: object, lag: int, control: str = "") -
     return row
 
 
-def scored(parts: Sequence[Part], number: int, i: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scored(parts: Sequence[ScoredProbes], number: int, i: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores, targets and chains of one probe's valid tokens."""
     scores, targets, valid, chain, _ = parts[number].scored
     v = valid[:, k]
@@ -96,7 +89,7 @@ def test_a_row_for_every_probe_and_control(judged: list[Judged]) -> None:
     assert [each.row["layer"] for each in judged] == [3, 3, 3, 3, 5, 5, 5, 5, "", "", ""]
 
 
-def test_the_lift_is_over_the_best_control_of_its_lag(parts: list[Part], judged: list[Judged]) -> None:
+def test_the_lift_is_over_the_best_control_of_its_lag(parts: list[ScoredProbes], judged: list[Judged]) -> None:
     area = {
         name: roc_auc_score(*reversed(scored(parts, *where)[:2]))
         for name, where in {
@@ -111,7 +104,9 @@ def test_the_lift_is_over_the_best_control_of_its_lag(parts: list[Part], judged:
     assert all(math.isnan(each.row["lift"]) and not each.row["best_control"] for each in judged if each.row["control"])
 
 
-def lift_by_loop(parts: Sequence[Part], control: tuple[int, int, int], weights: Tensor, other: Tensor) -> np.ndarray:
+def lift_by_loop(
+    parts: Sequence[ScoredProbes], control: tuple[int, int, int], weights: Tensor, other: Tensor
+) -> np.ndarray:
     """The 95% interval of (layer 5, lag 8) over a control, token by token; `other` are the control's own weights."""
     lifts = []
     for rows in zip(weights.numpy(), other.numpy(), strict=True):
@@ -124,7 +119,7 @@ def lift_by_loop(parts: Sequence[Part], control: tuple[int, int, int], weights: 
     return np.quantile(lifts, [0.025, 0.975])
 
 
-def test_the_interval_of_a_lift_is_that_of_a_paired_loop(parts: list[Part], judged: list[Judged]) -> None:
+def test_the_interval_of_a_lift_is_that_of_a_paired_loop(parts: list[ScoredProbes], judged: list[Judged]) -> None:
     row = find(judged, 5, 8)
     control = {"embed": (1, 0, 1), "persistence": (2, 0, 0), "permuted": (0, 1, 3)}[str(row["best_control"])]
     weights = draw_chains(N_CHAINS, 100, 7)
@@ -134,7 +129,7 @@ def test_the_interval_of_a_lift_is_that_of_a_paired_loop(parts: list[Part], judg
     assert np.abs(ours - unpaired).max() > 1e-3
 
 
-def test_differences_are_paired_too(parts: list[Part], judged: list[Judged]) -> None:
+def test_differences_are_paired_too(parts: list[ScoredProbes], judged: list[Judged]) -> None:
     rows = differences(judged)
     assert len(rows) == 2 + 2  # the layers at each lag, the lags of each layer
     [row] = [r for r in rows if r["between"] == "layer" and r["at"] == 8]
@@ -159,7 +154,7 @@ def test_the_verdict_names_the_furthest_lag_that_is_certain(judged: list[Judged]
     )
 
 
-def test_the_verdict_says_no_lag_and_none_without_what_it_takes(parts: list[Part]) -> None:
+def test_the_verdict_says_no_lag_and_none_without_what_it_takes(parts: list[ScoredProbes]) -> None:
     deaf = [each._replace(scored=each.scored._replace(scores=each.scored.scores.flip(0))) for each in parts]
     assert "at no lag" in verdicts(judge(deaf, N_CHAINS, 100, 7))[0]
     assert "no verdict" in verdicts(judge(parts, N_CHAINS, 0, 7))[0]
@@ -218,7 +213,7 @@ def test_false_alarms_are_rare_with_few_chains_too(n_chains: int, n_positive: in
     assert alarms <= 14  # 5 expected; 14 or more with a chance below 0.001
 
 
-def test_nothing_is_claimed_from_a_few_chains(parts: list[Part]) -> None:
+def test_nothing_is_claimed_from_a_few_chains(parts: list[ScoredProbes]) -> None:
     """A probe that is right in all of three chains with a positive: no corrected bound, and the verdict says why."""
     few = [each.at(each.scored.chain < 3) for each in parts]
     judged = judge(few, 3, 100, 7)
@@ -229,7 +224,7 @@ def test_nothing_is_claimed_from_a_few_chains(parts: list[Part]) -> None:
     assert all(math.isnan(row["low"]) for row in differences(one))
 
 
-def test_a_split_without_a_valid_token_is_nan(parts: list[Part]) -> None:
+def test_a_split_without_a_valid_token_is_nan(parts: list[ScoredProbes]) -> None:
     nothing = judge([each.at(each.scored.chain < 0) for each in parts], N_CHAINS, 20, 7)
     assert all(math.isnan(each.row["auroc"]) and each.row["n_tokens"] == 0 for each in nothing)
     assert "no verdict" in verdicts(nothing)[0]
@@ -269,7 +264,7 @@ def test_intervals_cover_the_true_auroc() -> None:
 # --- where it comes from, and what a probability means ---
 
 
-def test_a_category_is_judged_by_its_own_tokens(parts: list[Part]) -> None:
+def test_a_category_is_judged_by_its_own_tokens(parts: list[ScoredProbes]) -> None:
     kinds = ["a" if i % 3 else "b" for i in range(N_CHAINS)]
     rows = by_category(parts, kinds, 50, 7)
     [row] = [r for r in rows if (r["category"], r["layer"], r["lag"], r["control"]) == ("b", 5, 0, "")]
@@ -283,7 +278,7 @@ def test_a_category_is_judged_by_its_own_tokens(parts: list[Part]) -> None:
     assert by_category(parts, [str(i) for i in range(N_CHAINS)], 50, 7) == [], "ids that are no categories"
 
 
-def test_brier_and_reliability_are_those_of_the_probabilities(parts: list[Part], judged: list[Judged]) -> None:
+def test_brier_and_reliability_are_those_of_the_probabilities(parts: list[ScoredProbes], judged: list[Judged]) -> None:
     scores, targets, _ = scored(parts, 0, 1, 0)
     said = 1 / (1 + np.exp(-scores.astype(np.float64)))
     assert find(judged, 5, 0)["brier"] == pytest.approx(brier_score_loss(targets, said))

@@ -107,7 +107,7 @@ def read(model: nn.Module, layers: list[int], max_tokens: int = 1000) -> list[Te
     for i, ids in enumerate(CHAINS):
         codes, support = torch.zeros(len(ids), 1, dtype=torch.int8), torch.ones(len(ids), dtype=torch.bool)
         chains.append(Chain(f"x_{i}", ids, codes, support))
-    batches = list(stream(chains, model, layers, [Column("x", "token", 0)], ["x"], max_tokens))
+    batches = list(stream(chains, model, layers, [Column("x", "token", 0)], labels=["x"], max_batch_tokens=max_tokens))
     acts, chain = torch.cat([b.acts for b in batches]), torch.cat([b.chain for b in batches])
     return [acts[chain == i] for i in range(len(CHAINS))]
 

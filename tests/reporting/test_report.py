@@ -15,19 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import sites_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from streamprobe.data.tokenize import Chain
-from streamprobe.evaluation.results import FIELDS, Part, Row, judge, verdicts
+from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
+from streamprobe.evaluation.rows import FIELDS, Judged, Row
 from streamprobe.evaluation.scores import Scored
+from streamprobe.evaluation.verdict import verdicts
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
 from streamprobe.reporting import files as report
 from streamprobe.reporting.html import page
 from streamprobe.reporting.html.charts import PAGE, heat_map, lag_curves
 from streamprobe.reporting.terminal import describe_files, grids, headline, table
 from streamprobe.reporting.transcripts import LEVELS, UNASKED, collect, encode, pick, pieces, reference
+from streamprobe.system.files import write_atomic
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&$x^$"
 LABEL = f"back {HOSTILE}"
@@ -51,7 +55,7 @@ def chains_of(tokenizer: Any) -> list[Chain]:
 
 def part_of(
     chains: Sequence[Chain], layers: list[int | str], columns: list[Column], strength: float, seed: int
-) -> Part:
+) -> ScoredProbes:
     random = torch.Generator().manual_seed(seed)
     codes = torch.cat([chain.codes[:, 0] for chain in chains])
     y = (codes >= INSIDE)[:, None].expand(-1, len(columns))
@@ -62,7 +66,9 @@ def part_of(
     token = torch.arange(LENGTH).repeat(len(chains))
     nothing = torch.zeros(len(layers), len(columns))
     scored = Scored(scores, y & valid, valid, chain, token)
-    return Part("newton", layers, columns, scored, nothing - 1, torch.zeros(len(columns)), nothing, nothing)
+    return ScoredProbes(
+        "newton", sites_of(layers), columns, scored, nothing - 1, torch.zeros(len(columns)), nothing, nothing
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def chains(tokenizer: Any) -> list[Chain]:
 
 
 @pytest.fixture(scope="module")
-def parts(chains: list[Chain]) -> list[Part]:
+def parts(chains: list[Chain]) -> list[ScoredProbes]:
     twins = [column._replace(control="permuted") for column in REAL]
     return [
         part_of(chains, [3, 12], [*REAL, *twins], 1.5, 1), part_of(chains, ["embed"], REAL, 0.5, 2),
@@ -80,24 +86,53 @@ def parts(chains: list[Chain]) -> list[Part]:
 
 
 @pytest.fixture(scope="module")
-def rows(parts: list[Part]) -> list[Row]:
-    return [each.row for each in judge(parts, len(parts[0].scored.chain.unique()), 20, 0)]
+def judged(parts: list[ScoredProbes]) -> list[Judged]:
+    return judge(parts, N_CHAINS, 20, 0)
 
 
 @pytest.fixture(scope="module")
-def transcripts(parts: list[Part], rows: list[Row], chains: list[Chain], tokenizer: Any) -> dict[str, Any]:
+def rows(judged: list[Judged]) -> list[Row]:
+    return [each.row for each in judged]
+
+
+@pytest.fixture(scope="module")
+def transcripts(parts: list[ScoredProbes], rows: list[Row], chains: list[Chain], tokenizer: Any) -> dict[str, Any]:
     return collect(parts, rows, chains, [LABEL], tokenizer)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, parts: list[Part], rows: list[Row], transcripts: dict[str, Any]) -> Path:
-    """A run's files, without its report."""
-    folder = tmp_path / "run"
-    run = {"config": {"data": HOSTILE}, "versions": {"python": "3"}, "preflight": HOSTILE, "verdicts": [HOSTILE]}
-    report.write_rows(folder / "results.csv", FIELDS, rows)
-    report.write_summary(folder, rows, run)
-    report.write_transcripts(folder, transcripts)
-    return folder
+def results(
+    tmp_path: Path, parts: list[ScoredProbes], judged: list[Judged], chains: list[Chain], tokenizer: Any
+) -> TestResults:
+    """All that is known at the end of a run whose texts are hostile."""
+    facts = {
+        "config": {"data": HOSTILE},
+        "versions": {"python": "3"},
+        "data_fingerprint": "d",
+        "model_fingerprint": "m",
+    }
+    return TestResults(
+        folder=tmp_path / "run",
+        probes=parts,
+        judged=judged,
+        banks={},
+        chains=chains,
+        labels=[LABEL],
+        tokenizer=tokenizer,
+        facts=facts,
+        described={"preflight": HOSTILE, "verdicts": [HOSTILE]},
+        cost=lambda: {"passes": 1},
+        resamples=20,
+        seed=0,
+    )
+
+
+@pytest.fixture
+def folder(results: TestResults) -> Path:
+    """A run's files, without its report and its probes."""
+    for name in ("results.csv", "summary.json", "transcripts.json"):
+        write_atomic(results.folder / name, report.FILES[name].make(results) or b"")
+    return results.folder
 
 
 # --- the page ---
@@ -330,7 +365,7 @@ def test_a_letter_tells_a_probability() -> None:
 
 
 def test_transcripts_hold_what_every_probe_says(
-    transcripts: dict[str, Any], parts: list[Part], rows: list[Row], chains: list[Chain]
+    transcripts: dict[str, Any], parts: list[ScoredProbes], rows: list[Row], chains: list[Chain]
 ) -> None:
     assert [(p["layer"], p["lag"]) for p in transcripts["probes"]] == [(3, 0), (12, 0), (3, 8), (12, 8)]
     assert transcripts["probes"][0]["threshold"] == round(1 / (1 + math.e), 4)
@@ -353,7 +388,7 @@ def test_transcripts_hold_what_every_probe_says(
 
 
 def test_excerpts_get_shorter_rather_than_the_file_large(
-    parts: list[Part], rows: list[Row], chains: list[Chain], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    parts: list[ScoredProbes], rows: list[Row], chains: list[Chain], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streamprobe.reporting.transcripts.ROOM", 4 * 10 * 45)  # probes, chains, tokens
     few = collect(parts, rows, chains, [LABEL], tokenizer)["chains"]
@@ -375,7 +410,7 @@ def test_without_a_class_nothing_is_picked(rows: list[Row], chains: list[Chain],
 # --- the table ---
 
 
-def test_the_table_is_compact_and_ends_in_its_verdict(parts: list[Part], rows: list[Row]) -> None:
+def test_the_table_is_compact_and_ends_in_its_verdict(parts: list[ScoredProbes], rows: list[Row]) -> None:
     told = verdicts(judge(parts, len(parts[0].scored.chain.unique()), 20, 0))
     lines = table(rows, told).splitlines()
     assert max(len(line) for line in lines if HOSTILE not in line) <= 120

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import sites_of
 from PIL import Image
 from sklearn.metrics import precision_recall_curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,20 +29,22 @@ LABEL = "back+track (a|b)"  # what a regular expression would take for more than
 
 class Grid(NamedTuple):
     name: str
-    layers: list[Any]
+    sites: list[Any]
     columns: list[Column]
 
 
 REAL = [Column(LABEL, "token", lag) for lag in (-4, 4, 40)]
 GRIDS = [
-    Grid("newton", [3, 12], [*REAL, *(c._replace(control="permuted") for c in REAL), REAL[0]._replace(seed=1)]),
-    Grid("newton", ["embed", "text"], REAL),
-    Grid("newton", ["persistence"], REAL[1:]),
+    Grid(
+        "newton", sites_of([3, 12]), [*REAL, *(c._replace(control="permuted") for c in REAL), REAL[0]._replace(seed=1)]
+    ),
+    Grid("newton", sites_of(["embed", "text"]), REAL),
+    Grid("newton", sites_of(["persistence"]), REAL[1:]),
 ]
 
 
 def values_of(grid: Grid, seed: int) -> Tensor:
-    shape = (len(grid.layers), len(grid.columns))
+    shape = (len(grid.sites), len(grid.columns))
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -73,9 +76,9 @@ AREAS = torch.tensor([[0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9], [0.7, 0.6, math.nan, 
 def test_every_value_is_a_point_of_its_own_curve(events: EventAccumulator) -> None:
     for number, grid in enumerate(GRIDS):
         values = values_of(grid, 200 + number)
-        for i, layer in enumerate(grid.layers):
+        for i, site in enumerate(grid.sites):
             for k, column in enumerate(grid.columns):
-                tag = f"val_auroc/newton/{LABEL}/token/{place(layer, column)}/lag{column.lag:+03d}"
+                tag = f"val_auroc/newton/{LABEL}/token/{place(site, column)}/lag{column.lag:+03d}"
                 last = events.Scalars(tag)[-1]
                 assert (last.step, last.value) == (200, pytest.approx(float(values[i, k])))
 
@@ -127,7 +130,7 @@ def test_the_lift_on_the_board_is_over_the_best_control() -> None:
 
 
 def test_without_controls_there_is_no_lift_and_no_map_of_it() -> None:
-    board = Board(f"newton/{LABEL}/token", [Grid("newton", [3], REAL)])
+    board = Board(f"newton/{LABEL}/token", [Grid("newton", sites_of([3]), REAL)])
     assert np.isnan(board.lift()).all() and set(board.images()) == {"val_auroc", "val_average_precision"}
 
 

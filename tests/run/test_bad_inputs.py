@@ -32,7 +32,7 @@ from streamprobe.lags import Column
 from streamprobe.model.loading import check_device
 from streamprobe.probes.storage import load_probes
 from streamprobe.reporting import files as report
-from streamprobe.run import pipeline as experiment
+from streamprobe.run import pipeline
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system import csv_files as csvfiles
 from streamprobe.system import network
@@ -137,7 +137,7 @@ def test_a_config_is_utf_8_whatever_the_locale_says():
 @pytest.mark.parametrize("argv", [["--max_passes", "3"], ["--dry_run"], [], ["--seed=1"]])
 def test_without_a_config_model_or_data_the_demo_is_meant(monkeypatch, argv):
     ran = []
-    monkeypatch.setattr(experiment, "run", ran.append)
+    monkeypatch.setattr(pipeline, "run", ran.append)
     monkeypatch.chdir(ROOT)
     assert main(argv) == 0 and ran[0].name == "demo" and ran[0].model.model == "streamprobe/demo/model"
 
@@ -392,7 +392,7 @@ def test_labels_like_formulas_go_through_results_and_back(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     rows = csvfiles.read_csv(folder / "results.csv", report.FIELDS)
     evil = [row | {"label": "=cmd|' /C calc'!A0"} for row in rows]
-    report.write_rows(folder / "results.csv", report.FIELDS, evil)
+    (folder / "results.csv").write_bytes(report.pack_rows(evil, report.FIELDS))
     raw = list(csv.DictReader(io.StringIO((folder / "results.csv").read_text())))
     assert raw[0]["label"].startswith("'=") and float(raw[0]["auroc"]) == 0.6
     assert csvfiles.read_csv(folder / "results.csv", report.FIELDS)[0]["label"] == evil[0]["label"]

@@ -18,10 +18,11 @@ from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.probes.storage import load_probes, raw_bytes
-from streamprobe.reporting.files import write_probes
+from streamprobe.probes.sites import layer_sites
+from streamprobe.probes.storage import load_probes, pack_probes, raw_bytes
 from streamprobe.run import checkpoint
 from streamprobe.run.checkpoint import STATE, Checkpoint, load_run, save_run
+from streamprobe.run.memory_plan import Kept
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.system import files
 from streamprobe.system.files import write_atomic
@@ -35,13 +36,13 @@ NOT_CONVERGED = torch.zeros(SHAPE, dtype=torch.bool)
 def bank_of(number: float) -> ProbeBank:
     """A bank whose every probe is `number`, so that a snapshot tells which pass it is from."""
     number = float(number)  # a bank is float32
-    return ProbeBank([2, 5, 11], list(COLUMNS), torch.full((*SHAPE, 6), number), torch.full(SHAPE, number))
+    return ProbeBank(layer_sites([2, 5, 11]), list(COLUMNS), torch.full((*SHAPE, 6), number), torch.full(SHAPE, number))
 
 
 def random_bank(seed: int) -> ProbeBank:
     random = torch.Generator().manual_seed(seed)
     weight, bias = torch.randn(*SHAPE, 6, generator=random), torch.randn(SHAPE, generator=random)
-    return ProbeBank([2, 5, 11], list(COLUMNS), weight, bias)
+    return ProbeBank(layer_sites([2, 5, 11]), list(COLUMNS), weight, bias)
 
 
 def scores_of(value: float) -> Tensor:
@@ -166,7 +167,7 @@ def test_best_probes_go_on_from_a_file(tmp_path: Path) -> None:
         straight.update(score, number, random_bank(number), NOT_CONVERGED)
         if number == 4:
             save_run(tmp_path, state({"best": straight.state()}))
-    resumed.load(load_run(tmp_path).parts["best"])
+    resumed.load(load_run(tmp_path).states["best"])
     for number, score in enumerate(scores[4:], 5):
         resumed.update(score, number, random_bank(number), NOT_CONVERGED)
     ours, theirs = resumed.state(), straight.state()
@@ -205,7 +206,7 @@ FACTS: dict[str, Any] = {"config": {"l2": 0.01, "name": "é"}, "versions": {"tor
 
 
 def state(parts: dict[str, dict[str, Tensor]], **changes: Any) -> Checkpoint:
-    return Checkpoint(parts, FACTS, 3, 12345678901, [5, True, False, False])._replace(**changes)
+    return Checkpoint(parts, FACTS, 3, 12345678901, Kept(5, True, False, False))._replace(**changes)
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -228,9 +229,9 @@ def test_the_last_save_is_the_one_that_comes_back(tmp_path: Path) -> None:
     first = load_run(tmp_path)
     save_run(tmp_path, state({"solver": {"weight": torch.ones(2)}}, passes=4))
     last = load_run(tmp_path)
-    assert last.passes == 4 and last.parts.keys() == {"solver"}
-    assert torch.equal(last.parts["solver"]["weight"], torch.ones(2))
-    assert bits(first.parts["solver"]["weight"]) == bits(PARTS["solver"]["weight"])  # and the first one is still whole
+    assert last.passes == 4 and last.states.keys() == {"solver"}
+    assert torch.equal(last.states["solver"]["weight"], torch.ones(2))
+    assert bits(first.states["solver"]["weight"]) == bits(PARTS["solver"]["weight"])  # and the first one is still whole
     assert [file.name for file in (tmp_path / STATE).parent.iterdir()] == [Path(STATE).name]
 
 
@@ -274,7 +275,7 @@ def test_a_solver_goes_on_from_a_file_bit_for_bit(tmp_path: Path) -> None:
         if i == 2:
             save_run(tmp_path, state({"solver": straight.state()}))
         straight.step(*chunk)
-    resumed.load(load_run(tmp_path).parts["solver"])
+    resumed.load(load_run(tmp_path).states["solver"])
     for chunk in chunks[2:]:
         resumed.step(*chunk)
     assert all(torch.equal(resumed.state()[name], tensor) for name, tensor in straight.state().items())
@@ -347,7 +348,7 @@ FOREIGN: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "tokens as text": lambda about, _: about.update(tokens="9"),
     "without a plan": lambda about, _: about.pop("plan"),
     "plan of another kind": lambda about, _: about.update(plan=7),
-    "a later format": lambda about, _: about.update(format=2),
+    "a later format": lambda about, _: about.update(format=99),
     "without a format": lambda about, _: about.pop("format"),
     "a tensor of no part": lambda _, tensors: tensors.update(stray=torch.ones(1)),
 }
@@ -487,7 +488,7 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, ProbeBank]]:
     thresholds = {"newton": torch.zeros(SHAPE), "adam": torch.ones(SHAPE)}
     for name, bank in banks.items():
         bank.threshold = thresholds[name]
-    write_probes(tmp_path, banks, {"config": {"seed": 0}})
+    (tmp_path / "probes.safetensors").write_bytes(pack_probes(banks, {"config": {"seed": 0}}))
     return tmp_path, banks
 
 

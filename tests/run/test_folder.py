@@ -24,8 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from streamprobe.cli import main
 from streamprobe.errors import InputError
 from streamprobe.reporting.tensorboard import writer as tracking
-from streamprobe.run import folder
-from streamprobe.run import pipeline as experiment
+from streamprobe.run import folder, pipeline
 from streamprobe.run.checkpoint import STATE, load_run
 from streamprobe.run.folder import LOCK, NAMES, claim_folder
 from streamprobe.system import files
@@ -58,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line with which a run is refused, before anything is read or left behind."""
     before = listed()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "Lab", None)
+        patch.setattr(pipeline, "read_texts", None)
         assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("streamprobe: ") and error.count("\n") == 1
@@ -306,8 +305,8 @@ def test_too_little_room_is_reported_before_training(
     assert main([config, "--output_dir", "out"]) == 0
     state, real = load_run(Path("out")), shutil.disk_usage(".")
     assert state
-    size = sum(tensor.nbytes for part in state.parts.values() for tensor in part.values())
-    monkeypatch.setattr(experiment, "train", None)
+    size = sum(tensor.nbytes for part in state.states.values() for tensor in part.values())
+    monkeypatch.setattr(pipeline, "train", None)
     for free in (0, size, 2 * size):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: real._replace(free=free))
         assert main([config, "--output_dir", "new"]) == 2

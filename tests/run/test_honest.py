@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from streamprobe.cli import main
 from streamprobe.data.annotations import parse_annotations
-from streamprobe.run import lab as lab_module
+from streamprobe.data.dataset import Dataset
+from streamprobe.run import reader
 
 LAGS = ["0", "4", "8", "12"]
 
@@ -75,7 +76,7 @@ def test_nothing_is_claimed_of_a_model_that_knows_nothing(tmp_path: Path, model_
 def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, ...], Tensor]]:
     """Chains by their first tokens: block 2 of the model adds a direction where the token 8 further begins a section."""
     onsets: dict[tuple[int, ...], Tensor] = {}
-    load = lab_module.backbone.load_backbone
+    load = reader.load_backbone
 
     def load_planted(*args: Any, **where: Any) -> nn.Module:
         model = load(*args, **where)
@@ -97,15 +98,15 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, ...], T
         model.layers[2].register_forward_hook(plant)  # type: ignore[union-attr, index]
         return model
 
-    monkeypatch.setattr(lab_module.backbone, "load_backbone", load_planted)
-    take = lab_module.preflight.take_census
+    monkeypatch.setattr(reader, "load_backbone", load_planted)
+    take = Dataset.take_census
 
-    def take_note(splits: Any, *rest: Any) -> Any:
-        for chain in (c for split in splits.values() for c in split):
+    def take_note(dataset: Dataset, columns: Any) -> Any:
+        for chain in dataset.chains():
             onsets[tuple(chain.ids[:25].tolist())] = (chain.codes[:, 0] == 2).float()
-        return take(splits, *rest)
+        return take(dataset, columns)
 
-    monkeypatch.setattr(lab_module.preflight, "take_census", take_note)
+    monkeypatch.setattr(Dataset, "take_census", take_note)
     yield onsets
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_rows
+from conftest import inputs_of, make_rows
 
 from streamprobe.cli import main
-from streamprobe.run import lab
+from streamprobe.run import reader
 from streamprobe.tools import steer as steering
 
 BAD = "\u00a7"  # a letter that no other text holds; its tokens overflow
@@ -47,12 +47,10 @@ def data_with(tmp_path: Path, at: int, response: str | None) -> Path:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, model_dir: str) -> dict[str, int]:
     """A row of each split."""
-    from streamprobe.config.load import load_config
-
     data = data_with(tmp_path_factory.mktemp("plain"), 0, " ")
-    made = lab.Lab(load_config(["--model", model_dir, "--data", str(data), *KEYS]))
+    splits = inputs_of(["--model", model_dir, "--data", str(data), *KEYS]).dataset.splits
     ids = [row["task_id"] for row in make_rows(60, seed=7)]
-    return {name: ids.index(made.splits[name][1].id) for name in SPLITS}
+    return {name: ids.index(splits[name][1].id) for name in SPLITS}
 
 
 def launch(model: str, data: Path, folder: Path, *more: str) -> int:
@@ -95,7 +93,7 @@ def test_the_first_bad_activation_is_named_and_the_chain_can_be_left_out(
 
 def test_a_bad_activation_passes_without_the_check(overflowing, places, tmp_path, monkeypatch, capsys) -> None:
     """Negative control: nothing else names the chain."""
-    monkeypatch.setattr(lab, "check_finite", lambda batches, chains, layers: batches)
+    monkeypatch.setattr(reader, "check_finite", lambda batches, chains, layers: batches)
     launch(overflowing, data_with(tmp_path, places["train"], f"one two {BAD} "), tmp_path / "run")
     assert "chain '" not in capsys.readouterr().err
 
@@ -119,7 +117,7 @@ def test_steering_leaves_out_what_the_run_left_out(overflowing, places, tmp_path
     capsys.readouterr()
     assert steering.main(asked) == 0
     assert "nan" not in capsys.readouterr().out
-    monkeypatch.setattr(steering, "find_bad_chains", lambda *_: [])
+    monkeypatch.setattr(steering, "find_bad_chains", lambda *_, **__: [])
     assert steering.main(asked) == 2  # negative control
     assert "activations that are infinite" in capsys.readouterr().err
 

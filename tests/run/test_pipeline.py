@@ -19,26 +19,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import inputs_of, setup_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaModel
 
 from streamprobe import trainer
+from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import stream
 from streamprobe.cli import main
-from streamprobe.config.load import load_config
 from streamprobe.data.dataset import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.metrics import measure
-from streamprobe.evaluation.results import FIELDS
+from streamprobe.evaluation.rows import FIELDS
+from streamprobe.evaluation.scores import evaluate
 from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.probes.early_stopping import BestProbes
+from streamprobe.probes.sites import layer_sites
 from streamprobe.probes.storage import load_probes
 from streamprobe.reporting.tensorboard.writer import Tracker
-from streamprobe.run.lab import Lab
-from streamprobe.run.pipeline import check_resume
+from streamprobe.run.resume import check_same_run
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import PAIRS, NewtonSolver
+from streamprobe.trainer import Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,7 +142,7 @@ def test_a_dry_run_beside_a_run_leaves_it_alone(config):
     assert main([config, "--dry_run"]) == 0
     assert main([config, "--dry_run", "--resume"]) == 2, "which would be checked against the run"
     assert files() == before
-    check_resume({"dry_run": False, "seed": 0}, {"seed": 0})  # a checkpoint from before there was such a key
+    check_same_run({"dry_run": False, "seed": 0}, {"seed": 0})  # a checkpoint from before there was such a key
 
 
 def test_a_dry_run_runs_the_model_for_a_trial_text_and_two_batches_only(config, monkeypatch, capsys):
@@ -156,12 +159,12 @@ def test_a_dry_run_runs_the_model_for_a_trial_text_and_two_batches_only(config, 
 
 def test_saved_probes_give_the_saved_results(config, model_dir):
     assert main([config, "--controls", "none"]) == 0
-    share = trainer.Share("layers", lambda batch: batch.acts, torch.arange(14))
-    banks = [(load_probes("runs/tiny", solver), share) for solver in ("adam", "newton")]
-    lab = Lab(load_config([config, "--controls", "none"]))
-    lab.load_model()
-    scored = trainer.evaluate(banks, lab.read("test"))
-    aurocs = [area for each in scored for area in measure(*each[:3])["auroc"].flatten().tolist()]
+    setup = setup_of([config, "--controls", "none"])
+    [feed] = setup.feeds
+    banks = [(load_probes("runs/tiny", solver), feed) for solver in ("adam", "newton")]
+    scored = evaluate(banks, setup.reader.read("test"))
+    measured = [measure(each.scores, each.targets, each.valid) for each in scored]
+    aurocs = [area for metrics in measured for area in metrics["auroc"].flatten().tolist()]
     rows = csv.DictReader(Path("runs/tiny/results.csv").open())
     assert [float(r["auroc"]) for r in rows] == pytest.approx(aurocs, rel=1e-5)
 
@@ -177,8 +180,8 @@ def test_the_config_that_a_run_wrote_runs_it_again(config):
 def test_a_rare_label_runs_whatever_its_permuted_twin_loses(config, chains_file, capsys):
     """One section in all training chains: some shifts leave no positive at the longest lag, and those are left out."""
     rows = json.loads(chains_file.read_text())
-    lab = Lab(load_config([config, "--controls", "none"]))
-    once = {split[0].id for split in lab.splits.values()}
+    splits = inputs_of([config, "--controls", "none"]).dataset.splits
+    once = {split[0].id for split in splits.values()}
     for row in rows:
         tag = '["backtracking"]'
         kept = 1 if row["task_id"] in once else 0
@@ -209,8 +212,8 @@ def test_the_data_keep_their_fingerprint(config):
     """Seeds and controls are no part of the data."""
     prints = set()
     for argv in (["--seed", "1"], ["--seed", "2", "--seeds", "2"], ["--controls", "none"]):
-        prints.add(Lab(load_config([config, *argv])).fingerprint)
-    assert len(prints) == 1 and Lab(load_config([config, "--test_share", "0.3"])).fingerprint not in prints
+        prints.add(inputs_of([config, *argv]).fingerprint)
+    assert len(prints) == 1 and inputs_of([config, "--test_share", "0.3"]).fingerprint not in prints
 
 
 def test_seeds_spread_what_is_random_and_nothing_else(config):
@@ -268,7 +271,7 @@ def hook(event, args):
     if event in ("os.rename", "os.mkdir", "os.link", "os.symlink"):
         touched.setdefault(os.path.abspath(os.fspath(args[1] if event != "os.mkdir" else args[0])), 0)
 from streamprobe import cli
-from streamprobe.run import pipeline as experiment
+from streamprobe.run import pipeline
 sys.addaudithook(hook)
 status = cli.main(sys.argv[1:])
 open_paths = sorted(touched)
@@ -425,21 +428,27 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tm
     layers, columns, labels = [0, 1], [Column("event", "token", lag) for lag in (-8, 0, 8, 16)], ["event"]
     splits = [planted_chains(n, seed, permuted) for seed, n in enumerate((150, 30, 150))]
     read = partial(stream, backbone=model, layers=layers, columns=columns, labels=labels, max_batch_tokens=3000)
-    n, valid, positive = count_tokens(splits[0], columns, labels)
-    memory = ActivationMemory(n, True, Sizes(2, 32, 4, 0, torch.float32), torch.device("cpu"))
-    weight = (valid - positive) / positive
-    adam = AdamSolver(layers, columns, 32, weight, learning_rate=1e-2, batch_size=256)
-    newton = NewtonSolver(layers, columns, 32, weight)
-    share = trainer.Share("layers", lambda batch: batch.acts, torch.arange(4))
-    fits = [
-        trainer.Fit(adam, BestProbes(adam.bank(), 3), share), trainer.Fit(newton, BestProbes(newton.bank(), None), share)
-    ]  # fmt: skip
+    census = count_tokens(splits[0], columns, labels)
+    memory = ActivationMemory(census.tokens, True, Sizes(2, 32, 4, 0, torch.float32), torch.device("cpu"))
+    weight = (census.valid - census.positive) / census.positive
+    sites = layer_sites(layers)
+    adam = AdamSolver(sites, columns, 32, weight, learning_rate=1e-2, batch_size=256)
+    newton = NewtonSolver(sites, columns, 32, weight)
+    feed = Feed("layers", sites, 32, lambda batch: batch.acts, torch.arange(4))
+    jobs = [Job(adam, BestProbes(adam.bank(), 3), feed), Job(newton, BestProbes(newton.bank(), None), feed)]
     trainer.train(
-        fits, memory, lambda number: read(splits[0], seed=number), lambda: read(splits[1]),
-        Tracker(tmp_path, [adam, newton]), lambda number, tokens: None, max_passes=5, batch_size=256, seed=0,
-    )  # fmt: skip
-    for scored in trainer.evaluate([(fit.best.bank, share) for fit in fits], read(splits[2])):
-        auroc = measure(*scored[:3])["auroc"]  # [L, K]
+        jobs,
+        memory,
+        lambda number: read(splits[0], seed=number),
+        lambda: read(splits[1]),
+        tracker=Tracker(tmp_path, [adam, newton]),
+        save=lambda done: None,
+        max_passes=5,
+        batch_size=256,
+        seed=0,
+    )
+    for scored in evaluate([(job.best.bank, feed) for job in jobs], read(splits[2])):
+        auroc = measure(scored.scores, scored.targets, scored.valid)["auroc"]  # [L, K]
         if permuted:
             assert (auroc - 0.5).abs().max() < 0.05
         else:

@@ -14,7 +14,7 @@ import yaml
 from forked import forked
 
 from streamprobe.cli import main
-from streamprobe.run import pipeline as experiment
+from streamprobe.run import pipeline
 from streamprobe.run.checkpoint import STATE, load_run, save_run
 from streamprobe.run.folder import claim_folder
 
@@ -59,7 +59,7 @@ def results(folder: str) -> dict[str, Any]:
     state = load_run(Path(folder))
     assert state
     state.facts["config"] |= {"resume": None}
-    tensors = [(part, name, t.numpy().tobytes()) for part, own in state.parts.items() for name, t in own.items()]
+    tensors = [(part, name, t.numpy().tobytes()) for part, own in state.states.items() for name, t in own.items()]
     page = ON_PAGE.sub(b"", found["report.html"])
     return found | {"summary.json": summary, STATE: (state[1:], tensors), "report.html": page}
 
@@ -145,7 +145,7 @@ def test_a_finished_run_is_replaced_without_the_check(
     """Negative control: nothing else stands between it and another run."""
     before = untouched(run)
     (run / STATE).unlink()
-    monkeypatch.setattr(experiment, "find_checkpoint", lambda config, folder: None)
+    monkeypatch.setattr(pipeline, "find_checkpoint", lambda config, folder: (None, config))
     assert main(["tiny.yaml", "--resume", "--layers", "1"]) == 0
     assert (run / "results.csv").read_bytes() != before["results.csv"]
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_other_probes_is_never_trained_on(
     """Sealed as it should be, but not what this run would have written."""
     state = load_run(run)
     assert state
-    part = state.parts["newton-layers"]
+    part = state.states["newton-layers"]
     if change == "shape":
         part["best"] = part["best"][:1]  # which torch would broadcast
     elif change == "dtype":
@@ -203,10 +203,10 @@ def test_a_checkpoint_of_other_probes_is_never_trained_on(
     elif change == "name":
         part["better"] = part.pop("best")
     else:
-        del state.parts["newton-layers"]
+        del state.states["newton-layers"]
     save_run(run, state)
     before = untouched(run)
-    monkeypatch.setattr(experiment, "train", None)
+    monkeypatch.setattr(pipeline, "train", None)
     assert "a checkpoint with" in refused(capsys, "--max_passes", "3")
     assert untouched(run) == before
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_other_probes_is_never_trained_on(
 def test_a_folder_in_the_way_is_reported_before_the_data_are_read(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "Lab", None)
+    monkeypatch.setattr(pipeline, "read_texts", None)
     for name in WRITTEN:
         path = run / name
         content = path.read_bytes()

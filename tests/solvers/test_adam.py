@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from streamprobe.errors import InputError
 from streamprobe.lags import make_columns
+from streamprobe.probes.sites import layer_sites
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.solvers.running_sums import Moments
 
-LAYERS = [8, 10, 12, 14, 16]
+SITES = layer_sites([8, 10, 12, 14, 16])
 COLUMNS = make_columns(["backtracking"], ["token"], [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48])
 HIDDEN = 12
 BATCH = 32
@@ -40,12 +41,12 @@ def one_thread() -> Iterator[None]:
 def make_chunks(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> list[Chunk]:
     """Features of unlike offset and scale, rare positives, and columns from never valid (0) to always valid (13)."""
     random = torch.Generator().manual_seed(seed)
-    offset = 3 * torch.randn(len(LAYERS), HIDDEN, generator=random)
-    scale = 0.1 + 2 * torch.rand(len(LAYERS), HIDDEN, generator=random)
+    offset = 3 * torch.randn(len(SITES), HIDDEN, generator=random)
+    scale = 0.1 + 2 * torch.rand(len(SITES), HIDDEN, generator=random)
     share = torch.linspace(0, 1, len(COLUMNS))
     chunks = []
     for n in sizes:
-        noise = torch.randn(n, len(LAYERS), HIDDEN, generator=random)
+        noise = torch.randn(n, len(SITES), HIDDEN, generator=random)
         valid = torch.rand(n, len(COLUMNS), generator=random) < share
         targets = noise[:, 0, :1] + torch.randn(n, len(COLUMNS), generator=random) > 1.5
         chunks.append((offset + scale * noise, targets & valid, valid))
@@ -53,7 +54,7 @@ def make_chunks(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> list[Chunk]:
 
 
 def make_solver(standardize: bool, seed: int = 0) -> AdamSolver:
-    return AdamSolver(LAYERS, COLUMNS, HIDDEN, POSITIVE_WEIGHT, 1e-3, 0.01, BATCH, standardize, seed=seed)
+    return AdamSolver(SITES, COLUMNS, HIDDEN, POSITIVE_WEIGHT, 1e-3, 0.01, BATCH, standardize, seed=seed)
 
 
 def trained(solver: AdamSolver, chunks: Sequence[Chunk]) -> AdamSolver:
@@ -164,7 +165,7 @@ def test_the_bank_scores_raw_activations_as_the_solver_scores_its_features(stand
     bank = solver.bank()
     features = (acts.double() - solver.mean) / solver.scale
     expected = torch.einsum("nld,lkd->nlk", features, solver.weight.double()) + solver.bias
-    assert (bank.layers, bank.columns) == (LAYERS, COLUMNS)
+    assert (bank.sites, bank.columns) == (SITES, COLUMNS)
     assert (bank.scores(acts) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -250,7 +251,7 @@ def test_load_refuses_a_tensor_of_another_kind_and_changes_nothing(kind: str, ch
     solver: Any = make_solver(True)
     name = "weight"
     if kind == "newton":
-        solver, name = NewtonSolver(LAYERS, COLUMNS, HIDDEN, POSITIVE_WEIGHT), "gradient_norm"
+        solver, name = NewtonSolver(SITES, COLUMNS, HIDDEN, POSITIVE_WEIGHT), "gradient_norm"
     before, state = solver.state(), solver.state()
     state = {key: torch.ones_like(tensor) for key, tensor in state.items()} | {name: change(state[name])}
     with pytest.raises(InputError, match=f"as {name}; expected"):

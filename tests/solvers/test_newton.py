@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import setup_of
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from streamprobe.config.load import load_config
 from streamprobe.errors import InputError
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.run.lab import Lab
+from streamprobe.probes.sites import layer_sites
+from streamprobe.run.pipeline import Setup
 from streamprobe.solvers.newton import NewtonSolver, curvature_bytes
 from streamprobe.solvers.running_sums import Grams, first_scaling, with_one
 
@@ -31,20 +32,18 @@ class Tokens(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def lab() -> Lab:
+def setup() -> Setup:
     """The embedded model, 100 of its chains, two layers and columns of both targets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         grid = ["--layers", "1", "3", "--lags", "-4", "0", "8", "--max_chains", "100", "--controls", "none"]
-        lab = Lab(load_config(["configs/demo.yaml", *grid]))
-        lab.load_model()
-    return lab
+        return setup_of(["configs/demo.yaml", *grid])
 
 
 @pytest.fixture(scope="module")
-def tokens(lab: Lab) -> Tokens:
+def tokens(setup: Setup) -> Tokens:
     """All training tokens, in a random order."""
-    parts = [(b.acts, b.targets, b.valid) for b in lab.read("train")]
+    parts = [(b.acts, b.targets, b.valid) for b in setup.reader.read("train")]
     acts, targets, valid = (torch.cat(column) for column in zip(*parts, strict=True))
     order = torch.randperm(len(acts), generator=torch.Generator().manual_seed(0))
     return Tokens(acts[order], targets[order], valid[order])
@@ -56,9 +55,15 @@ def weights(tokens: Tokens) -> Tensor:
     return (n - hits) / hits
 
 
-def make(lab: Lab, tokens: Tokens, **options: Any) -> NewtonSolver:
+def make(setup: Setup, tokens: Tokens, **options: Any) -> NewtonSolver:
     options = {"l2": L2, "tolerance": TOLERANCE} | options
-    return NewtonSolver(lab.config.probes.layers, lab.columns, lab.hidden_size, weights(tokens), **options)
+    return NewtonSolver(
+        layer_sites(setup.config.probes.layers),
+        setup.inputs.columns,
+        setup.backbone.hidden_size,
+        weights(tokens),
+        **options,
+    )
 
 
 def chunks(tokens: Tokens, size: int = 2000, seed: int | None = None) -> Iterator[Tokens]:
@@ -79,8 +84,8 @@ def trained(solver: NewtonSolver, tokens: Tokens, passes: int = 60, size: int = 
 
 
 @pytest.fixture(scope="module")
-def solved(lab: Lab, tokens: Tokens) -> NewtonSolver:
-    return trained(make(lab, tokens), tokens, 200)
+def solved(setup: Setup, tokens: Tokens) -> NewtonSolver:
+    return trained(make(setup, tokens), tokens, 200)
 
 
 def standardised(tokens: Tokens, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,18 +151,18 @@ def first_step(tokens: Tokens, i: int, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [500, 10_000])
-def test_one_pass_is_the_newton_step_from_zero(lab, tokens, size) -> None:
+def test_one_pass_is_the_newton_step_from_zero(setup, tokens, size) -> None:
     """Whatever the chunks, and exact for each column's own valid tokens."""
     assert not tokens.valid[:, [0, 2, 3, 5]].all(0).any()
-    solver = trained(make(lab, tokens), tokens, 1, size)
+    solver = trained(make(setup, tokens), tokens, 1, size)
     bank = solver.bank()
     for i, k in grid():
         _, mean, std = standardised(tokens, i)
         assert distance(in_features(bank, i, k, mean, std), first_step(tokens, i, k)) < 2e-4, (i, k)
 
 
-def test_control_one_pass_is_not_converged(lab, tokens) -> None:
-    solver = trained(make(lab, tokens), tokens, 1)
+def test_control_one_pass_is_not_converged(setup, tokens) -> None:
+    solver = trained(make(setup, tokens), tokens, 1)
     _, mean, std = standardised(tokens, 0)
     assert not solver.converged.any() and solver.gradient_norm.isnan().all()  # no pass has seen it
     assert distance(in_features(solver.bank(), 0, 1, mean, std), by_sklearn(tokens, 0, 1)) > 0.1
@@ -176,20 +181,20 @@ def objective(tokens: Tokens, bank: ProbeBank, i: int, k: int) -> tuple[float, f
     return loss.item(), point.grad.norm().item()
 
 
-def test_the_reported_gradient_norm_is_that_of_the_reported_probe(lab, solved, tokens) -> None:
+def test_the_reported_gradient_norm_is_that_of_the_reported_probe(setup, solved, tokens) -> None:
     bank = solved.bank()
     for i, k in grid():
         loss, norm = objective(tokens, bank, i, k)
         assert norm <= 2 * TOLERANCE and abs(norm - float(solved.gradient_norm[i, k])) < TOLERANCE
         assert loss == pytest.approx(float(solved.best_loss[i, k]), rel=1e-6)
     assert (
-        objective(tokens, trained(make(lab, tokens), tokens, 1).bank(), 0, 1)[1] > 0.01
+        objective(tokens, trained(make(setup, tokens), tokens, 1).bank(), 0, 1)[1] > 0.01
     )  # another probe, another norm
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own matrix", "shared matrix"])
-def test_the_loss_falls_in_every_pass_and_converged_probes_stay(lab, tokens, shared) -> None:
-    solver = make(lab, tokens, shared=shared, tolerance=1e-3)
+def test_the_loss_falls_in_every_pass_and_converged_probes_stay(setup, tokens, shared) -> None:
+    solver = make(setup, tokens, shared=shared, tolerance=1e-3)
     before, bank = torch.full_like(solver.best_loss, torch.inf), solver.bank()
     for number in range(120):
         done = solver.converged.clone()
@@ -200,16 +205,16 @@ def test_the_loss_falls_in_every_pass_and_converged_probes_stay(lab, tokens, sha
     assert solver.converged.all()
 
 
-def test_a_shared_matrix_leads_to_the_same_probes(lab, tokens, solved) -> None:
-    shared = trained(make(lab, tokens, shared=True), tokens, 300)
+def test_a_shared_matrix_leads_to_the_same_probes(setup, tokens, solved) -> None:
+    shared = trained(make(setup, tokens, shared=True), tokens, 300)
     assert shared.converged.all()
     assert float((shared.best - solved.best).norm(dim=-1).div(solved.best.norm(dim=-1)).max()) < 2e-3
     assert shared.factor.shape[1] == 1 and solved.factor.shape[1] == 6
 
 
-def test_raw_features(lab, tokens) -> None:
+def test_raw_features(setup, tokens) -> None:
     """Without standardisation the penalty is on the raw weights."""
-    solver = trained(make(lab, tokens, standardize=False), tokens, 1)
+    solver = trained(make(setup, tokens, standardize=False), tokens, 1)
     assert torch.equal(solver.mean, torch.zeros_like(solver.mean)) and (solver.scale == 1).all()
     x = np.pad(tokens.acts[:, 0].double().numpy(), ((0, 0), (0, 1)), constant_values=1.0)
     v = tokens.valid[:, 1].numpy()
@@ -221,8 +226,8 @@ def test_raw_features(lab, tokens) -> None:
     assert distance(np.append(bank.weight[0, 1].numpy(), float(bank.bias[0, 1])), step) < 1e-3
 
 
-def test_resumed_after_any_pass_it_goes_on_bit_for_bit(lab, tokens) -> None:
-    straight = make(lab, tokens)
+def test_resumed_after_any_pass_it_goes_on_bit_for_bit(setup, tokens) -> None:
+    straight = make(setup, tokens)
     states = []
     for number in range(4):
         for chunk in chunks(tokens, 2000, number):
@@ -230,14 +235,14 @@ def test_resumed_after_any_pass_it_goes_on_bit_for_bit(lab, tokens) -> None:
         straight.end_pass()
         states.append(straight.state())
     for done in (1, 3):
-        resumed = make(lab, tokens)
+        resumed = make(setup, tokens)
         resumed.load(states[done - 1])
-        assert resumed.forgetful
+        assert resumed.needs_first_pass
         for number in [0, *range(done, 4)]:  # the first pass once more, for the matrices
             for chunk in chunks(tokens, 2000, number):
                 resumed.step(*chunk)
             resumed.end_pass()
-            assert not resumed.forgetful
+            assert not resumed.needs_first_pass
         assert all(torch.equal(resumed.state()[name], value) for name, value in straight.state().items())
     assert not torch.equal(states[0]["point"], states[3]["point"])
 
@@ -275,19 +280,19 @@ def test_grams_are_the_plain_sums_and_shards_merge(tokens, shared) -> None:
     assert float((alone - left.curvature(0, 0, left.mean.double(), left.scale.double())).abs().max()) > 10 * bound
 
 
-def test_a_constant_feature_harms_nothing(lab, tokens) -> None:
+def test_a_constant_feature_harms_nothing(setup, tokens) -> None:
     acts = tokens.acts.clone()
     acts[:, :, 5] = 3.0
-    solver = trained(make(lab, tokens, l2=0.0), Tokens(acts, tokens.targets, tokens.valid), 3)
+    solver = trained(make(setup, tokens, l2=0.0), Tokens(acts, tokens.targets, tokens.valid), 3)
     assert solver.bank().weight.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_the_users_to_mend(lab, tokens, value) -> None:
+def test_activations_that_are_not_finite_are_the_users_to_fix(setup, tokens, value) -> None:
     acts = tokens.acts.clone()
     acts[7, 1, 3] = value
     with pytest.raises(InputError, match="activations of layer 3 .* --dtype"):
-        trained(make(lab, tokens), Tokens(acts, tokens.targets, tokens.valid), 1)
+        trained(make(setup, tokens), Tokens(acts, tokens.targets, tokens.valid), 1)
 
 
 def test_what_the_matrices_take() -> None:

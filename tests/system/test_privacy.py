@@ -194,7 +194,7 @@ def test_a_models_code_is_run_only_where_the_command_line_says_so(run_folder, tm
         raise InputError("the model", "not asked for here", "none")
 
     monkeypatch.setattr("streamprobe.tools.generation.load_whole", load)
-    monkeypatch.setattr("streamprobe.tools.steer.Lab", load)
+    monkeypatch.setattr("streamprobe.tools.steer.read_texts", load)
     more = ["--prompt", "go"] if command is monitor else []
     assert command.main([str(folder), *more]) == 2
     assert "--trust_remote_code" in capsys.readouterr().err and not asked

@@ -21,6 +21,7 @@ import streamprobe
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.sites import layer_sites
 from streamprobe.probes.storage import load_probes
 from streamprobe.tools import hub
 
@@ -72,7 +73,7 @@ def test_a_probe_is_found_by_what_it_predicts(bank, layer, target, lag):
 
 def test_the_place_of_a_label_is_its_own():
     columns = make_columns(["a", "b"], ["token", "within"], [0, 4])
-    bank = ProbeBank([5], columns, torch.zeros(1, len(columns), 2), torch.zeros(1, len(columns)))
+    bank = ProbeBank(layer_sites([5]), columns, torch.zeros(1, len(columns), 2), torch.zeros(1, len(columns)))
     found = {(c.label, c.target, c.lag): bank.place(5, c.lag, c.label, c.target) for c in columns}
     assert sorted(found.values()) == [(0, k) for k in range(len(columns))]
     assert bank.place(5, 4) == found["a", "token", 4] and bank.place(5, 4, "b") == found["b", "token", 4]
@@ -93,7 +94,7 @@ def test_controls_are_not_taken_for_probes():
         control = "permuted"
 
     columns = [Wide("a", "token", 0), Column("a", "token", 0)]
-    assert ProbeBank([5], columns, torch.zeros(1, 2, 2), torch.zeros(1, 2)).place(5, 0) == (0, 1)
+    assert ProbeBank(layer_sites([5]), columns, torch.zeros(1, 2, 2), torch.zeros(1, 2)).place(5, 0) == (0, 1)
 
 
 def odd_file(path: Path, kind: str) -> Path:

@@ -24,6 +24,7 @@ from streamprobe.demo.train import HERE as MODEL
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.hooks import steer, tap
+from streamprobe.probes.sites import layer_sites
 from streamprobe.tools import steer as steering
 
 GREEDY = {"do_sample": False}
@@ -409,7 +410,7 @@ def demo_run(tmp_path_factory):
 
     from streamprobe.lags import make_columns
     from streamprobe.probes.linear import ProbeBank
-    from streamprobe.reporting.files import write_probes
+    from streamprobe.probes.storage import pack_probes
 
     folder = tmp_path_factory.mktemp("demo")
     keys = {
@@ -422,8 +423,8 @@ def demo_run(tmp_path_factory):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(keys))
     columns = make_columns(["backtracking"], ["token"], [0, 8])
-    bank = ProbeBank([1], columns, torch.randn(1, 2, 128), torch.zeros(1, 2), torch.zeros(1, 2))
-    write_probes(folder, {"newton": bank}, {"config": keys})
+    bank = ProbeBank(layer_sites([1]), columns, torch.randn(1, 2, 128), torch.zeros(1, 2), torch.zeros(1, 2))
+    (folder / "probes.safetensors").write_bytes(pack_probes({"newton": bank}, {"config": keys}))
     return folder
 
 

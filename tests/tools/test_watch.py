@@ -7,14 +7,16 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_record, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from streamprobe.data.tokenize import TextOptions
 from streamprobe.lags import make_columns
 from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.sites import layer_sites
 from streamprobe.tools import generation
 from streamprobe.tools import watch as monitor
 from streamprobe.tools.watch import Mark, watch
@@ -93,7 +95,7 @@ def test_a_model_of_another_kind():
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3)
     model = GPT2LMHeadModel(config).eval()
     columns = make_columns(["backtracking"], ["token"], [0, 4])
-    bank = ProbeBank([0, 1], columns, torch.randn(2, 2, 32) / 8, torch.zeros(2, 2))
+    bank = ProbeBank(layer_sites([0, 1]), columns, torch.randn(2, 2, 32) / 8, torch.zeros(2, 2))
     ids = prompt()
     options = {**GREEDY, "eos_token_id": None, "pad_token_id": 0}
     tokens, given = both(model, bank, ids, **options)
@@ -355,12 +357,11 @@ def test_probes_of_another_width_are_refused(run_folder, tmp_path, capsys):
 @pytest.mark.parametrize("adds", ["<s> $A", "<s> <s> $A", "$A </s>", "<s> $A </s>"])
 @pytest.mark.parametrize("style", ["{problem}\n\n", "chat"])
 def test_a_prompt_is_encoded_as_in_training(adds, style):
-    from streamprobe.data.formats import Record
     from streamprobe.data.tokenize import tokenize
 
     template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}\n\n"
     tokenizer = make_tokenizer(adds, chat_template=template)
-    chain = tokenize(Record("0", "which box?", "okay so one", []), tokenizer, [], style, "response", "ignore")
+    chain = tokenize(make_record("which box?", "okay so one"), tokenizer, [], TextOptions(style, "response", "ignore"))
     assert generation.encode("which box?", style, tokenizer, True).tolist() == chain.ids[: chain.start].tolist()
     plain = generation.encode("which box?", style, tokenizer, False).tolist()
     assert plain == [token for token in chain.ids[: chain.start].tolist() if token != tokenizer.bos_token_id]

@@ -4,13 +4,15 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from streamprobe.evaluation.results import Row
+from streamprobe.controls.table import CONTROLS
+from streamprobe.evaluation.rows import Row
 from streamprobe.reporting.terminal import Grid, best_of, lags_of, lines_of
 
 matplotlib.use("svg")
@@ -23,7 +25,6 @@ STYLE: Any = {
     "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False, "axes.titlesize": 9,
     "axes.titlelocation": "left", "lines.linewidth": 1.4, "lines.markersize": 4, "text.parse_math": False,
 }  # fmt: skip
-MARKS = {"embed": "s", "text": "^", "position": "D", "persistence": "v", "permuted": "x"}
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., str]:
@@ -63,9 +64,9 @@ def lag_curves(grid: Grid) -> Figure:
     for line in layers.values():
         lags = sorted(line)
         left.plot(lags, [line[lag]["auroc"] for lag in lags], color=FAINT, linewidth=0.8)
-    for (name, line), colour in zip(controls.items(), SERIES[1:], strict=False):
-        lags = sorted(line)
-        left.plot(lags, [line[lag]["auroc"] for lag in lags], "--", color=colour, marker=MARKS[name], label=name)
+    for (name, line), colour in zip(controls.items(), cycle(SERIES[1:]), strict=False):
+        lags, marker = sorted(line), CONTROLS[name].marker
+        left.plot(lags, [line[lag]["auroc"] for lag in lags], "--", color=colour, marker=marker, label=name)
     _band(left, best, "auroc", "best layer")
     left.axhline(0.5, color=FAINT, linewidth=0.8, linestyle=":")
     left.set_title("AUROC")

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from streamprobe.evaluation.results import Row, place
+from streamprobe.controls.table import CONTROLS
+from streamprobe.evaluation.rows import Row, place
 from streamprobe.reporting.html.charts import heat_map, lag_curves
 from streamprobe.reporting.terminal import Grid, grids
 
@@ -22,11 +23,6 @@ KINDS = {
 READING = (
     "All numbers are of held-out test chains; intervals are 95% over resampled chains. Lag k: the activation at token "
     "t predicts the label at token t + k, so a positive lag looks ahead. Lift: AUROC above that of the best control."
-)
-CONTROLS = (
-    "Controls: embed is the token alone, text the last 8, 32 and 128 tokens, position the place in the response, "
-    "persistence the label at t and the time since the last section, permuted the labels shifted within their chain "
-    "(the highest layer)."
 )
 
 
@@ -76,7 +72,7 @@ def _family(number: int, family: tuple[str, str, str], grid: Grid) -> str:
         f"<h3>AUROC</h3><div class=wide>{heat_map(grid, 'auroc')}</div>",
     ]
     if any(not math.isnan(row["lift"]) for row in flat):
-        parts.append(f"<p class=note>{CONTROLS}</p>")
+        parts.append(f"<p class=note>{escape(_legend())}</p>")
         parts.append(f"<h3>Lift over the best control</h3><div class=wide>{heat_map(grid, 'lift')}</div>")
     base = [row["base_rate"] for row in flat if not row["control"] and not math.isnan(row["base_rate"])]
     told = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
@@ -85,6 +81,11 @@ def _family(number: int, family: tuple[str, str, str], grid: Grid) -> str:
         f"<div class=wide>{heat_map(grid, 'average_precision')}</div></details>"
     )
     return "".join(parts)
+
+
+def _legend() -> str:
+    """What each control is."""
+    return "Controls: " + "; ".join(f"{name}: {control.about}" for name, control in CONTROLS.items()) + "."
 
 
 def _chains(transcripts: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamprobe.lags import Column
+from streamprobe.probes.sites import Site
 from streamprobe.reporting.tensorboard.heat_map import draw
 
 SHOWN = ("val_auroc", "val_average_precision")  # the metrics of heat maps and of best layers
@@ -23,13 +24,13 @@ class Grid(Protocol):
     """The probes of a solver, by layer and column."""
 
     name: str
-    layers: list[int | str]
+    sites: list[Site]
     columns: list[Column]
 
 
-def place(layer: int | str, column: Column) -> str:
+def place(site: Site, column: Column) -> str:
     """Where a probe stands: layer12, control embed, layer12 control permuted, layer12 seed1."""
-    where = f"layer{layer:02d}" if isinstance(layer, int) else f"control {layer}"
+    where = f"control {site}" if site.is_control else site.name
     return (
         where + (f" control {column.control}" if column.control else "") + (f" seed{s}" if (s := column.seed) else "")
     )
@@ -40,9 +41,9 @@ def family(grid: Grid, column: Column) -> str:
     return f"{grid.name}/{column.label}/{column.target}"
 
 
-def tag(grid: Grid, layer: int | str, column: Column) -> str:
+def tag(grid: Grid, site: Site, column: Column) -> str:
     """The end of a curve's tag; they sort: newton/backtracking/token/layer12/lag+08."""
-    return f"{family(grid, column)}/{place(layer, column)}/lag{column.lag:+03d}"
+    return f"{family(grid, column)}/{place(site, column)}/lag{column.lag:+03d}"
 
 
 class Board:
@@ -51,25 +52,23 @@ class Board:
     def __init__(self, name: str, grids: Sequence[Grid]):
         """`grids` are those of the solver `name`'s family; seeds other than 0 have no row."""
         self.name = name
-        own = [
-            (layer, c) for g in grids for c in g.columns if family(g, c) == name and not c.seed for layer in g.layers
-        ]
-        layers = sorted({layer for layer, c in own if isinstance(layer, int) and not c.control})
-        aside = dict.fromkeys(place(layer, c) for layer, c in own if not isinstance(layer, int))
-        permuted = sorted({place(layer, c) for layer, c in own if c.control})
+        own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and not c.seed for site in g.sites]
+        layers = sorted({site.layer or 0 for site, c in own if not (site.is_control or c.control)})
+        aside = dict.fromkeys(place(site, c) for site, c in own if site.is_control)
+        permuted = sorted({place(site, c) for site, c in own if c.control})
         self.lags = sorted({c.lag for _, c in own})
         self.n_layers, self.n_aside, self.n_permuted = len(layers), len(aside), len(permuted)
         self.rows = [*(f"layer{layer:02d}" for layer in layers), *aside, *permuted]
         self.asked = np.zeros((len(self.rows), len(self.lags)), dtype=bool)  # [R, C] where there is a probe
-        for layer, column in own:
-            self.asked[self.rows.index(place(layer, column)), self.lags.index(column.lag)] = True
+        for site, column in own:
+            self.asked[self.rows.index(place(site, column)), self.lags.index(column.lag)] = True
         self.values = {metric: np.full(self.asked.shape, np.nan) for metric in SHOWN}  # [R, C] each
 
     def take(self, metric: str, grid: Grid, values: Tensor) -> None:
         """Remembers the values [L, K] of a grid, if they are of this family."""
         for k, column in enumerate(grid.columns):
             if family(grid, column) == self.name and not column.seed:
-                rows = [self.rows.index(place(layer, column)) for layer in grid.layers]
+                rows = [self.rows.index(place(site, column)) for site in grid.sites]
                 self.values[metric][rows, self.lags.index(column.lag)] = values[:, k].numpy()
 
     def lift(self) -> NDArray[np.float64]:

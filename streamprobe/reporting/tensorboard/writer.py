@@ -122,8 +122,8 @@ class Tracker:
         """One point on the curve of every probe of a solver; values [L, K], NaN left out."""
         self._points(
             (
-                (f"{name}/{tag(grid, layer, column)}", value)
-                for layer, row in zip(grid.layers, values.tolist(), strict=True)
+                (f"{name}/{tag(grid, site, column)}", value)
+                for site, row in zip(grid.sites, values.tolist(), strict=True)
                 for column, value in zip(grid.columns, row, strict=True)
             ),
             step,
@@ -157,7 +157,7 @@ class Tracker:
         One of each for every column that is no control; the points of a curve are at equal steps of recall.
         """
         for k, column in enumerate(grid.columns):
-            if column.control or column.seed or not isinstance(grid.layers[0], int) or auroc[:, k].isnan().all():
+            if column.control or column.seed or grid.sites[0].is_control or auroc[:, k].isnan().all():
                 continue
             i, valid = int(auroc[:, k].nan_to_num(-1).argmax()), scored.valid[:, k]
             scores, targets = scored.scores[valid, i, k], scored.targets[valid, k]

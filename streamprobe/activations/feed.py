@@ -1,0 +1,26 @@
+"""What of a batch a solver is fed.
+
+Shapes: N tokens, L sites, K columns, D features.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.probes.sites import Site
+
+
+class Feed(NamedTuple):
+    """The sites whose probes one solver fits, all with the same number of features, and the columns that are asked."""
+
+    name: str
+    sites: list[Site]
+    n_features: int  # D
+    features: Callable[[TokenBatch], Tensor]  # -> [N, L, D]
+    columns: Tensor  # [k] which of the batch's K columns
+
+    def of(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [N, L, D], targets [N, k] and valid [N, k]."""
+        return self.features(batch), batch.targets[:, self.columns], batch.valid[:, self.columns]

@@ -1,0 +1,60 @@
+"""Activations that are infinite or not numbers: named as they are read, or looked for before.
+
+Shapes: N tokens, L sites, D hidden size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.stream import stream
+from streamprobe.data.tokenize import Chain
+from streamprobe.errors import InputError
+from streamprobe.lags import Column
+from streamprobe.probes.sites import Site
+
+
+def check_finite(batches: Iterable[TokenBatch], chains: Sequence[Chain], sites: Sequence[Site]) -> Iterator[TokenBatch]:
+    """The batches of a stream over `chains`, each looked through as it is read; `sites` [L] names their activations.
+
+    Raises InputError for the first activation that is infinite or not a number, by chain, token and layer.
+    """
+    for batch in batches:
+        # A sum tells of any such number at the price of one read; where it overflows itself, a closer look decides.
+        if not batch.acts.sum(2).isfinite().all():
+            for n, i in (~batch.acts.isfinite().all(2)).nonzero()[:1].tolist():
+                chain, token, site = chains[int(batch.chain[n])], int(batch.token[n]), sites[i]
+                other = "other --controls" if site.is_control else "leave such chains out by --bad_chains skip"
+                raise InputError(
+                    f"activations that are infinite or not numbers: chain {chain.id!r}, token {token}, {site.title}",
+                    "finite numbers",
+                    f"use --dtype float32 or bfloat16, or {other}",
+                )
+        yield batch
+
+
+def find_bad_chains(
+    chains: Sequence[Chain],
+    backbone: nn.Module,
+    layers: Sequence[int],
+    max_batch_tokens: int,
+    *,
+    on_forward: Callable[[int, int], None] | None = None,
+) -> list[Chain]:
+    """Those of the chains that have an activation that is infinite or not a number at a sample, whatever its label.
+
+    The other arguments are those of `stream`.
+    """
+    labelled = [replace(c, codes=torch.zeros(len(c.ids), 1, dtype=torch.int8)) for c in chains]
+    every = Column("any", "token", 0)
+    bad: set[int] = set()
+    options: dict[str, Any] = {"labels": [every.label], "max_batch_tokens": max_batch_tokens, "on_forward": on_forward}
+    for batch in stream(labelled, backbone, layers, [every], **options):
+        if not batch.acts.sum(2).isfinite().all():
+            wrong = ~batch.acts.isfinite().flatten(1).all(1)
+            bad |= set(batch.chain[wrong.to(batch.chain.device)].tolist())
+    return [chains[i] for i in sorted(bad)]

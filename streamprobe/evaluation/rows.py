@@ -1,0 +1,48 @@
+"""The rows of a run's results, one for every probe and control.
+
+Shapes: R resamples.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from streamprobe.evaluation.bootstrap import percentiles
+
+FIELDS = (
+    "solver,layer,label,target,lag,control,split,auroc,auroc_low,auroc_high,average_precision,average_precision_low,"
+    "average_precision_high,lift,lift_low,lift_high,lift_low_corrected,best_control,f1,threshold,f1_at_half,"
+    "tpr_at_5fpr,brier,base_rate,n_tokens,n_positive,n_chains,n_positive_chains,auroc_spread,best_pass,gradient_norm"
+).split(",")
+Row = dict[str, Any]
+NO_LIFT: Row = {**dict.fromkeys(("lift", "lift_low", "lift_high", "lift_low_corrected"), math.nan), "best_control": ""}
+
+
+class Judged(NamedTuple):
+    """A row, and its AUROC in every resample [R] (none where R = 0), paired with those of all other rows."""
+
+    row: Row
+    areas: Tensor
+
+
+def group_by(judged: Iterable[Judged], key: Callable[[Row], Any]) -> list[tuple[Any, list[Judged]]]:
+    """The judged grouped by a key of their rows, in the order of that key."""
+    ordered = sorted(judged, key=lambda each: key(each.row))
+    return [(value, list(own)) for value, own in groupby(ordered, key=lambda each: key(each.row))]
+
+
+def interval_of_difference(a: Judged, b: Judged) -> tuple[float, float]:
+    """The 95% interval of a's AUROC less b's; NaN where one of them was not resampled."""
+    if len(a.areas) != len(b.areas):
+        return math.nan, math.nan
+    low, high = percentiles(a.areas - b.areas).tolist()
+    return low, high
+
+
+def place(row: Row) -> str:
+    """Where a row stands in its lag: layer12, embed, permuted layer12."""
+    layer = f"layer{int(row['layer']):02d}" if row["layer"] != "" else ""
+    return " ".join(filter(None, (row["control"], layer)))

@@ -1,0 +1,33 @@
+"""What a run was asked to do and what that took."""
+
+import time
+from typing import Any
+
+import torch
+
+from streamprobe.run.provenance import peak_memory
+
+
+class Cost:
+    """Counted since this process began."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.forwards = self.tokens = self.padded = 0
+        self.model_seconds = 0.0
+
+    def count(self, tokens: int, padded: int) -> None:
+        """One more forward pass, of so many tokens, and so many with padding."""
+        self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
+
+    def as_dict(self, device: torch.device) -> dict[str, Any]:
+        """The numbers as summary.json holds them, up to now."""
+        return {
+            "seconds": round(time.perf_counter() - self.began, 1),
+            "model_forwards": self.forwards,
+            "model_tokens": self.tokens,
+            "padding": f"{1 - self.tokens / max(1, self.padded):.1%}",
+            "model_seconds": round(self.model_seconds, 1),
+            "tokens_per_second": round(self.tokens / max(self.model_seconds, 1e-9)),
+            "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
+        }

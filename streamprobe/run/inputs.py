@@ -1,0 +1,132 @@
+"""What a run works with before any weight is read: its texts, its chains, and what is asked of them."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from streamprobe.config.load import RunConfig
+from streamprobe.controls.chosen import ChosenControls
+from streamprobe.controls.permuted import relabel, relabelled_columns
+from streamprobe.data import preflight
+from streamprobe.data.dataset import Census, Dataset, Division, make_dataset
+from streamprobe.data.formats import FormatOptions, Record, Refused
+from streamprobe.data.prompts import resolve_day
+from streamprobe.data.sources import open_source, read_records
+from streamprobe.data.tokenize import TextOptions
+from streamprobe.lags import Column, make_columns
+from streamprobe.model.blocks import check_layers, check_vocabulary, context
+from streamprobe.model.chunks import check_chunks
+from streamprobe.model.loading import read_config
+from streamprobe.model.tokenizer import load_tokenizer
+from streamprobe.system.console import say
+
+
+class Texts(NamedTuple):
+    """The records of the data, and what reads them."""
+
+    records: list[Record | Refused]
+    tokenizer: Any
+    model_config: Any
+
+
+def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
+    """The data, the tokenizer and the model's config; and the run's, with what these settle: layers, and the day."""
+    data, model = config.data, config.model
+    model_config = read_config(model.model, **model.source)
+    layers = config.probes.layers
+    check_layers(model_config, layers)
+    options = FormatOptions(
+        id=data.id_column,
+        problem=data.problem_column,
+        response=data.response_column,
+        annotation=data.annotation_column,
+        category=data.category_column,
+        rejoined=data.response == "rejoined",
+        label_names=data.names,
+    )
+    source = open_source(
+        data.data, "annotated", options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains
+    )
+    tokenizer = load_tokenizer(model.model, **model.source)
+    day = resolve_day(data.prompt, data.chat_date, tokenizer)
+    if day:
+        say(f"prompt    the chat template writes the date: {day} (--chat_date)")
+    settled = replace(config, data=replace(data, chat_date=day), probes=replace(config.probes, layers=layers))
+    return Texts(read_records(source, data.names), tokenizer, model_config), settled
+
+
+def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Dataset:
+    """The chains of a run; the rows `bad` are refused."""
+    data = config.data
+    return make_dataset(
+        texts.records,
+        texts.tokenizer,
+        config.probes.labels,
+        context=context(texts.model_config),
+        text=TextOptions(data.prompt, data.support, data.unlabelled, data.bos, data.chat_date),
+        division=Division(
+            test_share=data.test_share,
+            validation_share=data.validation_share,
+            seed=data.split_seed,
+            test_categories=data.test_categories,
+            validate_on_test=data.validation == "test",
+            by=data.split_by,
+        ),
+        bad=bad,
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The chains of a run, and what is asked of each of their tokens."""
+
+    dataset: Dataset  # with the labels of controls behind those of the data
+    fingerprint: str  # of the dataset before those were added, and before chains were skipped
+    columns: list[Column]  # K: the data's, then those of controls that change labels
+    census: Mapping[str, Census]
+    controls: ChosenControls
+    preflight: str  # what was read, for the terminal
+
+    @property
+    def n_real(self) -> int:
+        """How many columns ask for the data's own labels; they come first."""
+        return sum(not column.control for column in self.columns)
+
+    @property
+    def positive_weight(self) -> Tensor:
+        """Negatives over positives [K] among the training tokens of each column."""
+        train = self.census["train"]
+        return (train.valid - train.positive) / train.positive
+
+
+def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Inputs:
+    """The chains with the labels of controls, and the columns that have tokens of both classes.
+
+    Raises InputError for data that cannot be trained on, and for a model that cannot read them.
+    """
+    probes, training = config.probes, config.training
+    plain = chains_of(config, texts, bad)
+    preflight.check_splits(plain, probes.labels)
+    controls = ChosenControls(probes.controls, len(probes.labels))
+    real = make_columns(probes.labels, probes.targets, probes.lags)
+    dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
+    columns = relabelled_columns(real, list(controls.relabelled), training.seeds)
+    census = dataset.take_census(columns)
+    preflight.check_census(census, real, dataset.splits["train"])
+    kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
+    if len(kept) < len(columns):
+        say(f"permuted  {len(columns) - len(kept)} columns without both classes are left out")
+    columns = [columns[k] for k in kept]
+    census = {name: Census(own.tokens, own.valid[kept], own.positive[kept]) for name, own in census.items()}
+    described = preflight.describe(dataset, census, columns, probes.labels, texts.tokenizer)
+    check_vocabulary(texts.model_config, max(int(chain.ids.max()) for chain in dataset.chains()))
+    if must_chunk(config, dataset):
+        check_chunks(texts.model_config, **config.model.code)
+    return Inputs(dataset, plain.fingerprint(), columns, census, controls, described)
+
+
+def must_chunk(config: RunConfig, dataset: Dataset) -> bool:
+    """Whether a chain is too long for one forward pass."""
+    return max(dataset.lengths()) > config.model.max_batch_tokens

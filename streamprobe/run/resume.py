@@ -1,0 +1,53 @@
+"""Going on with a run that was interrupted: its checkpoint, and whether this launch would be the same run."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamprobe.config.load import RunConfig
+from streamprobe.config.schema import LAUNCH_KEYS
+from streamprobe.errors import InputError
+from streamprobe.run.checkpoint import STATE, Checkpoint, load_run
+from streamprobe.run.folder import holds_results
+from streamprobe.run.provenance import read_config
+from streamprobe.system.console import say
+from streamprobe.system.privacy import without_secrets
+
+FREE = (*LAUNCH_KEYS, "config", "git_commit", "device")  # facts that may differ; the config's keys are compared first
+
+
+def find_checkpoint(config: RunConfig, folder: Path) -> tuple[Checkpoint | None, RunConfig]:
+    """What to go on from, or None where the run in `folder` has not come to its first checkpoint; and its config.
+
+    Raises InputError where that run is another one, or is finished and its checkpoint is gone: it would be replaced.
+    """
+    checkpoint = load_run(folder)
+    if not checkpoint and holds_results(folder):
+        raise InputError(
+            f"--resume in {folder}, which holds results but no {STATE}",
+            "a checkpoint to go on from",
+            "put it back, or start a new run without --resume in another folder",
+        )
+    if checkpoint or (folder / "config.yaml").exists():
+        then = checkpoint.facts["config"] if checkpoint else read_config(folder)
+        day = config.data.chat_date or then.get("chat_date")
+        config = replace(config, data=replace(config.data, chat_date=day))
+        now = without_secrets(config.flat())
+        if not all(isinstance(layer, int) for layer in config.probes.layers):
+            del now["layers"]  # which they are is known once the model's config is
+        check_same_run(now, then)
+    if not checkpoint:
+        say(f"nothing to resume in {folder}: starting at the first pass")
+    return checkpoint, config
+
+
+def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Raises InputError for a key or fact whose change would make the resumed run another one."""
+    for name, value in now.items():
+        if name not in FREE and value != then.get(name):
+            raise InputError(
+                f"--resume with {name} {value}",
+                f"{then.get(name)}, as the run began",
+                "give the same, or start a new run without --resume",
+            )
