@@ -113,7 +113,7 @@ class DataConfig:
     label_names: list[str] | None = key(
         None, "Labels to call otherwise, each as NAME=LABEL, such as '5. backtracking=backtracking'."
     )
-    bos: bool = key(True, "Begin every chain with the BOS token, where the tokenizer has one.")
+    bos: bool = key(True, "Begin every chain with the beginning-of-sequence (BOS) token, where the tokenizer has one.")
     category_column: str | None = key(None, "Column with the kind of problem; none is the id without its number.")
     max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")
     test_share: float = key(0.2, "Share of all problems held out for results.csv.")

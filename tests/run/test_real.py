@@ -29,7 +29,7 @@ def all_threads():
 @pytest.mark.skipif(not (MODEL / GGUF).exists(), reason=f"no SmolLM2 in {MODEL}")
 @pytest.mark.skipif(not CHAINS.exists(), reason=f"no annotated chains in {CHAINS}")
 def test_backtracking_is_found_in_a_slice_of_the_real_chains_and_one_pass_is_enough(tmp_path, all_threads):
-    """100 chains, of which 20 are held out: few, so the bounds are wide (README has all 1,000).
+    """100 chains, of which 20 are held out: few, so the bounds are wide (docs/real-chains.md has all 1,000).
 
     All probes converge, and none gains much by the passes after the first.
     """
