@@ -1,15 +1,14 @@
-"""What the tests share: made-up annotated chains, a tiny tokenizer and a tiny model.  Nothing here needs a network."""
+"""What the tests share: a tiny model, made-up chains and a finished run.  Nothing here needs a network."""
 
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from builders import make_rows, make_tokenizer
 from hypothesis import settings
 
 CACHE = tempfile.TemporaryDirectory(prefix="streamprobe-tests-")  # goes away with the process
@@ -18,128 +17,6 @@ os.environ["HF_DATASETS_CACHE"] = CACHE.name  # read when `datasets` is first im
 
 settings.register_profile("streamprobe", database=None, deadline=None, derandomize=True)
 settings.load_profile("streamprobe")
-
-CATEGORIES = ("alpha", "beta", "gamma", "delta")
-COMMON = "the a of to is in and each one two three four five six box stone door card number side row".split()
-WORDS = {
-    "initializing": "okay so puzzle asks given find question begin goal need told start".split(),
-    "deduction": "then therefore since follows hence must equals gives total leaves adds means".split(),
-    "backtracking": "wait no actually hmm but wrong again rather mistake instead undo reconsider".split(),
-}
-
-
-def make_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` annotated chains of 40 to 90 made-up words, each with at least one backtracking section at a random place.
-
-    The first section is initializing and the others deduction, where they are not backtracking.  Words of the label
-    and words that all labels share alternate at random, so that a label can be read off its tokens.  White space
-    between sections is inside the tags of the second one or outside of all tags, at random.  The annotated text is an
-    exact copy.
-    """
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(n):
-        n_words = int(rng.integers(40, 91))
-        n_sections = n_words // 10
-        sizes = 4 + rng.multinomial(n_words - 4 * n_sections, np.ones(n_sections) / n_sections)
-        labels = ["initializing", *["deduction"] * (n_sections - 1)]
-        for place in rng.choice(n_sections, rng.integers(1, n_sections // 3 + 1), replace=False):
-            labels[place] = "backtracking"
-        plain = tagged = ""
-        for number, (label, size) in enumerate(zip(labels, sizes, strict=True)):
-            own = rng.random(size) < 0.6
-            text = " ".join(str(rng.choice(WORDS[label] if mine else COMMON)) for mine in own) + "."
-            space = "" if number == 0 else str(rng.choice([" ", "\n\n"]))
-            inside = bool(rng.random() < 0.5)
-            plain += space + text
-            tagged += f'{"" if inside else space}["{label}"]{space if inside else ""}{text}["end-section"]'
-        problem = f"Puzzle {i}: which {' '.join(map(str, rng.choice(COMMON, 8)))}?"
-        task_id = f"{CATEGORIES[i % 4]}_{i // 4}"
-        rows.append({"task_id": task_id, "problem": problem, "reasoning_chain": plain, "annotated_chain": tagged})
-    return rows
-
-
-def sites_of(names: Sequence[int | str]) -> list[Any]:
-    """The sites of layers, by number, and of controls, by name."""
-    from streamprobe.probes.sites import control_sites, layer_sites
-
-    return [site for name in names for site in (layer_sites if isinstance(name, int) else control_sites)([name])]
-
-
-def inputs_of(argv: Sequence[str]) -> Any:
-    """What a run of this command line works with before any weight is read."""
-    from streamprobe.config.load import load_config
-    from streamprobe.run.inputs import make_inputs, read_texts
-
-    texts, config = read_texts(load_config(argv))
-    return make_inputs(config, texts)
-
-
-def setup_of(argv: Sequence[str]) -> Any:
-    """What stands before the first pass of a run of this command line."""
-    from streamprobe.config.load import load_config
-    from streamprobe.run.cost import Cost
-    from streamprobe.run.pipeline import set_up
-
-    return set_up(load_config(argv), None, Cost())
-
-
-def make_record(problem: str, response: str, sections: Sequence[Any] = (), id: str = "x") -> Any:
-    """A record with these sections, (label, start, end) each."""
-    from streamprobe.data.annotations import Annotation, Section
-    from streamprobe.data.formats import Record
-
-    return Record(response, Annotation([Section(*section) for section in sections]), problem, id)
-
-
-def load_chains(
-    rows: list[dict[str, Any]],
-    tokenizer: Any,
-    labels: list[str],
-    context: int = 512,
-    *,
-    fields: Any = None,
-    most: int | None = None,
-    **options: Any,
-) -> tuple[Any, Any]:
-    """The splits and the counts of rows in the format `annotated`: `fields` are its FormatOptions."""
-    from streamprobe.data.dataset import make_dataset
-    from streamprobe.data.formats import FORMATS, FormatOptions
-    from streamprobe.data.sources import RowSource, read_records
-
-    fields = fields or FormatOptions()
-    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most), fields.label_names)
-    dataset = make_dataset(records, tokenizer, labels, context=context, **options)
-    return dataset.splits, dataset.counts
-
-
-def fingerprint(splits: Any) -> str:
-    """The fingerprint of a data set with these splits."""
-    from streamprobe.data.dataset import Counts, Dataset
-
-    return Dataset(splits, [], Counts()).fingerprint()
-
-
-def make_tokenizer(adds: str = "<s> $A", bos: bool = True, chat_template: str | None = None) -> Any:
-    """A byte-level BPE tokenizer of 400 entries; `adds` says which special tokens it puts around a text ($A)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    texts = [row[name] for row in make_rows(40, seed=1) for name in ("problem", "reasoning_chain")]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    core.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", 0), ("</s>", 1)])
-    names = {"eos_token": "</s>", "pad_token": "<pad>"} | ({"bos_token": "<s>"} if bos else {})
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -69,7 +69,8 @@ def probes_safetensors(results: TestResults) -> bytes:
 
 def transcripts_json(results: TestResults) -> bytes:
     """A few test chains with what every probe says of each token."""
-    found = collect(results.probes, results.rows, results.chains, results.labels, results.tokenizer)
+    named = {"labels": results.labels, "tokenizer": results.tokenizer}
+    found = collect(results.probes, results.rows, results.chains, **named)
     return json.dumps(found, separators=(",", ":")).encode()
 
 

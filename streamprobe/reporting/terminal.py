@@ -41,15 +41,17 @@ def _by_auroc(row: Row) -> float:
 
 
 def lines_of(grid: Grid) -> tuple[Grid, Grid]:
-    """The lines of the layers, and those of the controls, where the highest permuted ones are one line."""
-    layers = {name: line for name, line in grid.items() if not _control(line)}
-    controls = {name: line for name, line in grid.items() if _control(line) not in ("", "permuted")}
-    permuted = best_of(line for line in grid.values() if _control(line) == "permuted")
-    return layers, controls | ({"permuted": permuted} if permuted else {})
+    """The lines of the layers, and one of each control: of one that is tried at every layer the highest values."""
+    layers = {name: line for name, line in grid.items() if not _first(line)["control"]}
+    by_control: dict[str, list[dict[int, Row]]] = {}
+    for line in sorted(grid.values(), key=lambda line: _first(line)["layer"] != ""):
+        if name := _first(line)["control"]:
+            by_control.setdefault(name, []).append(line)
+    return layers, {name: best_of(lines) for name, lines in by_control.items()}
 
 
-def _control(line: Mapping[int, Row]) -> str:
-    return next(iter(line.values()))["control"]
+def _first(line: Mapping[int, Row]) -> Row:
+    return next(iter(line.values()))
 
 
 def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
@@ -61,8 +63,8 @@ def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
         lines += [f"test AUROC   {label}, target {target}, solver {solver}   (* the best layer of a lag)", ""]
         lags = lags_of(grid)
         for start in range(0, len(lags), WIDTH):
-            lines += [*_square(layers, controls, best, lags[start : start + WIDTH]), ""]
-        lines += _ladder(best)
+            lines += [*_by_layer_and_lag(layers, controls, best, lags[start : start + WIDTH]), ""]
+        lines += _best_layers(best)
         flat = [row for line in grid.values() for row in line.values()]
         blank = sum(math.isnan(row["auroc"]) for row in flat)
         if blank:
@@ -74,8 +76,8 @@ def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
     return "\n".join(lines[:-1])
 
 
-def _square(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
-    """AUROC by layer or control (rows) and lag (columns)."""
+def _by_layer_and_lag(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
+    """AUROC, a line for each layer or control and a column for each lag."""
     lines = [f"{'lag':<12}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
     for name, line in (layers | controls).items():
         cells = [
@@ -85,7 +87,7 @@ def _square(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequenc
     return lines
 
 
-def _ladder(best: Mapping[int, Row]) -> list[str]:
+def _best_layers(best: Mapping[int, Row]) -> list[str]:
     """A line for the best layer of each lag."""
     lines = [
         f"{'lag':>5}{'layer':>7}{'AUROC':>8}   {'95% interval':<16}{'lift':>6}   {'95% interval':<18}{'over':<12}"
@@ -111,11 +113,14 @@ def _interval(row: Row, name: str, sign: str) -> str:
 
 
 def headline(rows: Sequence[Row]) -> dict[str, float]:
-    """The numbers by which runs compare, by name: of each solver, label and target the lag of its verdict and the
-    highest lift, AUROC and average precision."""
+    """The numbers by which runs compare, by the names that TensorBoard gives them.
+
+    Of each solver, label and target the lag of its verdict, and the highest lift, AUROC and average precision.
+    """
     found: dict[str, float] = {}
     for family, grid in grids(rows).items():
-        real = [row for line in lines_of(grid)[0].values() for row in line.values()]
+        layers, _ = lines_of(grid)
+        real = [row for line in layers.values() for row in line.values()]
         clear = [row["lag"] for row in real if row["lift_low_corrected"] > 0]
         if clear:
             found[f"test/certain up to lag/{'/'.join(family)}"] = max(clear)
@@ -128,10 +133,10 @@ def headline(rows: Sequence[Row]) -> dict[str, float]:
 
 def describe_cost(cost: Mapping[str, Any]) -> str:
     """What the run took, and how much of it the frozen model alone."""
-    share = cost["model_seconds"] / max(cost["seconds"], 1e-9)
+    fraction = cost["model_seconds"] / max(cost["seconds"], 1e-9)
     lines = [
         f"time      {cost['seconds']:,} s for {cost['passes']} passes, tests and files; the bare model is "
-        f"{cost['model_seconds']:,} s of it, {share:.0%}",
+        f"{cost['model_seconds']:,} s of it, {fraction:.0%}",
         f"model     {cost['model_tokens']:,} tokens in {cost['model_forwards']:,} forward passes, "
         f"{cost['tokens_per_second']:,} tokens/s, {cost['padding']} padding",
         f"memory    {cost['peak_memory_gb']} GB at most; {cost['activations']}"
@@ -144,10 +149,11 @@ def describe_files(folder: Path) -> str:
     """The files of a run with their sizes."""
     sizes: dict[str, int] = {}
     for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
-        name = path.relative_to(folder).parts
-        first = "events.out.tfevents.*" if name[0].startswith("events.out.tfevents.") else name[0]
-        first += "/" if len(name) > 1 else ""
-        sizes[first] = sizes.get(first, 0) + path.stat().st_size
+        name, *inside = path.relative_to(folder).parts
+        if name.startswith("events.out.tfevents."):
+            name = "events.out.tfevents.*"
+        shown = f"{name}/" if inside else name
+        sizes[shown] = sizes.get(shown, 0) + path.stat().st_size
     listed = [f"{name} {_size(n)}" for name, n in sizes.items()]
     head = f"wrote     {folder}/"
     return "\n".join([head, *("          " + ", ".join(listed[i : i + 4]) for i in range(0, len(listed), 4))])

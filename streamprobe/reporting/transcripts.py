@@ -1,8 +1,9 @@
-"""Held-out chains to read: a few, picked by what a probe got right and wrong, with what every probe says of each token.
+"""Held-out chains to look into: a few, picked by what a probe got right and wrong, with what each says of a token.
 
 Shapes: N tokens, L layers, K columns, T tokens in a chain.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ UNASKED = "."  # a token at which the probe is not asked
 PICKS = {"hit": 4, "miss": 3, "false alarm": 3}
 ROOM = 600_000  # probabilities in all; excerpts get shorter where there are more
 SHORTEST = 40  # tokens of an excerpt
+PLACE = ("solver", "layer", "label", "target", "lag")  # what names a probe
 
 
 class Pick(NamedTuple):
@@ -31,10 +33,37 @@ class Pick(NamedTuple):
     last: int
 
 
+class Probe(NamedTuple):
+    """One probe of a group that was scored together, by the numbers of its layer and column in it."""
+
+    group: ScoredProbes
+    layer: int
+    column: int
+
+    def place(self) -> dict[str, Any]:
+        """What names it, as in a row of results.csv."""
+        column = self.group.columns[self.column]
+        named = (self.group.solver, self.group.sites[self.layer].layer, column.label, column.target, column.lag)
+        return dict(zip(PLACE, named, strict=True))
+
+    def scores(self) -> Tensor:
+        """Its logits [N] of the test tokens."""
+        return self.group.scored.scores[:, self.layer, self.column]
+
+    def valid(self) -> Tensor:
+        """At which tokens [N] it is asked."""
+        return self.group.scored.valid[:, self.column]
+
+    def threshold(self) -> float | None:
+        """The probability from which validation would have it say yes; None where it had no class to choose by."""
+        chosen = float(self.group.threshold[self.layer, self.column].sigmoid())
+        return None if math.isnan(chosen) else round(chosen, 4)
+
+
 def reference(rows: Sequence[Row]) -> Row | None:
-    """The probe that picks: the one with the largest lift, or without lifts with the highest AUROC; NaN left out."""
-    probes = [row for row in rows if not row["control"] and row["auroc"] == row["auroc"]]
-    lifted = [row for row in probes if row["lift"] == row["lift"]]
+    """The row of the probe that picks: of the largest lift or, where none is known, of the highest AUROC."""
+    probes = [row for row in rows if not row["control"] and not math.isnan(row["auroc"])]
+    lifted = [row for row in probes if not math.isnan(row["lift"])]
     name = "lift" if lifted else "auroc"
     return max(lifted or probes, key=lambda row: row[name], default=None)
 
@@ -48,28 +77,33 @@ def pick(scores: Tensor, targets: Tensor, chain: Tensor, token: Tensor) -> list[
     """
     order = torch.from_numpy(np.lexsort((token.numpy(), chain.numpy())))
     scores, targets, chain, token = (x[order] for x in (scores, targets, chain, token))
-    runs: list[list[int]] = []
-    for n in targets.nonzero()[:, 0].tolist():
-        if runs and n == runs[-1][-1] + 1 and chain[n] == chain[n - 1] and token[n] == token[n - 1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    quiet = (~targets).nonzero()[:, 0]
-    loudest = quiet[scores[quiet].argsort(descending=True, stable=True)].tolist()
+    runs = _runs(targets.nonzero()[:, 0].tolist(), chain, token)
+    negatives = (~targets).nonzero()[:, 0]
     ranked = {
         "hit": sorted(runs, key=lambda run: -float(scores[run].mean())),
         "miss": sorted(runs, key=lambda run: float(scores[run].max())),
-        "false alarm": [[n] for n in loudest],
+        "false alarm": [[n] for n in negatives[scores[negatives].argsort(descending=True, stable=True)].tolist()],
     }
     picks: list[Pick] = []
     for kind, count in PICKS.items():
         for run in ranked[kind]:
-            own, used = int(chain[run[0]]), {p.chain for p in picks}
+            own, used = int(chain[run].min()), {p.chain for p in picks}
             if sum(p.kind == kind for p in picks) == count:
                 break
             if own not in used:
-                picks.append(Pick(kind, own, int(token[run[0]]), int(token[run[-1]])))
+                picks.append(Pick(kind, own, int(token[run].min()), int(token[run].max())))
     return picks
+
+
+def _runs(positives: Sequence[int], chain: Tensor, token: Tensor) -> list[list[int]]:
+    """The numbers of positive tokens, those that are neighbours in a chain together."""
+    runs: list[list[int]] = []
+    for n in positives:
+        if runs and n == runs[-1][-1] + 1 and chain[n] == chain[n - 1] and token[n] == token[n - 1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return runs
 
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
@@ -99,45 +133,44 @@ def encode(probability: Tensor, asked: Tensor, threshold: float | None) -> str:
 
 
 def collect(
-    parts: Sequence[ScoredProbes], rows: Sequence[Row], chains: Sequence[Chain], labels: Sequence[str], tokenizer: Any
+    groups: Sequence[ScoredProbes],
+    rows: Sequence[Row],
+    chains: Sequence[Chain],
+    *,
+    labels: Sequence[str],
+    tokenizer: Any,
 ) -> dict[str, Any]:
-    """What transcripts.json holds; `chains` are those that the parts' tokens name, their first codes of `labels`."""
-    real = [(part, i, k) for part in parts for i, k in part.real()]
+    """What transcripts.json holds.
+
+    `chains` are those that the tokens of `groups` name, their first codes are of `labels`.
+    """
+    probes = [Probe(group, i, k) for group in groups for i, k in group.real()]
     best = reference(rows)
-    picks = [] if best is None else _picks(real, best)
-    longest = max(SHORTEST, ROOM // max(1, len(real) * len(picks)))
-    picks = picks[: max(1, ROOM // (max(1, len(real)) * SHORTEST))]
-    named = ("solver", "layer", "label", "target", "lag")
+    picks = [] if best is None else _picks(probes, best)
+    longest = max(SHORTEST, ROOM // max(1, len(probes) * len(picks)))
+    picks = picks[: max(1, ROOM // (max(1, len(probes)) * SHORTEST))]
     return {
         "labels": list(labels),
-        "probes": [
-            {"solver": p.solver, "layer": p.sites[i].layer, "label": c.label, "target": c.target, "lag": c.lag,
-             "threshold": _number(p.threshold[i, k].sigmoid())}
-            for p, i, k in real for c in [p.columns[k]]
+        "probes": [probe.place() | {"threshold": probe.threshold()} for probe in probes],
+        "reference": best and {name: best[name] for name in PLACE},
+        "picked_by": "the highest AUROC" if best is None or math.isnan(best["lift"]) else "the largest lift",
+        "chains": [
+            _excerpt(each, chains[each.chain], probes, n_labels=len(labels), longest=longest, tokenizer=tokenizer)
+            for each in picks
         ],
-        "reference": best and {name: best[name] for name in named},
-        "picked_by": "the highest AUROC" if best is None or best["lift"] != best["lift"] else "the largest lift",
-        "chains": [_excerpt(each, chains[each.chain], real, len(labels), longest, tokenizer) for each in picks],
-    }  # fmt: skip
+    }
 
 
-def _picks(real: Sequence[tuple[ScoredProbes, int, int]], best: Row) -> list[Pick]:
-    named = {name: best[name] for name in ("label", "target", "lag")}
-    part, i, k = next(
-        (p, i, k) for p, i, k in real
-        if p.solver == best["solver"] and p.sites[i].layer == best["layer"]
-        and named == {name: getattr(p.columns[k], name) for name in named}
-    )  # fmt: skip
-    scored, valid = part.scored, part.scored.valid[:, k]
-    return pick(scored.scores[valid, i, k], scored.targets[valid, k], scored.chain[valid], scored.token[valid])
-
-
-def _number(x: Tensor) -> float | None:
-    return None if x.isnan() else round(float(x), 4)
+def _picks(probes: Sequence[Probe], best: Row) -> list[Pick]:
+    """The picks of the probe whose row is `best`."""
+    probe = next(probe for probe in probes if all(best[name] == value for name, value in probe.place().items()))
+    scored, valid = probe.group.scored, probe.valid()
+    targets = scored.targets[valid, probe.column]
+    return pick(probe.scores()[valid], targets, scored.chain[valid], scored.token[valid])
 
 
 def _excerpt(
-    why: Pick, chain: Chain, real: Sequence[tuple[ScoredProbes, int, int]], n_labels: int, longest: int, tokenizer: Any
+    why: Pick, chain: Chain, probes: Sequence[Probe], *, n_labels: int, longest: int, tokenizer: Any
 ) -> dict[str, Any]:
     """At most `longest` tokens of a chain around the pick."""
     length = len(chain.ids)
@@ -145,13 +178,19 @@ def _excerpt(
     shown = slice(first, min(length, first + longest))
     codes = ["".join("-" if c == UNKNOWN else str(c) for c in row) for row in chain.codes[shown, :n_labels].T.tolist()]
     said = []
-    for part, i, k in real:
-        own = part.scored.chain == why.chain
-        place, asked = part.scored.token[own], torch.zeros(length, dtype=torch.bool)
+    for probe in probes:
+        own = probe.group.scored.chain == why.chain
+        token, asked = probe.group.scored.token[own], torch.zeros(length, dtype=torch.bool)
         probability = torch.zeros(length)
-        asked[place], probability[place] = part.scored.valid[own, k], part.scored.scores[own, i, k].sigmoid()
-        said.append(encode(probability[shown], asked[shown], _number(part.threshold[i, k].sigmoid())))
+        asked[token], probability[token] = probe.valid()[own], probe.scores()[own].sigmoid()
+        said.append(encode(probability[shown], asked[shown], probe.threshold()))
     return {
-        "id": chain.id, "kind": why.kind, "at": [why.first, why.last], "first": first, "length": length,
-        "tokens": pieces(chain.ids.tolist(), tokenizer)[shown], "codes": codes, "said": said,
-    }  # fmt: skip
+        "id": chain.id,
+        "kind": why.kind,
+        "at": [why.first, why.last],
+        "first": first,
+        "length": length,
+        "tokens": pieces(chain.ids.tolist(), tokenizer)[shown],
+        "codes": codes,
+        "said": said,
+    }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_chains, make_rows
+from builders import load_chains, make_rows
 from test_backbone import build
 from torch import Tensor, nn
 from transformers import DynamicCache

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import make_rows
+from builders import make_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_rows
+from builders import make_rows
 
 from streamprobe.cli import main
 from streamprobe.config.load import load_config

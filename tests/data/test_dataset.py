@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import fingerprint, load_chains, make_record, make_rows, make_tokenizer
+from builders import fingerprint, load_chains, make_record, make_rows, make_tokenizer
 from tqdm import tqdm
 
 from streamprobe.data.annotations import Section, annotate

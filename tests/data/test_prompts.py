@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import load_chains, make_record, make_rows, make_tokenizer
+from builders import load_chains, make_record, make_rows, make_tokenizer
 
 from streamprobe.cli import main
 from streamprobe.data import prompts

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_chains, make_rows
+from builders import load_chains, make_rows
 
 from streamprobe.data.formats import FormatOptions
 from streamprobe.data.preflight import refusals

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import fingerprint, load_chains, make_rows
+from builders import fingerprint, load_chains, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 

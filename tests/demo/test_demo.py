@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from conftest import inputs_of
+from builders import inputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import sites_of
+from builders import sites_of
 from scipy.stats import t
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor

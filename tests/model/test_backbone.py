@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from builders import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from builders import make_tokenizer
 from transformers import LlamaConfig, LlamaModel
 
 from streamprobe.errors import InputError

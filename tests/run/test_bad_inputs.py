@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_rows, make_tokenizer
+from builders import make_rows, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from builders import make_rows
 from torch import Tensor, nn
 
 from streamprobe.cli import main

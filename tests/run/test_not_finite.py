@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import inputs_of, make_rows
+from builders import inputs_of, make_rows
 
 from streamprobe.cli import main
 from streamprobe.run import reader

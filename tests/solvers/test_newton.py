@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import setup_of
+from builders import setup_of
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import softplus

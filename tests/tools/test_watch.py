@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import make_record, make_tokenizer
+from builders import make_record, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

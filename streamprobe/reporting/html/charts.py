@@ -1,4 +1,4 @@
-"""The charts of report.html: matplotlib figures as SVG that takes its ink from the page, be it light or dark."""
+"""The charts of report.html: matplotlib figures as SVG that takes its colours from the page, be it light or dark."""
 
 import io
 import math
@@ -13,18 +13,35 @@ from matplotlib.figure import Figure
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import Row
+from streamprobe.reporting import heat_map
+from streamprobe.reporting.heat_map import Scale
 from streamprobe.reporting.terminal import Grid, best_of, lags_of, lines_of
 
-matplotlib.use("svg")
-INK, FAINT = "#010203", "#040506"  # stand for colours of the page, see `_svg`
-SERIES = ["#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"]
-PAGE = {INK: "currentColor", FAINT: "var(--faint)"} | {c: f"var(--series{i})" for i, c in enumerate(SERIES)}
+TEXT, FAINT = "#010203", "#040506"  # stand for colours of the page, see `_svg`
+BEST = "#0a0b01"  # of the best layer
+COLOURS = ["#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"]
+SERIES = {colour: f"var(--series{i})" for i, colour in enumerate([BEST, *COLOURS])}
+PAGE = {TEXT: "currentColor", FAINT: "var(--faint)", **SERIES}
 STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "streamprobe", "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False, "axes.titlesize": 9,
-    "axes.titlelocation": "left", "lines.linewidth": 1.4, "lines.markersize": 4, "text.parse_math": False,
-}  # fmt: skip
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.labelcolor": TEXT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "streamprobe",
+    "text.color": TEXT,
+    "text.parse_math": False,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
+CELL_WIDTH = 42  # points, of a cell of a heat map
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., str]:
@@ -64,7 +81,7 @@ def lag_curves(grid: Grid) -> Figure:
     for line in layers.values():
         lags = sorted(line)
         left.plot(lags, [line[lag]["auroc"] for lag in lags], color=FAINT, linewidth=0.8)
-    for (name, line), colour in zip(controls.items(), cycle(SERIES[1:]), strict=False):
+    for (name, line), colour in zip(controls.items(), cycle(COLOURS), strict=False):
         lags, marker = sorted(line), CONTROLS[name].marker
         left.plot(lags, [line[lag]["auroc"] for lag in lags], "--", color=colour, marker=marker, label=name)
     _band(left, best, "auroc", "best layer")
@@ -78,15 +95,16 @@ def lag_curves(grid: Grid) -> Figure:
     for axes in figure.axes:
         axes.set_xlabel("lag in tokens")
         _ticks(axes, lags_of(grid))
-    handles, names = left.get_legend_handles_labels()
-    figure.legend([handles[-1], *handles[:-1]], [names[-1], *names[:-1]], loc="outside lower center", ncols=6)
+    handles, _ = left.get_legend_handles_labels()
+    *of_controls, of_best = handles
+    figure.legend(handles=[of_best, *of_controls], loc="outside lower center", ncols=6)
     return figure
 
 
 def _band(axes: Any, best: Mapping[int, Row], name: str, label: str) -> None:
     low, high = ([row[f"{name}_{end}"] for row in best.values()] for end in ("low", "high"))
-    axes.fill_between(list(best), low, high, color=SERIES[0], alpha=0.25, linewidth=0)
-    axes.plot(list(best), [row[name] for row in best.values()], color=SERIES[0], marker="o", label=label, linewidth=2)
+    axes.fill_between(list(best), low, high, color=BEST, alpha=0.25, linewidth=0)
+    axes.plot(list(best), [row[name] for row in best.values()], color=BEST, marker="o", label=label, linewidth=2)
 
 
 def _ticks(axes: Any, lags: Sequence[int]) -> None:
@@ -101,26 +119,24 @@ def _ticks(axes: Any, lags: Sequence[int]) -> None:
 
 
 @styled
-def heat_map(grid: Grid, metric: str) -> Figure:
-    """`auroc`, `average_precision` or `lift` by layer or control and lag, each number in its cell."""
+def metric_map(grid: Grid, metric: str) -> Figure:
+    """`auroc`, `average_precision` or `lift` by layer or control and lag, as a heat map."""
     layers, controls = lines_of(grid)
     lines = layers if metric == "lift" else layers | controls
-    lags = lags_of(grid)
+    rows, lags = list(lines), lags_of(grid)
     values = np.array([[line[lag][metric] if lag in line else math.nan for lag in lags] for line in lines.values()])
     most = max(0.05, np.nanmax(np.abs(values), initial=0))
-    low, high = {"auroc": (0.5, 1.0), "average_precision": (0.0, most), "lift": (-most, most)}[metric]
-    colours = matplotlib.colormaps["RdBu" if metric == "lift" else "viridis"]
-    figure = Figure(figsize=(1.6 + 0.58 * len(lags), 0.6 + 0.27 * len(lines)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(values, colours, vmin=low, vmax=high, aspect="auto", interpolation="none")
-    for i, k in zip(*np.nonzero(~np.isnan(values)), strict=True):
-        place = np.clip((values[i, k] - low) / (high - low), 0, 1)
-        bright = np.dot(colours(place)[:3], (0.299, 0.587, 0.114)) > 0.55
-        text = f"{values[i, k]:{'+' if metric == 'lift' else ''}.3f}"
-        axes.text(k, i, text, ha="center", va="center", color="#111111" if bright else "#ffffff", fontsize=8)
-    axes.set_xticks(range(len(lags)), [f"{lag:+d}" for lag in lags])
-    axes.set_yticks(range(len(lines)), list(lines))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.xaxis.tick_top()
-    return figure
+    scales = {
+        "auroc": Scale("viridis", 0.5, 1.0),
+        "average_precision": Scale("viridis", 0.0, most),
+        "lift": Scale("RdBu", -most, most),
+    }
+    return heat_map.draw(
+        values,
+        rows,
+        [f"{lag:+d}" for lag in lags],
+        width=heat_map.total_width(CELL_WIDTH, rows, len(lags)),
+        scale=scales[metric],
+        written=("{:+.3f}" if metric == "lift" else "{:.3f}").format,
+        number_size=8,
+    )

@@ -4,14 +4,14 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import Row, place
-from streamprobe.reporting.html.charts import heat_map, lag_curves
+from streamprobe.reporting.html.charts import lag_curves, metric_map
 from streamprobe.reporting.terminal import Grid, grids
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ KINDS = {
     "miss": ("Worst misses", "those whose highest probability is the lowest"),
     "false alarm": ("Worst false alarms", "tokens with the highest probability that are not what was asked for"),
 }
-READING = (
+NUMBERS = (
     "All numbers are of held-out test chains; intervals are 95% over resampled chains. Lag k: the activation at token "
     "t predicts the label at token t + k, so a positive lag looks ahead. Lift: AUROC above that of the best control."
 )
@@ -45,7 +45,7 @@ def render(name: str, rows: Sequence[Row], run: Mapping[str, Any], transcripts: 
             f"<title>streamprobe: {escape(name)}</title><style>{style}</style></head><body>",
             f"<h1>{escape(name)}</h1>",
             *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
-            f"<p class=note>{READING}</p>",
+            f"<p class=note>{NUMBERS}</p>",
             f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
             "<a href='#run'>The run</a></nav>",
             *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
@@ -65,26 +65,26 @@ def _title(family: tuple[str, str, str]) -> str:
 def _family(number: int, family: tuple[str, str, str], grid: Grid) -> str:
     """Curves and heat maps of one solver, label and target."""
     flat = [row for line in grid.values() for row in line.values()]
-    parts = [
+    elements = [
         f"<h2 id=family{number}>{escape(_title(family))}</h2>",
         f"<div class=wide>{lag_curves(grid)}</div>",
         "<p class=note>Blue: the best layer of each lag with its interval. Grey: every layer. Dashed: controls.</p>",
-        f"<h3>AUROC</h3><div class=wide>{heat_map(grid, 'auroc')}</div>",
+        f"<h3>AUROC</h3><div class=wide>{metric_map(grid, 'auroc')}</div>",
     ]
     if any(not math.isnan(row["lift"]) for row in flat):
-        parts.append(f"<p class=note>{escape(_legend())}</p>")
-        parts.append(f"<h3>Lift over the best control</h3><div class=wide>{heat_map(grid, 'lift')}</div>")
+        elements.append(f"<p class=note>{escape(_legend())}</p>")
+        elements.append(f"<h3>Lift over the best control</h3><div class=wide>{metric_map(grid, 'lift')}</div>")
     base = [row["base_rate"] for row in flat if not row["control"] and not math.isnan(row["base_rate"])]
-    told = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
-    parts.append(
-        f"<details><summary>Average precision{told}</summary>"
-        f"<div class=wide>{heat_map(grid, 'average_precision')}</div></details>"
+    rates = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
+    elements.append(
+        f"<details><summary>Average precision{rates}</summary>"
+        f"<div class=wide>{metric_map(grid, 'average_precision')}</div></details>"
     )
-    return "".join(parts)
+    return "".join(elements)
 
 
 def _legend() -> str:
-    """What each control is."""
+    """What each control is given."""
     return "Controls: " + "; ".join(f"{name}: {control.about}" for name, control in CONTROLS.items()) + "."
 
 
@@ -93,7 +93,7 @@ def _chains(transcripts: Mapping[str, Any]) -> str:
     best = transcripts["reference"]
     if not best:
         return "<h2 id=read>Held-out chains</h2><p class=note>No probe has both classes among the test tokens.</p>"
-    parts = [
+    elements = [
         "<h2 id=read>Held-out chains</h2>",
         f"<p class=note>Picked by the probe with {escape(transcripts['picked_by'])}: layer {best['layer']}, "
         f"lag {best['lag']:+d}, {escape(_title((best['solver'], best['label'], best['target'])))}. "
@@ -107,34 +107,43 @@ def _chains(transcripts: Mapping[str, Any]) -> str:
         if chain["kind"] != kind:
             kind = chain["kind"]
             title, meaning = KINDS[kind]
-            parts.append(f"<h3>{title}</h3><p class=note>{meaning}</p>")
+            elements.append(f"<h3>{title}</h3><p class=note>{meaning}</p>")
         last = chain["first"] + len(chain["tokens"]) - 1
-        parts.append(
+        elements.append(
             f"<p class=note>{escape(str(chain['id']))}, tokens {chain['first']} to {last} of {chain['length']}</p>"
             f"<div class=text id=chain{number} tabindex=0></div>"
         )
-    return "".join(parts)
+    return "".join(elements)
 
 
-COLUMNS = (
-    "solver", "label", "target", "lag", "layer or control", "AUROC", "95% interval", "lift", "95% interval", "over",
-    "AP", "95% interval", "F1", "TPR at 5% FPR", "base rate", "tokens", "best pass",
-)  # fmt: skip
+TABLE: Sequence[tuple[str, Callable[[Row], str]]] = [  # the name of each column, and its cell of a row
+    ("solver", lambda row: row["solver"]),
+    ("label", lambda row: row["label"]),
+    ("target", lambda row: row["target"]),
+    ("lag", lambda row: f"{row['lag']:+d}"),
+    ("layer or control", place),
+    ("AUROC", lambda row: _number(row["auroc"])),
+    ("95% interval", lambda row: _interval(row, "auroc")),
+    ("lift", lambda row: _number(row["lift"])),
+    ("95% interval", lambda row: _interval(row, "lift")),
+    ("over", lambda row: row["best_control"]),
+    ("AP", lambda row: _number(row["average_precision"])),
+    ("95% interval", lambda row: _interval(row, "average_precision")),
+    ("F1", lambda row: _number(row["f1"])),
+    ("TPR at 5% FPR", lambda row: _number(row["tpr_at_5fpr"])),
+    ("base rate", lambda row: _number(row["base_rate"])),
+    ("tokens", lambda row: str(row["n_tokens"])),
+    ("best pass", lambda row: str(row["best_pass"])),
+]
 
 
 def _table(rows: Sequence[Row]) -> str:
     """Every row of results.csv, to be sorted."""
-    head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name in COLUMNS)
+    head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name, _ in TABLE)
     body = []
     for row in rows:
-        cells = [
-            row["solver"], row["label"], row["target"], f"{row['lag']:+d}", place(row), _number(row["auroc"]),
-            _interval(row, "auroc"), _number(row["lift"]), _interval(row, "lift"), row["best_control"],
-            _number(row["average_precision"]), _interval(row, "average_precision"), _number(row["f1"]),
-            _number(row["tpr_at_5fpr"]), _number(row["base_rate"]), str(row["n_tokens"]), str(row["best_pass"]),
-        ]  # fmt: skip
-        kind = " class=control" if row["control"] else ""
-        body.append(f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        cells = "".join(f"<td>{escape(text(row))}</td>" for _, text in TABLE)
+        body.append(f"<tr{' class=control' if row['control'] else ''}>{cells}</tr>")
     return (
         f"<h2 id=all>All probes and controls</h2><p class=note>A click on a column's name sorts.</p><div class=scroll>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"

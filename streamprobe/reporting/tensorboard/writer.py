@@ -1,4 +1,4 @@
-"""TensorBoard.  The step of every curve is the number of training tokens seen so far, over all passes.
+"""What a run logs for TensorBoard.  The step of a curve is the number of training tokens so far, over all passes.
 
 Shapes: N tokens, L layers, K columns.
 """
@@ -21,18 +21,20 @@ from torch import Tensor
 
 from streamprobe.evaluation.metrics import rank
 from streamprobe.evaluation.scores import Scored
-from streamprobe.reporting.tensorboard.heat_map import size
-from streamprobe.reporting.tensorboard.layout import SHOWN, Grid, family, layout, make_boards, tag
+from streamprobe.reporting.tensorboard.layout import layout
+from streamprobe.reporting.tensorboard.metric_grid import SCALES, metric_grids
+from streamprobe.reporting.tensorboard.tags import ProbeGrid, family, tag
 from streamprobe.system.files import unwritable
 
 COMPARED = (
-    "model", "data", "dtype", "quantization", "prompt", "support", "unlabelled", "split", "labels", "targets", "layers",
-    "lags", "solvers", "l2", "learning_rate", "standardize", "max_passes", "seed",
-)  # fmt: skip
+    "model data dtype quantization prompt support unlabelled split labels targets layers lags solvers l2 learning_rate "
+    "standardize max_passes seed"
+).split()  # the keys of a config by which the hparams tab tells runs apart
 WIDTH = 130  # letters in a line of the text tab
 BINS = 30  # of a histogram
 POINTS = 101  # of a precision-recall curve, at equal steps of recall
 SECONDS = 30  # between two times that events are put on disk, which is how often TensorBoard looks
+MAPS_TIME = 0.01  # of a run's time that heat maps may take, beside those of the first pass and of the last
 NUMBERS = count()  # of this process's event files
 
 
@@ -100,25 +102,27 @@ class EventFile:
 
 
 class Tracker:
-    """Curves of every probe under tags that sort: val_auroc/newton/backtracking/token/layer12/lag+08."""
+    """Shows a run while it trains: curves of every probe under tags that sort, heat maps, and what it ends with."""
 
-    def __init__(self, folder: Path, grids: Sequence[Grid], purge_step: int | None = None):
+    def __init__(self, folder: Path, grids: Sequence[ProbeGrid], purge_step: int | None = None):
         """Writes event files into `folder`; on resume, `purge_step` hides what was logged after the checkpoint."""
-        self.boards = make_boards(grids)
+        self.grids = metric_grids(grids)
         self.events = EventFile(folder, purge_step)
-        self._charts()
+        self.unmapped: int | None = None  # the step of values that no heat map shows yet
+        self.next_maps = -math.inf
+        self._add_layout()
 
-    def _charts(self) -> None:
+    def _add_layout(self) -> None:
         """The layout of the custom scalars; torch's way of writing it knows no closed categories."""
         from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
         from tensorboard.compat.proto.tensor_pb2 import TensorProto
 
         plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
-        held = TensorProto(dtype="DT_STRING", string_val=[layout(self.boards).SerializeToString()])
-        one = Summary.Value(tag="custom_scalars__config__", tensor=held, metadata=plugin)
-        self._add(Summary(value=[one]), None)
+        message = TensorProto(dtype="DT_STRING", string_val=[layout(self.grids).SerializeToString()])
+        one = Summary.Value(tag="custom_scalars__config__", tensor=message, metadata=plugin)
+        self.events.add(Summary(value=[one]), None)
 
-    def probes(self, name: str, grid: Grid, values: Tensor, step: int) -> None:
+    def probes(self, name: str, grid: ProbeGrid, values: Tensor, step: int) -> None:
         """One point on the curve of every probe of a solver; values [L, K], NaN left out."""
         self._points(
             (
@@ -128,30 +132,43 @@ class Tracker:
             ),
             step,
         )
-        for board in self.boards if name in SHOWN else ():
-            board.take(name, grid, values)
+        for metrics in self.grids if name in SCALES else ():
+            metrics.take(name, grid, values)
 
     def maps(self, step: int) -> None:
-        """Heat maps of the latest values, and the best layer and the best permuted control of each lag."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        """The best layer and the best permuted control of each lag by the latest values, and heat maps of them all.
 
-        for board in self.boards:
+        Maps are drawn after the first pass and, in `close`, of the last one; between them when their time allows it.
+        """
+        for metrics in self.grids:
             self._points(
                 (
-                    (f"{metric}/{board.name}/{name}/lag{lag:+03d}", value)
-                    for metric in SHOWN
-                    for name, values in board.highest(metric).items()
-                    for lag, value in zip(board.lags, values.tolist(), strict=True)
+                    (f"{metric}/{metrics.name}/{name}/lag{lag:+03d}", value)
+                    for metric in SCALES
+                    for name, values in metrics.highest(metric).items()
+                    for lag, value in zip(metrics.lags, values.tolist(), strict=True)
                 ),
                 step,
             )
-            for name, png in board.images().items():
-                width, height = size(png)
-                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-                one = Summary.Value(tag=f"heat maps/{board.name} {name}", image=image)
-                self._add(Summary(value=[one]), step)
+        self.unmapped = step
+        if time.monotonic() >= self.next_maps:
+            self._draw_maps(step)
 
-    def curves(self, grid: Grid, scored: Scored, auroc: Tensor, step: int) -> None:
+    def _draw_maps(self, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        started = time.monotonic()
+        for metrics in self.grids:
+            for name, drawn in metrics.images().items():
+                image = Summary.Image(
+                    height=drawn.height, width=drawn.width, colorspace=3, encoded_image_string=drawn.png
+                )
+                one = Summary.Value(tag=f"heat maps/{metrics.name} {name}", image=image)
+                self.events.add(Summary(value=[one]), step)
+        self.unmapped, ended = None, time.monotonic()
+        self.next_maps = ended + (ended - started) / MAPS_TIME
+
+    def curves(self, grid: ProbeGrid, scored: Scored, auroc: Tensor, step: int) -> None:
         """Precision over recall, and logits of positives and of negatives, of the layer with the best auroc [L, K].
 
         One of each for every column that is no control; the points of a curve are at equal steps of recall.
@@ -174,10 +191,13 @@ class Tracker:
         tn, fn = ranking.n_negative - fp, ranking.n_positive - tp
         precision, recall = tp / (tp + fp), tp / ranking.n_positive
         counts = (tp, fp, tn, fn, precision, recall)
-        self._add(pr_curve_raw(f"precision/{name}", *counts, POINTS, None), step)
+        self.events.add(pr_curve_raw(f"precision/{name}", *counts, POINTS, None), step)
 
     def _logits(self, name: str, scores: NDArray[np.float64], targets: NDArray[np.bool_]) -> None:
-        """The shares of negatives and positives by logit, as steps 0 and 1: TensorBoard draws one behind the other."""
+        """How many of the negatives and of the positives have a logit, as fractions, at the steps 0 and 1.
+
+        TensorBoard draws one step behind the other.
+        """
         from torch.utils.tensorboard.summary import histogram_raw
 
         finite = np.isfinite(scores)
@@ -185,19 +205,18 @@ class Tracker:
         edges = np.histogram_bin_edges(scores, BINS)
         for kind in (0, 1):
             own = scores[targets == bool(kind)]
-            share = np.histogram(own, edges)[0] / max(1, len(own))
-            limits, sums = edges[1:].tolist(), (own.sum(), np.square(own).sum())
-            self._add(histogram_raw(name, edges[0], edges[-1], 1, *sums, limits, share.tolist()), kind)
+            counts, _ = np.histogram(own, edges)
+            fractions = (counts / max(1, len(own))).tolist()
+            sums = own.sum(), np.square(own).sum()
+            ends = edges.min(), edges.max()
+            self.events.add(histogram_raw(name, *ends, 1, *sums, edges[1:].tolist(), fractions), kind)
 
     def _points(self, points: Iterable[tuple[str, float]], step: int) -> None:
         """A point on each of many curves, as one event; NaN left out."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in points if not math.isnan(value)]
-        self._add(Summary(value=values), step)
-
-    def _add(self, summary: Any, step: int | None) -> None:
-        self.events.add(summary, step)
+        self.events.add(Summary(value=values), step)
 
     def number(self, name: str, value: float, step: int) -> None:
         """One point on a curve of the whole run."""
@@ -207,10 +226,9 @@ class Tracker:
         """A page of the text tab, shown as it is but for lines that are too long."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        lines = [
-            part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH, replace_whitespace=False) or [""]
-        ]
-        self._add(text_summary(name, "\n".join(f"    {line}" for line in lines)), None)
+        wrap = textwrap.TextWrapper(WIDTH, replace_whitespace=False).wrap
+        lines = [f"    {shown}" for line in text.split("\n") for shown in wrap(line) or [""]]
+        self.events.add(text_summary(name, "\n".join(lines)), None)
 
     def outcome(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The keys of a config that make runs differ beside the numbers they led to, for the hparams tab."""
@@ -222,7 +240,7 @@ class Tracker:
             if name in COMPARED
         }
         for summary in hparams(keys, dict(metrics)):
-            self._add(summary, None)
+            self.events.add(summary, None)
         self._points(metrics.items(), 0)
 
     def write(self) -> None:
@@ -234,5 +252,7 @@ class Tracker:
         self.events.flush()
 
     def close(self) -> None:
-        """Ends the event file."""
+        """Draws the heat maps of the last pass and ends the event file."""
+        if self.unmapped is not None:
+            self._draw_maps(self.unmapped)
         self.events.close()

@@ -1,0 +1,90 @@
+"""The latest validation metrics by layer or control and by lag, for what compares layers: best layer, lift, heat maps.
+
+Shapes: L layers, K columns; R rows of a grid (layers, then controls), C its lags.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamprobe.reporting.heat_map import Scale
+from streamprobe.reporting.tensorboard.images import Picture, draw
+from streamprobe.reporting.tensorboard.tags import ProbeGrid, family, place
+
+SCALES = {  # of the metrics that are kept
+    "val_auroc": Scale("viridis", 0.5, 1.0),
+    "val_average_precision": Scale("viridis", 0.0, 1.0),
+}
+LIFT_SCALE = Scale("RdBu", -0.2, 0.2)
+
+
+class MetricGrid:
+    """The latest AUROC and average precision of all probes and controls of one solver, label and target."""
+
+    def __init__(self, name: str, grids: Sequence[ProbeGrid]):
+        """`name` is that of the family, whose probes are in `grids`; seeds other than 0 have no row."""
+        self.name = name
+        own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and not c.seed for site in g.sites]
+        layers = sorted({place(site, c) for site, c in own if not (site.is_control or c.control)})
+        aside = dict.fromkeys(place(site, c) for site, c in own if site.is_control)
+        relabelled = dict.fromkeys((c.control, place(site, c)) for site, c in own if c.control)  # at every layer
+        self.lags = sorted({c.lag for _, c in own})
+        self.n_layers, self.n_aside = len(layers), len(aside)
+        self.rows = [*layers, *aside, *(place for _, place in relabelled)]
+        first = self.n_layers + self.n_aside
+        self.relabelled: dict[str, list[int]] = {}  # control -> its rows
+        for row, (control, _) in enumerate(relabelled, first):
+            self.relabelled.setdefault(control, []).append(row)
+        self.asked = np.zeros((len(self.rows), len(self.lags)), dtype=bool)  # [R, C] where there is a probe
+        for site, column in own:
+            self.asked[self.rows.index(place(site, column)), self.lags.index(column.lag)] = True
+        self.values = {metric: np.full(self.asked.shape, np.nan) for metric in SCALES}  # [R, C] each
+
+    def take(self, metric: str, grid: ProbeGrid, values: Tensor) -> None:
+        """Remembers the values [L, K] of probes that are of this family."""
+        for k, column in enumerate(grid.columns):
+            if family(grid, column) == self.name and not column.seed:
+                rows = [self.rows.index(place(site, column)) for site in grid.sites]
+                self.values[metric][rows, self.lags.index(column.lag)] = values[:, k].numpy()
+
+    def lift(self) -> NDArray[np.float64]:
+        """AUROC of each layer less that of its best control [layers, C]; NaN where one of them is not known."""
+        values = np.where(self.asked, self.values["val_auroc"], -np.inf)
+        layers, aside, _ = np.split(values, np.cumsum([self.n_layers, self.n_aside]))
+        controls = [*aside, *(values[rows] for rows in self.relabelled.values())]
+        best = np.full(layers.shape, -np.inf)
+        for control in controls:
+            best = np.maximum(best, control)
+        lift = np.where(np.isinf(best), np.nan, layers - np.where(np.isinf(best), 0, best))
+        return np.where(np.isinf(lift), np.nan, lift)
+
+    def highest(self, metric: str) -> dict[str, NDArray[np.float64]]:
+        """Best layer, and the best of all layers of a control that relabels, by lag [C]."""
+        values = self.values[metric]
+        best = {"best layer": np.fmax.reduce(values[: self.n_layers])}
+        return best | {f"control {name}": np.fmax.reduce(values[rows]) for name, rows in self.relabelled.items()}
+
+    def images(self) -> dict[str, Picture]:
+        """Heat maps by name: AUROC and average precision with a row for each control, and the lift if there are any.
+
+        The ends of their colours are fixed, so that passes and runs compare.
+        """
+        lags, shown = [f"{lag:+d}" for lag in self.lags], self.n_layers + self.n_aside
+        names, pictures = [name.removeprefix("control ") for name in self.rows[:shown]], {}
+        rows = [*names, *self.relabelled]
+        for metric, scale in SCALES.items():
+            best = self.highest(metric)
+            values = np.vstack([self.values[metric][:shown], *(best[f"control {name}"] for name in self.relabelled)])
+            pictures[metric] = draw(values, rows, lags, scale)
+        if len(self.rows) > self.n_layers:
+            pictures["val_lift"] = draw(self.lift(), names[: self.n_layers], lags, LIFT_SCALE)
+        return pictures
+
+
+def metric_grids(grids: Sequence[ProbeGrid]) -> list[MetricGrid]:
+    """One for each solver, label and target that has probes at layers."""
+    solvers = {family(grid, column): grid.name for grid in grids for column in grid.columns}
+    made = [MetricGrid(name, [grid for grid in grids if grid.name == solver]) for name, solver in solvers.items()]
+    return [grid for grid in made if grid.n_layers]

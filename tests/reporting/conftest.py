@@ -1,0 +1,93 @@
+"""The results of a run over chains that say what an attacker would, and the events of another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from probe_grids import AREAS, GRIDS, LAYERS, SCORED, values_of
+from scored_chains import HOSTILE, LABEL, N_CHAINS, REAL, chains_of, scored_probes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from streamprobe.data.tokenize import Chain
+from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
+from streamprobe.evaluation.rows import Judged, Row
+from streamprobe.reporting import files
+from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.reporting.transcripts import collect
+from streamprobe.system.files import write_atomic
+
+
+@pytest.fixture(scope="module")
+def chains(tokenizer: Any) -> list[Chain]:
+    return chains_of(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def groups(chains: list[Chain]) -> list[ScoredProbes]:
+    twins = [column._replace(control="permuted") for column in REAL]
+    return [
+        scored_probes(chains, [3, 12], [*REAL, *twins], strength=1.5, seed=1),
+        scored_probes(chains, ["embed"], REAL, strength=0.5, seed=2),
+        scored_probes(chains, ["persistence"], REAL[1:], strength=0.2, seed=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def judged(groups: list[ScoredProbes]) -> list[Judged]:
+    return judge(groups, N_CHAINS, 20, 0)
+
+
+@pytest.fixture(scope="module")
+def rows(judged: list[Judged]) -> list[Row]:
+    return [each.row for each in judged]
+
+
+@pytest.fixture(scope="module")
+def transcripts(groups: list[ScoredProbes], rows: list[Row], chains: list[Chain], tokenizer: Any) -> dict[str, Any]:
+    return collect(groups, rows, chains, labels=[LABEL], tokenizer=tokenizer)
+
+
+@pytest.fixture
+def results(
+    tmp_path: Path, groups: list[ScoredProbes], judged: list[Judged], chains: list[Chain], tokenizer: Any
+) -> TestResults:
+    """All that is known at the end of a run whose texts are hostile."""
+    facts = {"config": {"data": HOSTILE}, "versions": {"python": "3"}}
+    return TestResults(
+        folder=tmp_path / "run",
+        probes=groups,
+        judged=judged,
+        banks={},
+        chains=chains,
+        labels=[LABEL],
+        tokenizer=tokenizer,
+        facts=facts,
+        described={"preflight": HOSTILE, "verdicts": [HOSTILE]},
+        cost=lambda: {"passes": 1},
+        resamples=20,
+        seed=0,
+    )
+
+
+@pytest.fixture
+def folder(results: TestResults) -> Path:
+    """A run's files, without its report and its probes."""
+    for name in ("results.csv", "summary.json", "transcripts.json"):
+        write_atomic(results.folder / name, files.FILES[name].make(results) or b"")
+    return results.folder
+
+
+@pytest.fixture(scope="session")
+def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    """Two passes of two metrics, and the end of a run."""
+    folder = tmp_path_factory.mktemp("events")
+    tracker = Tracker(folder, GRIDS)
+    for step in (100, 200):
+        for number, grid in enumerate(GRIDS):
+            tracker.probes("val_auroc", grid, values_of(grid, step + number), step)
+            tracker.probes("val_average_precision", grid, values_of(grid, step + number).square(), step)
+        tracker.maps(step)
+    tracker.curves(LAYERS, SCORED, AREAS, 200)
+    tracker.outcome({"layers": [3, 12], "seed": 0, "problem_column": "x", "quantization": None}, {"test/lift": 0.25})
+    tracker.close()
+    return EventAccumulator(str(folder), {"histograms": 0, "images": 0}).Reload()

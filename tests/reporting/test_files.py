@@ -1,0 +1,80 @@
+"""A run's files make its report anew, and those that cannot be read are refused in a line."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamprobe.evaluation.rows import FIELDS
+from streamprobe.reporting import files
+
+
+def test_the_report_is_rebuilt_from_the_files_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write_report(folder)
+    first = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert files.main([str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == first
+    assert capsys.readouterr().out == f"wrote {folder / 'report.html'}\n"
+
+
+def edit(folder: Path, name: str, old: str, new: str) -> None:
+    """Replaces the first `old` in a file of the folder."""
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+
+
+BROKEN = {
+    "no folder": shutil.rmtree,
+    "no rows": lambda f: (f / "results.csv").unlink(),
+    "an empty table": lambda f: (f / "results.csv").write_text(""),
+    "a header alone": lambda f: (f / "results.csv").write_text(",".join(FIELDS)),
+    "another table": lambda f: (f / "results.csv").write_text("a,b\n1,2\n"),
+    "a word for a number": lambda f: edit(f, "results.csv", ",0.", ",x"),
+    "a cut-off row": lambda f: (f / "results.csv").write_text((f / "results.csv").read_text()[:-80]),
+    "no summary": lambda f: (f / "summary.json").unlink(),
+    "a cut-off summary": lambda f: (f / "summary.json").write_text('{"run": {'),
+    "an older summary": lambda f: (f / "summary.json").write_text('{"run": {"config": {}}}'),
+    "no transcripts": lambda f: (f / "transcripts.json").unlink(),
+    "a list": lambda f: (f / "transcripts.json").write_text("[]"),
+    "no text": lambda f: (f / "transcripts.json").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_run_that_cannot_be_read_is_refused_in_a_line(
+    folder: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BROKEN[how](folder)
+    assert files.main([str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert (
+        printed.err.startswith("streamprobe: ")
+        and printed.err.count("; expected ") == printed.err.count("; fix: ") == 1
+    )
+    assert str(folder) in printed.err
+    assert files.main([]) == 2 and files.main(["a", "b"]) == 2
+
+
+def test_a_report_that_cannot_be_written_or_drawn_is_refused_in_a_line(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any
+) -> None:
+    for number, spoil in enumerate(
+        (
+            lambda f: (f / "report.html").mkdir(),
+            lambda f: (f / "results.csv").write_text((f / "results.csv").read_text().replace(",embed,", ",emblem,")),
+            lambda f: (f / "transcripts.json").write_text(
+                (f / "transcripts.json").read_text().replace('"kind"', '"sort"')
+            ),
+        )
+    ):
+        copy = tmp_path_factory.mktemp("runs") / str(number)
+        shutil.copytree(folder, copy)
+        (copy / "report.html").unlink(missing_ok=True)
+        spoil(copy)
+        assert files.main([str(copy)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("streamprobe: ") and error.count("\n") == 1 and "Traceback" not in error

@@ -1,0 +1,49 @@
+"""What is printed at the end: the numbers of the rows, in lines that fit a terminal."""
+
+import math
+import re
+from pathlib import Path
+
+from scored_chains import HOSTILE
+
+from streamprobe.evaluation.results import ScoredProbes, judge
+from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.verdict import verdicts
+from streamprobe.reporting.terminal import describe_files, headline, table
+
+
+def test_the_table_is_compact_and_ends_in_its_verdict(groups: list[ScoredProbes], rows: list[Row]) -> None:
+    given = verdicts(judge(groups, len(groups[0].scored.chain.unique()), 20, 0))
+    lines = table(rows, given).splitlines()
+    assert max(len(line) for line in lines if HOSTILE not in line) <= 120
+    assert lines[-1] == given[-1]
+    marked = re.findall(r"(\d\.\d{3})\*", "\n".join(lines))
+    best = [max((r for r in rows if not r["control"] and r["lag"] == lag), key=lambda r: r["auroc"]) for lag in (0, 8)]
+    assert marked == [f"{row['auroc']:.3f}" for row in best]
+    ladder = [line.split() for line in lines if re.match(r" +\+\d +\d", line)]
+    for cells, row in zip(ladder, best, strict=True):
+        assert cells[:3] == [f"{row['lag']:+d}", str(row["layer"]), f"{row['auroc']:.3f}"]
+        assert f"{row['lift']:+.3f}" in cells and row["best_control"] in cells
+
+
+def test_many_lags_are_wrapped(rows: list[Row]) -> None:
+    many = [{**row, "lag": lag} for row in rows for lag in range(20) if row["lag"] == 0]
+    lines = table(many, ["verdict"]).splitlines()
+    assert sum(line.startswith("lag  ") for line in lines) == 2 and max(map(len, lines[1:])) <= 120
+
+
+def test_a_missing_class_is_named(rows: list[Row]) -> None:
+    blank = [{**row, "auroc": math.nan} if row["layer"] == 3 and not row["control"] else row for row in rows]
+    assert "2 probes have nan" in table(blank, ["verdict"])
+    assert "nan:" not in table(rows, ["verdict"])
+    assert headline([{**row, "auroc": math.nan, "lift": math.nan} for row in rows]).keys() < headline(rows).keys()
+
+
+def test_files_are_listed_with_their_sizes(folder: Path) -> None:
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint/state.safetensors").write_bytes(bytes(2_500_000))
+    text = describe_files(folder)
+    assert (
+        "checkpoint/ 2.5 MB" in text
+        and f"results.csv {round((folder / 'results.csv').stat().st_size / 1e3)} kB" in text
+    )
