@@ -94,7 +94,7 @@ def load_chains(
     from streamprobe.data.sources import RowSource, read_records
 
     fields = fields or FormatOptions()
-    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most), fields.label_names)
+    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most=most), fields.label_names)
     dataset = make_dataset(records, tokenizer, labels, context=context, **options)
     return dataset.splits, dataset.counts
 

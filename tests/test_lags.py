@@ -159,7 +159,7 @@ def test_a_second_chain_sees_nothing_of_the_first(
     assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
 
 
-def test_control_without_last_the_first_chain_would_be_seen() -> None:
+def test_a_second_chain_fails_without_the_end_of_the_first() -> None:
     """The check above can fail: two chains pushed as one pair labels across their border."""
     columns = SIX_LAGS
     codes = torch.tensor([OUTSIDE, ONSET, INSIDE, OUTSIDE], dtype=torch.int8)[:, None].repeat(1, 2)
@@ -170,7 +170,7 @@ def test_control_without_last_the_first_chain_would_be_seen() -> None:
 
 @pytest.mark.parametrize("target", ["token", "onset"])
 @pytest.mark.parametrize("lag", [1, 2, 5])
-def test_control_the_opposite_lag_gives_other_pairs(target: str, lag: int) -> None:
+def test_pairing_fails_without_the_sign_of_the_lag(target: str, lag: int) -> None:
     random = torch.Generator().manual_seed(lag)
     codes = torch.randint(0, 3, (60, 2), generator=random, dtype=torch.int8)
     support = torch.ones(60, dtype=torch.bool)

@@ -1,11 +1,18 @@
-"""Tiny random models of every type: a config class's own defaults, made small."""
+"""Tiny random models: some made by hand, and one of every type, a config class's own defaults made small."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
 from transformers.models.auto import modeling_auto as auto
+
+from streamprobe.model.backbone import load_backbone
+from streamprobe.model.blocks import decoder_layers
+from streamprobe.model.hooks import tap
 
 SMALL: dict[str, Any] = {
     # width
@@ -155,3 +162,68 @@ def save_tiny(name: str, folder: str, **changes: Any) -> Any:
     model = AutoModel.from_config(tiny_config(name, **changes)).float().eval()
     model.save_pretrained(folder)
     return model
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+WINDOW = 4  # tokens; the text is longer
+
+
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"] * 2
+
+
+def build(kind: str, folder: str | Path, **changes: Any) -> str:
+    """Saves a tiny random model with an LM head; returns its folder."""
+    extra = {"layer_types": LAYER_TYPES, "sliding_window": WINDOW} if kind == "Gemma3" else {}
+    config_class = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, config_class)(**SIZES | extra | changes)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).float().save_pretrained(folder)
+    return str(folder)
+
+
+def full_model(folder: str, **options: Any) -> nn.Module:
+    """All its blocks, as transformers loads them."""
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def cut_model(folder: str | Path, layers: list[int], **options: Any) -> nn.Module:
+    """On the CPU, where the full one is, too."""
+    return load_backbone(str(folder), layers, "float32", device_map="cpu", **options)
+
+
+def token_ids(seed: int = 0) -> Tensor:
+    """Random text [B, T]."""
+    return torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, layers: list[int], ids: Tensor | None = None) -> dict[int, Tensor]:
+    """What `tap` reads in one forward pass."""
+    blocks = decoder_layers(model)
+    with tap({layer: blocks[layer] for layer in layers}) as taken:
+        model(input_ids=token_ids() if ids is None else ids, use_cache=False)
+        return {layer: acts.clone() for layer, acts in taken.items()}
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module) -> tuple[Tensor, ...]:
+    """Transformers' own [B, T, D] for `token_ids()`, the embedding first."""
+    return model(input_ids=token_ids(), use_cache=False, output_hidden_states=True).hidden_states
+
+
+@torch.no_grad()
+def states(model: Any, ids: Tensor) -> list[Tensor]:
+    """Transformers' hidden states [T, D] of one chain, the embedding first."""
+    return [h[0] for h in model(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states]

@@ -126,7 +126,7 @@ def forward(backbone: nn.Module, ids: Sequence[Tensor], cache: Any = None, last:
     lengths = torch.tensor([len(x) for x in ids])
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it
     mask = torch.arange(before + padded.shape[1]) < before + lengths[:, None]
-    read(backbone, send(padded, device), send(mask.long(), device), last, cache)
+    read(backbone, send(padded, device), send(mask.long(), device), last=last, cache=cache)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

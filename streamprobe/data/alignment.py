@@ -63,11 +63,11 @@ def match_runs(a: Sequence[int], b: Sequence[int], sizes: Sequence[int]) -> list
 
 def _halve(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
     """Where to cut two long texts: at the run nearest the middle that each has once, or else in the middle."""
-    runs = _runs(a, b, ANCHOR)
-    once = [{run for run, n in Counter(text).items() if n == 1} for text in runs]
-    shared = [i for i, run in enumerate(runs[0]) if run in once[0] and run in once[1]]
-    middle = min(shared, key=lambda i: abs(2 * i - len(a)), default=-1)
-    return (middle, runs[1].index(runs[0][middle])) if middle > 0 else (len(a) // 2, len(b) // 2)
+    x, y = _runs(a, b, ANCHOR)
+    counts = Counter(x), Counter(y)
+    once = [i for i, run in enumerate(x) if all(count[run] == 1 for count in counts)]
+    middle = min(once, key=lambda i: abs(2 * i - len(a)), default=-1)
+    return (middle, y.index(x[middle])) if middle > 0 else (len(a) // 2, len(b) // 2)
 
 
 def _runs(a: Sequence[int], b: Sequence[int], size: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import compress, groupby
+from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -60,6 +61,14 @@ class Annotation(NamedTuple):
         return len(self.sections) + self.lost
 
 
+class Parsed(NamedTuple):
+    """An annotated text taken apart: the text without its tags, its sections, and the tags without their partner."""
+
+    text: str
+    sections: list[Section]
+    unbalanced: int
+
+
 class Mark(NamedTuple):
     """Characters start .. end that are a tag, or look like one."""
 
@@ -78,7 +87,7 @@ class Word(NamedTuple):
 
 
 def split_words(text: str) -> list[Word]:
-    """The words, signs and tags of a folded text; in a tag neither the kind of quotes nor white space tells."""
+    """The words, signs and tags of a folded text; in a tag neither the kind of quotes nor white space counts."""
     words = []
     for found in WORD.finditer(text):
         tag = found["tag"] is not None
@@ -138,14 +147,14 @@ def read_tags(text: str, tags: Sequence[Mark], names: Mapping[str, str] = NAMES)
     return sections, unbalanced
 
 
-def parse_annotations(annotated: str) -> tuple[str, list[Section], int]:
-    """The text without its tags, its sections, and how many tags lack their partner, where no original is at hand."""
+def parse_annotations(annotated: str) -> Parsed:
+    """What an annotated text says by itself, where no original is at hand."""
     tags = [mark for mark in find_marks(annotated) if mark.names]
     sections, unbalanced = read_tags(annotated, tags)
     shown = visible(annotated, tags)
     place = np.append(0, np.cumsum(shown)).tolist()
     moved = [Section(label, place[start], place[end]) for label, start, end in sections]
-    return "".join(compress(annotated, shown)), moved, unbalanced
+    return Parsed("".join(compress(annotated, shown)), moved, unbalanced)
 
 
 def visible(text: str, tags: Sequence[Mark]) -> np.ndarray:
@@ -165,18 +174,7 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     """
     a, b = fold(copy), fold(original)
     theirs = split_words(b.text)
-    tags = {word.key for word in theirs if word.tag}
-    forms = [mark for mark in MARK.finditer(a.text) if not mark["tag"]]
-    strange = {form for form in {mark[0] for mark in forms} if form not in b.text}
-    gone = {i for mark in forms if mark[0] in strange for i in range(*mark.span())}
-    mine, border = [], [True]
-    for word in split_words(a.text):
-        if word.start in gone or (word.tag and word.key not in tags):
-            border[-1] = True
-        else:
-            mine.append(word)
-            border.append(False)
-    border[-1] = True
+    mine, border = _words_without_tags(a.text, b.text, {word.key for word in theirs if word.tag})
     extra = Counter(word.key for word in mine if word.tag) - Counter(word.key for word in theirs if word.tag)
     ids: dict[str, int] = {}
     x, y = ([ids.setdefault(word.key, len(ids)) for word in words] for words in (mine, theirs))
@@ -187,7 +185,7 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
         if j < 0 or (i < len(mine) and mine[i].key in extra and partner[i] != j - 1 and partner[i + 2] != j + 1):
             continue
         if start < i and other < j:
-            _match_letters(where, a.text, b.text, mine[start:i], theirs[other:j])
+            _match_letters(where, a.text, b.text, mine=mine[start:i], theirs=theirs[other:j])
         if i < len(mine):
             where[mine[i].start : mine[i].end] = _spread(theirs[j], mine[i].end - mine[i].start)
         start, other = i + 1, j + 1
@@ -199,13 +197,33 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     return first, last
 
 
+def _words_without_tags(copy: str, original: str, kept: Collection[str]) -> tuple[list[Word], list[bool]]:
+    """The words of a copy without what is a tag, or looks like one, and is nowhere in the original.
+
+    `kept` are the keys of the tags in the original.  With them comes for each word, and for the end of the text,
+    whether a tag was taken out in front of it, or it is an end of the text: bool [words + 1].
+    """
+    forms = [mark for mark in MARK.finditer(copy) if not mark["tag"]]
+    strange = {form for form in {mark[0] for mark in forms} if form not in original}
+    gone = {i for mark in forms if mark[0] in strange for i in range(*mark.span())}
+    words, border = [], [True]
+    for word in split_words(copy):
+        if word.start in gone or (word.tag and word.key not in kept):
+            border[-1] = True
+        else:
+            words.append(word)
+            border.append(False)
+    border[-1] = True
+    return words, border
+
+
 def _spread(word: Word, size: int) -> Sequence[int]:
     """The characters of a word as those of one of `size` characters: as they are, or the first and the last."""
     places = range(word.start, word.end)
     return places if len(places) == size else [word.start] * (size - 1) + [word.end - 1]
 
 
-def _match_letters(where: list[int], copy: str, original: str, mine: Sequence[Word], theirs: Sequence[Word]) -> None:
+def _match_letters(where: list[int], copy: str, original: str, *, mine: Sequence[Word], theirs: Sequence[Word]) -> None:
     """Fills `where` for the letters of some words of a copy that are somewhere among those of other words."""
     a, b = ([i for word in words if not word.tag for i in range(word.start, word.end)] for words in (mine, theirs))
     if len(a) * len(b) > MAX_LETTERS:
@@ -228,7 +246,7 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
     sections, unbalanced = read_tags(annotated, tags, names)
     shown = visible(annotated, tags)
     found, edited, lost, floor = [], 0, 0, 0
-    for (start, end), group in groupby(sections, lambda section: section[1:]):
+    for (start, end), group in groupby(sections, attrgetter("start", "end")):
         labels = [section.label for section in group]
         words = "".join(compress(annotated[start:end], shown[start:end]))
         hits = _without_strays(start + np.flatnonzero(first[start:end] >= 0), first, end - start)
@@ -244,7 +262,8 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
             j += j < len(original) and original[j].isspace()
         found += [Section(label, i, j) for label in labels]
         floor = j
-    return Annotation(found, edited, lost, unbalanced, *_names_and_forms(annotated, tags, names))
+    written, strange = _names_and_forms(annotated, tags, names)
+    return Annotation(found, edited=edited, lost=lost, unbalanced=unbalanced, names=written, strange=strange)
 
 
 def _without_strays(hits: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
@@ -283,15 +302,16 @@ def _names_and_forms(text: str, tags: Sequence[Mark], names: Mapping[str, str]) 
 def rejoin(annotated: str, response: str, names: Mapping[str, str] = NAMES) -> tuple[str, Annotation]:
     """The sections alone, without the white space around them, joined by single spaces: a text that nobody wrote.
 
-    Each space belongs to the section behind it.  `response` tells the annotator's tags from the model's text.
+    Each space belongs to the section behind it.  Tags that stand in `response` are the model's own text.
     """
     first, _ = align(annotated, response)
     tags = [mark for mark in find_marks(annotated) if first[mark.start] < 0]
     sections, unbalanced = read_tags(annotated, tags, names)
     shown = visible(annotated, tags)
     text, found = "", []
-    for (start, end), group in groupby(sections, lambda section: section[1:]):
+    for (start, end), group in groupby(sections, attrgetter("start", "end")):
         piece = " " * bool(text) + "".join(compress(annotated[start:end], shown[start:end])).strip()
         found += [Section(section.label, len(text), len(text) + len(piece)) for section in group]
         text += piece
-    return text, Annotation(found, 0, 0, unbalanced, *_names_and_forms(annotated, tags, names))
+    written, strange = _names_and_forms(annotated, tags, names)
+    return text, Annotation(found, edited=0, lost=0, unbalanced=unbalanced, names=written, strange=strange)

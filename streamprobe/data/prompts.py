@@ -18,6 +18,16 @@ CLOCK = (  # in front of a chat template: its `strftime_now` writes the day that
     "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}{% for code, value in chat_day.items() %}"
     "{% set ns.text = ns.text.replace(code, value) %}{% endfor %}{{ ns.text }}{% endmacro %}\n"
 )
+TEMPLATE_RAISES = (  # a template is a program
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 def is_unicode(text: str) -> bool:
@@ -42,6 +52,7 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
 
 
 def _render(problem: str, tokenizer: Any, day: str | None) -> str:
+    """The chat template's text for one turn of a user, up to where the answer begins."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -57,10 +68,7 @@ def _render(problem: str, tokenizer: Any, day: str | None) -> str:
             chosen = date.fromisoformat(day) if day else date.today()
             options = {"chat_template": CLOCK + template, "chat_day": _codes(chosen)}
         return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **options)
-    except (  # what a template, which is a program, can raise
-        TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError,
-        TypeError, ValueError,
-    ) as error:  # fmt: skip
+    except (TemplateError, *TEMPLATE_RAISES) as error:
         raise InputError(
             f"a chat template that cannot be rendered ({type(error).__name__}: {first_line(error)})",
             "one that takes a user's turn",
@@ -92,7 +100,9 @@ def resolve_day(prompt: str, day: str | None, tokenizer: Any) -> str | None:
     return None
 
 
-def open_response(problem: str, response: str, prompt: str, tokenizer: Any, day: str | None = None) -> tuple[str, str]:
+def open_response(
+    problem: str, response: str, prompt: str, tokenizer: Any, *, day: str | None = None
+) -> tuple[str, str]:
     """The text before this very response, and the marker (such as `<think>`) that was left out at its end, or "".
 
     It is left out where the response begins with it, so that it stands in the text once.
@@ -101,7 +111,7 @@ def open_response(problem: str, response: str, prompt: str, tokenizer: Any, day:
     start = response.lstrip()
     if not MARKER.match(start):
         return head, ""
-    tail = format_prompt(PROBLEM, prompt, tokenizer, day).rpartition(PROBLEM)[2]  # the problem itself is left alone
+    _, _, tail = format_prompt(PROBLEM, prompt, tokenizer, day).rpartition(PROBLEM)  # the problem itself is left alone
     marker = repeated_marker(tail, start) if head.endswith(tail) else ""
     return (head.rstrip().removesuffix(marker) if marker else head), marker
 

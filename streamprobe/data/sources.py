@@ -47,7 +47,7 @@ class Source(Protocol):
 class RowSource:
     """The rows of a file or data set, each read by one of `formats.FORMATS`."""
 
-    def __init__(self, rows: Rows, format: Format, options: FormatOptions, most: int | None = None, place: int = 0):
+    def __init__(self, rows: Rows, format: Format, options: FormatOptions, *, most: int | None = None, place: int = 0):
         """At most `most` of the rows, evenly spaced (None: all); begins with the row at `place` of these."""
         self.partial = most is not None and most < len(rows)
         self.rows = (
@@ -84,7 +84,7 @@ def open_source(
     """
     chosen = FORMATS[format]
     columns = [*chosen.columns(options), *([options.category] if options.category else [])]
-    return RowSource(read_rows(data, split, columns, sha256), chosen, options, most)
+    return RowSource(read_rows(data, split, columns, sha256), chosen, options, most=most)
 
 
 def read_records(source: Source, label_names: Mapping[str, str] = NAMES) -> list[Record | Refused]:

@@ -46,10 +46,12 @@ def split_chains(
     held_out = {name for name, chosen in zip(names, test, strict=True) if chosen}
     rest = [units[i] for i in order if units[i] not in held_out]
     validation = set(rest[: round(len(rest) * validation_share)])
-    return [
-        "test" if chosen
-        else "duplicate" if name in held_out
-        else "validation" if name in validation
-        else "train"
-        for name, chosen in zip(names, test, strict=True)
-    ]  # fmt: skip
+
+    def place(name: Hashable, chosen: bool) -> str:
+        if chosen:
+            return "test"
+        if name in held_out:
+            return "duplicate"
+        return "validation" if name in validation else "train"
+
+    return [place(name, chosen) for name, chosen in zip(names, test, strict=True)]

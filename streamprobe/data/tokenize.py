@@ -58,10 +58,9 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
     (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.
     """
-    prompt, day = options.prompt, options.day
-    head, marker = open_response(record.problem, record.response, prompt, tokenizer, day)
+    head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
     text = head + record.response
-    ids, offsets = encode(text, prompt, tokenizer, options.bos)
+    ids, offsets = encode(text, options.prompt, tokenizer, options.bos)
     characters = _label_characters(record, len(head), labels, options)
     special = special_ids(tokenizer)
     codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)

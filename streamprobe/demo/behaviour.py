@@ -44,4 +44,4 @@ def _same(found: Step | None, due: Step | None) -> bool:
     """Is the step the one that is due?  A sentence that skips a number does not say what is left."""
     if found is None or due is None:
         return found is due
-    return found[:2] == due[:2] and (due.kind == "skip" or found.left == due.left)
+    return (found.kind, found.number) == (due.kind, due.number) and (due.kind == "skip" or found.left == due.left)

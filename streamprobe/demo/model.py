@@ -4,7 +4,7 @@ Shapes: B problems in a batch, T tokens of the longest of them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ VOCABULARY = (
     *"reach with ? i look for . fits , take left and is too big not wait drop wrong back to without so + =".split(),
     *map(str, range(MAX_TARGET + 1)),
 )
+
+
+class Example(NamedTuple):
+    """A text that the model learns from."""
+
+    prompt: str
+    response: str
 
 
 def make_tokenizer() -> Any:
@@ -62,13 +69,13 @@ def make_model(seed: int, blocks: int = 4, hidden: int = 128) -> Any:
     return LlamaForCausalLM(config)
 
 
-def make_batch(texts: Sequence[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """(prompt, response) pairs as token ids and labels: both int64 [B, T], padded at the right.
+def make_batch(examples: Sequence[Example], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Examples as token ids and labels: both int64 [B, T], padded at the right.
 
     Labels are -100 but in the response and at the </s> behind it.
     """
-    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer([p + r for p, r in texts])["input_ids"]]
-    heads = [len(row) for row in tokenizer([p for p, _ in texts])["input_ids"]]
+    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer([e.prompt + e.response for e in examples])["input_ids"]]
+    heads = [len(row) for row in tokenizer([e.prompt for e in examples])["input_ids"]]
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
     labels = [[-100] * n + row[n:] + [-100] * (longest - len(row)) for n, row in zip(heads, ids, strict=True)]

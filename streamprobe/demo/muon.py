@@ -28,8 +28,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step for every matrix; those of the same shape are orthogonalised together."""
+    def step(self, closure: Any = None) -> Any:
+        """One step for every matrix; those of the same shape are orthogonalised together.  Takes no closure."""
         assert closure is None
         for group in self.param_groups:
             for shape in sorted({tuple(p.shape) for p in group["params"]}):

@@ -8,7 +8,7 @@ goes on behind it.  Every word follows from the words before; each sentence is a
 The idea is that of Stream of Search (Gandhi et al., 2024, arXiv 2404.03683).
 
 A return is decided by numbers (what is left, and which are still to come) many words before it is written.  The wording
-changes with the number, so that no word tells how far off the end of a sentence is; a return begins with `wait`, as do
+changes with the number, so that no word gives away where a sentence ends; a return begins with `wait`, as do
 other sentences, and the word before it is the full stop that ends every sentence.
 """
 
@@ -178,7 +178,7 @@ def is_valid_trace(problem: Problem, text: str) -> bool:
 
 
 def read_step(sentence: str, strict: bool = True) -> Step | None:
-    """The step that a sentence tells of (left is 0 where it does not say), or None.
+    """The step that a sentence describes (left is 0 where it does not say), or None.
 
     If `strict`, its wording must be the one that belongs to its number.
     """

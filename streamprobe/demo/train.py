@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprobe.demo.model import PROMPT, make_batch, make_model, make_tokenizer, share_solved
+from streamprobe.demo.model import PROMPT, Example, make_batch, make_model, make_tokenizer, share_solved
 from streamprobe.demo.muon import Muon
 from streamprobe.demo.task import HELD_OUT, SIZES, TRAINING, make_problem, make_problems, solve
 
@@ -60,13 +60,14 @@ def batches(tokenizer: Any, size: int, seed: int) -> Iterator[tuple[Tensor, Tens
     """Endless token ids and labels, int64 [size, T]; each batch holds responses of about the same length."""
     rng = Random(TRAINING[seed])
     while True:
-        texts = []
+        examples = []
         for _ in range(SORTED * size):
             problem = make_problem(rng)
-            texts.append((PROMPT.format(problem=problem), " ".join(text for _, text in solve(problem))))
-        texts.sort(key=lambda text: len(text[1].split()))
+            response = " ".join(text for _, text in solve(problem))
+            examples.append(Example(PROMPT.format(problem=problem), response))
+        examples.sort(key=lambda example: len(example.response.split()))
         for i in rng.sample(range(SORTED), SORTED):
-            yield make_batch(texts[i * size : (i + 1) * size], tokenizer)
+            yield make_batch(examples[i * size : (i + 1) * size], tokenizer)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -81,8 +82,11 @@ def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
     return [Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def train(model: Any, tokenizer: Any, steps: int, batch_size: int, peak: float, seed: int) -> list[float]:
-    """Trains `model` in place on its device; returns the loss of every step in nats a token."""
+def train(model: Any, tokenizer: Any, *, steps: int, batch_size: int, peak: float, seed: int) -> list[float]:
+    """Trains `model` in place on its device; returns the loss of every step in nats a token.
+
+    batch_size: problems in a step; peak: the highest learning rate.
+    """
     optimizers = make_optimizers(model)
     losses: list[float] = []
     began = time.perf_counter()
@@ -138,18 +142,17 @@ def main() -> None:
     tokenizer, model = make_tokenizer(), make_model(given.seed).to(device)
     print(f"{model.num_parameters():,} parameters on {name}", flush=True)
     began = time.perf_counter()
-    losses = train(model, tokenizer, given.steps, given.batch, given.learning_rate, given.seed)
+    how = {"steps": given.steps, "batch_size": given.batch, "peak": given.learning_rate, "seed": given.seed}
+    losses = train(model, tokenizer, **how)
     minutes = (time.perf_counter() - began) / 60
     model = save(model, tokenizer, given.out)
     fresh, larger = make_problems(200, HELD_OUT[0]), make_problems(200, HELD_OUT[1], [max(SIZES) + 1])
     solved, harder = (share_solved(model, tokenizer, problems) for problems in (fresh, larger))
-    end = losses[-50:]
+    loss = sum(losses[-50:]) / len(losses[-50:])
     changed = [f" --{k} {v}" for k, v in vars(given).items() if k != "out" and v != parser.get_default(k)]
-    write_card(
-        given.out, model, arguments="".join(changed), steps=given.steps, batch=given.batch, minutes=minutes,
-        device=name, loss=sum(end) / len(end), n=len(fresh), solved=solved, harder=harder,
-    )  # fmt: skip
-    print(f"loss {sum(end) / len(end):.5f}   solved {solved:.1%}   one number more {harder:.1%}   {minutes:.1f} min")
+    measured = {"loss": loss, "n": len(fresh), "solved": solved, "harder": harder, "minutes": minutes, "device": name}
+    write_card(given.out, model, arguments="".join(changed), steps=given.steps, batch=given.batch, **measured)
+    print(f"loss {loss:.5f}   solved {solved:.1%}   one number more {harder:.1%}   {minutes:.1f} min")
 
 
 if __name__ == "__main__":

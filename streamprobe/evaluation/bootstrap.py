@@ -1,4 +1,4 @@
-"""Intervals that resample chains.
+"""How far a score can be off by the chance of which chains were drawn: intervals that resample chains.
 
 Shapes: N tokens, P probes that share their targets (the layers of one column), M positives, C chains, R resamples.
 """
@@ -46,16 +46,17 @@ def chain_bootstrap(scores: Tensor, targets: Tensor, chain: Tensor, weights: Ten
         above, tied = _negatives_per_chain(s, y, c, n_chains)  # [M, C] each
         end = torch.searchsorted(-s[y], -s[y], right=True) - 1  # the last positive that ties with each
         blocks = [
-            _resample(above, tied, w[:, r], n_negative[r], c[y], end) for r in torch.arange(len(weights)).split(BLOCK)
+            _resample(above, tied, w=w[:, r], n_negative=n_negative[r], chain=c[y], end=end)
+            for r in torch.arange(len(weights)).split(BLOCK)
         ]
-        areas, precisions = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        areas, precisions = (torch.cat(resampled) for resampled in zip(*blocks, strict=True))
         both[0, :, p] = (areas / (n_positive.double() * n_negative)).where(usable, float("nan"))
         both[1, :, p] = (precisions / n_positive).where(usable, float("nan"))
     return both[0], both[1]
 
 
 def _resample(
-    above: Tensor, tied: Tensor, w: Tensor, n_negative: Tensor, chain: Tensor, end: Tensor
+    above: Tensor, tied: Tensor, *, w: Tensor, n_negative: Tensor, chain: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of each resample, the pairs in the right order and the sum of precisions at the positives: [R] each.
 

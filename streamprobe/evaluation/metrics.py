@@ -4,8 +4,8 @@ Shapes: N tokens, P probes that share their targets (the layers of one column), 
 
 Everything follows from one small table.  For each positive i of a probe, count the positives and the negatives that
 score at least as high (`tp`, `fp`) and the negatives that tie with it (`tied`).  With all positives sorted, a threshold
-at positive i gives precision tp / (tp + fp); AUROC is the share of (positive, negative) pairs in the right order, ties
-counted half; and no threshold between two positives can beat the one at the upper end, so F1 needs no other thresholds.
+at positive i gives precision tp / (tp + fp); AUROC is the fraction of (positive, negative) pairs in the right order,
+ties counted half; and no threshold between two positives can beat the one at the upper end, so F1 needs no others.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Ranking:
-    """Counts at each positive, sorted by falling score."""
+    """What every metric of P probes follows from: counts at each positive, sorted by falling score."""
 
     threshold: Tensor  # [M, P] the positive's score
     tp: Tensor  # [M, P] positives that score at least as high
@@ -81,6 +81,7 @@ def measure(
     scores: Tensor,
     targets: Tensor,
     valid: Tensor,
+    *,
     threshold: Tensor | None = None,
     half: Tensor | None = None,
 ) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, perce
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.rows import NO_LIFT, Judged, Row, group_by, interval_of_difference
 from streamprobe.evaluation.scores import Scored
-from streamprobe.evaluation.verdict import add_lifts
+from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.probes.sites import Site
@@ -64,14 +64,14 @@ def judge(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: i
     for each in probes:
         judged += _judge_probes(each, weights)
     for _, own in group_by(judged, itemgetter("solver", "label", "target")):
-        add_lifts(own)
+        compare_with_controls(own)
     return judged
 
 
 def _judge_probes(probes: ScoredProbes, weights: Tensor) -> list[Judged]:
     """Rows without their lifts, in the order site, column."""
     scored = probes.scored
-    metrics = measure(scored.scores, scored.targets, scored.valid, probes.threshold, half=probes.half)
+    metrics = measure(scored.scores, scored.targets, scored.valid, threshold=probes.threshold, half=probes.half)
     metrics["brier"] = brier(scored)
     first = [k for k, column in enumerate(probes.columns) if not column.seed]
     by_column = [_judge_column(probes, k, metrics, weights) for k in first]

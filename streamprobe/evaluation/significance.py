@@ -13,7 +13,7 @@ def lower_bounds(points: Tensor, resampled: Tensor, n_chains: int, level: float 
     """Low ends [Q] of intervals around points [Q], all of which lie below the truth but for (1 - level) / 2 of cases.
 
     resampled [R, Q] are the same differences in paired resamples of chains, of which at least `n_chains` bear on each.
-    The largest of the Q studentised errors of a resample tells how far an error can be by chance (max statistic:
+    The largest of the Q studentised errors of a resample shows how far an error can be by chance (max statistic:
     Westfall & Young 1993; Romano & Wolf 2005), which takes into account how the differences hang together.  A bootstrap
     of n draws makes errors too small by sqrt((n - 1) / n), and normal where they are Student's: both is made up for
     (Abramowitz & Stegun 1964, 26.7.5, first term).  Resamples with a NaN are left out; NaN where half of them are.

@@ -36,7 +36,7 @@ class Comparison(NamedTuple):
         return self.n_chains >= LEAST_CHAINS and len(self.probe.areas) > 0
 
 
-def add_lifts(family: Sequence[Judged]) -> None:
+def compare_with_controls(family: Sequence[Judged]) -> None:
     """Fills in the lifts of all probes of one solver, label and target, which are looked at together.
 
     The corrected low end is for probes that can be judged by enough chains.

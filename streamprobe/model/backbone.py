@@ -18,7 +18,7 @@ from torch import nn
 
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import block_list, check_layers, drop_blocks
-from streamprobe.model.loading import _empty, _one_line, check_device, read_config
+from streamprobe.model.loading import build_empty, check_device, read_config, readable_errors
 from streamprobe.system.hardware import free_bytes
 
 
@@ -34,11 +34,11 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _cut_class(whole: type, n: int) -> Any:
+def _cut_class(whole: Any, n: int) -> Any:
     """The class `whole`, but built without the blocks behind the first n."""
 
     def init(self: Any, *args: Any, **options: Any) -> None:
-        whole.__init__(self, *args, **options)  # type: ignore[misc]
+        whole.__init__(self, *args, **options)
         drop_blocks(self, n)
 
     return type(whole.__name__, (whole,), {"__init__": init, "__module__": whole.__module__})
@@ -48,28 +48,27 @@ def load_backbone(
     model: str,
     layers: Sequence[int] | None,
     dtype: str = "auto",
+    *,
     attn_implementation: str | None = None,
     quantization: str = "none",
     device_map: str = "auto",
     **where: Any,
 ) -> nn.Module:
-    """The model's blocks 0 .. max(layers), frozen, in eval mode, without an LM head; all with it if None.
+    """The model to probe: its blocks 0 .. max(layers), frozen, in eval mode, without an LM head; all with it if None.
 
-    quantization: `none`, `8bit` or `4bit` (bitsandbytes: LLM.int8, or NF4 that computes in `dtype`).  The blocks'
-    outputs are bit-equal to those of the full model.  Raises InputError where the model cannot be loaded or does not
-    fit.
+    The blocks' outputs are bit-equal to those of the full model.  dtype: see `pick_dtype`.  quantization: `none`,
+    `8bit` or `4bit` (bitsandbytes: LLM.int8, or NF4 that computes in `dtype`).  device_map, attn_implementation and
+    `where` (revision, gguf_file, trust_remote_code) are transformers'.  Raises InputError where the model cannot be
+    loaded or does not fit.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     check_device(device_map, attn_implementation)
     config = read_config(model, **where)
     check_layers(config, layers or [])
     options = {"device_map": device_map, "ignore_mismatched_sizes": True, **_numbers(dtype, quantization), **where}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    with _one_line(model):
+    _hide_progress_in_files()
+    with readable_errors(model):
         if layers is None:
             loaded = _whole_kind(config).from_pretrained(model, config=config, output_loading_info=True, **options)
         else:
@@ -77,6 +76,14 @@ def load_backbone(
     backbone, info = loaded
     _check_loaded(model, backbone, info)
     return backbone.eval().requires_grad_(False)
+
+
+def _hide_progress_in_files() -> None:
+    """Standard error that is no terminal gets no progress bar of the library."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple
     """The model's first n blocks and what transformers says about its loading; dropped blocks' weights are not read."""
     config = deepcopy(config)
     where = {name: options[name] for name in ("trust_remote_code", "revision") if options.get(name)}
-    empty = _empty(config, options["dtype"], **where)
+    empty = build_empty(config, options["dtype"], **where)
     whole = type(empty)
     _check_room(model, empty, n, options)
     if not isinstance(empty.config, type(config)):  # AutoModel takes the text part of this config

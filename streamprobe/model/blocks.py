@@ -1,5 +1,6 @@
 """What a model's config says of its text blocks, and where the model holds them."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,10 +51,48 @@ def check_layers(config: Any, layers: Sequence[int]) -> None:
         )
 
 
-CONTEXTS = (
-    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "context_length",
+def resolve_layers(spec: Sequence[int | str], n_blocks: int) -> list[int]:
+    """The layers that a user names, as numbers, so that one config can serve models of any depth.
+
+    An entry is the number of a layer, a range `8-16` (both ends are in it), a percentage `25%` of the depth, or `all`.
+    p percent is layer p / 100 (n_blocks - 1), rounded, a half upwards: 0% is the first, 100% the last, and of 32 blocks
+    25% is layer 8.  Sorted, each layer once.  Raises InputError for an entry that names no layer of the model.
+    """
+    named = {entry: _layers_of(str(entry), n_blocks) for entry in spec}
+    wrong = [str(entry) for entry, layers in named.items() if not layers]
+    if wrong:
+        raise InputError(
+            f"layers {' '.join(wrong)}",
+            f"numbers below {n_blocks}, as many blocks as the model has, ranges a-b of them, percentages of the depth"
+            " from 0% to 100%, or all",
+            "correct --layers",
+        )
+    return sorted({layer for layers in named.values() for layer in layers})
+
+
+def _layers_of(entry: str, n_blocks: int) -> range:
+    """The layers that one entry of `resolve_layers` names; none where it is wrong."""
+    if entry == "all":
+        return range(n_blocks)
+    if numbers := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", entry):
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        return range(first, last + 1) if last < n_blocks else range(0)
+    percentage = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", entry)
+    if percentage and float(percentage[1]) <= 100:
+        layer = int(float(percentage[1]) * (n_blocks - 1) / 100 + 0.5)
+        return range(layer, layer + 1)
+    return range(0)
+
+
+CONTEXTS = (  # the names that models' configs give it
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "context_length",
     "n_ctx",
-)  # fmt: skip
+)
 
 
 def context(config: Any) -> int:
@@ -93,7 +132,8 @@ def block_list(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, Kept):
             return module
     n, kind = depth(config), text_config(config).model_type
-    decoder: nn.Module = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model  # type: ignore[operator]
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder: nn.Module = (get_decoder() if get_decoder else None) or model
     for root in (decoder, model):
         lists = [m for m, owner in _lists(root, config) if len(m) == n and owner.model_type == kind]
         if lists:

@@ -9,7 +9,7 @@ import torch
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import text_config
 from streamprobe.model.hooks import FOREIGN
-from streamprobe.model.loading import _empty, _one_line
+from streamprobe.model.loading import build_empty, readable_errors
 
 
 def make_cache(config: Any) -> Any:
@@ -38,8 +38,8 @@ def check_chunks(config: Any, **where: Any) -> None:
     `where`: revision, trust_remote_code.
     """
     make_cache(config)
-    with _one_line(config.name_or_path or config.model_type):
-        model = _empty(config, torch.float32, **where)
+    with readable_errors(config.name_or_path or config.model_type):
+        model = build_empty(config, torch.float32, **where)
     if "past_key_values" not in inspect.signature(type(model).forward).parameters:
         raise unchunked(config)
 

@@ -17,8 +17,15 @@ from streamprobe.errors import InputError, first_line, out_of_memory
 
 # What a model's code raises for a text, a config or weights that it was not made for.
 FOREIGN = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
-)  # fmt: skip
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 Output = Tensor | Sequence[Any]  # a block may return a tensor, or a tuple or list that starts with one
 
 
@@ -124,7 +131,7 @@ def _until(last: nn.Module | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def read(model: nn.Module, ids: Tensor, mask: Tensor, last: nn.Module | None = None, cache: Any = None) -> None:
+def read(model: nn.Module, ids: Tensor, mask: Tensor, *, last: nn.Module | None = None, cache: Any = None) -> None:
     """Runs the model over ids [B, T], up to the block `last` if it is given; taps hold what the blocks computed.
 
     `mask` [B, T with what came before] is 1 at tokens.  `cache` holds the keys and values of the tokens before these,

@@ -49,8 +49,11 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _one_line(model: str) -> Iterator[None]:
-    """Turns what loading raises for a model that the user can change or fix into an InputError."""
+def readable_errors(model: str) -> Iterator[None]:
+    """Lets the user read in one line why a model cannot be loaded: what loading raises becomes an InputError.
+
+    Memory that runs out, and what a library has never been seen to raise for a broken model, stay as they are.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 
     look_for_hub(model)
@@ -83,12 +86,15 @@ def read_config(model: str, **where: Any) -> Any:
     """The model's config (a few kB; no weights).  `where`: revision, gguf_file, trust_remote_code."""
     from transformers import AutoConfig
 
-    with _one_line(model):
+    with readable_errors(model):
         return AutoConfig.from_pretrained(model, **where)
 
 
-def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The whole model without its head, as `AutoModel` would load it, on no device, so that it takes no memory."""
+def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The whole model without its head, to look at its shape before any weight is read: it takes no memory.
+
+    It is what `AutoModel` would load, on the device `meta`.
+    """
     from transformers import AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

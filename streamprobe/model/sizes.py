@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.model.blocks import drop_blocks
-from streamprobe.model.loading import _empty, _one_line
+from streamprobe.model.loading import build_empty, readable_errors
 
 
 def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, int]:
@@ -19,8 +19,8 @@ def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, 
     from transformers.pytorch_utils import Conv1D
 
     def cut(dtype: torch.dtype) -> nn.Module:
-        with _one_line(config.name_or_path or config.model_type):
-            model = _empty(config, dtype, **where)
+        with readable_errors(config.name_or_path or config.model_type):
+            model = build_empty(config, dtype, **where)
             drop_blocks(model, max(layers) + 1)
         return model
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from streamprobe.errors import InputError, first_line
-from streamprobe.model.loading import _one_line
+from streamprobe.model.loading import readable_errors
 
 
 def load_tokenizer(model: str, **where: Any) -> Any:
@@ -14,7 +14,7 @@ def load_tokenizer(model: str, **where: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _one_line(model):
+    with readable_errors(model):
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **where)
         except Exception as error:

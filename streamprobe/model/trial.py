@@ -82,20 +82,20 @@ def _states(model: Any, layers: Sequence[int], chunks: Sequence[Tensor], cache: 
     """What the layers' blocks return [B, T, D], on the host, for a text in one chunk, or in several with a cache."""
     blocks, config = decoder_layers(model), model.config
     last = blocks[max(layers)] if isinstance(block_list(model), Kept) else None
-    parts: list[dict[int, Tensor]] = []
+    by_chunk: list[dict[int, Tensor]] = []
     seen = 0
     with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
         for chunk in chunks:
             seen += chunk.shape[1]
             mask = torch.ones(len(chunk), seen, dtype=torch.int64, device=model.device)
             with quiet():
-                read(model, chunk.to(model.device), mask, last, cache)
+                read(model, chunk.to(model.device), mask, last=last, cache=cache)
             check_taken(taken, layers, *chunk.shape)
             for layer in layers:
-                if runs[layer] > len(parts) + 1:
+                if runs[layer] > len(by_chunk) + 1:
                     raise unfit(config, f"whose block of layer {layer} runs {runs[layer]} times in a forward pass")
-            parts.append({layer: acts.cpu() for layer, acts in taken.items()})
-    return {layer: torch.cat([p[layer] for p in parts], 1) for layer in layers}
+            by_chunk.append({layer: acts.cpu() for layer, acts in taken.items()})
+    return {layer: torch.cat([acts[layer] for acts in by_chunk], 1) for layer in layers}
 
 
 def _distance(a: Tensor, b: Tensor, t: int) -> float:

@@ -90,7 +90,7 @@ def describe_run(config: RunConfig) -> None:
     say(f"{inputs.preflight}\n\n{describe_weights(sizes, max(layers))}")
     backbone = load_model(config, texts, inputs)
     if config.data.bad_chains == "skip":
-        inputs = skip_bad_chains(config, texts, inputs, backbone, cost)
+        inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     reader = Reader(inputs, backbone, model.max_batch_tokens, cost)
     plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), None)
     splits = inputs.dataset.splits

@@ -112,7 +112,7 @@ def set_up(config: RunConfig, checkpoint: Checkpoint | None, cost: Cost) -> Setu
     if checkpoint:
         check_same_run(facts["config"] | facts, checkpoint.facts["config"] | checkpoint.facts)
     if config.data.bad_chains == "skip":
-        inputs = skip_bad_chains(config, texts, inputs, backbone, cost)
+        inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     texts.records.clear()  # the chains are final, and texts may take much memory
     reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost)
     feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size)

@@ -50,7 +50,7 @@ def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
     return Backbone(model, layers, width, model.device)
 
 
-def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: Backbone, cost: Cost) -> Inputs:
+def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: Backbone, *, cost: Cost) -> Inputs:
     """The inputs without chains whose activations are infinite or not numbers, as if their rows had been refused."""
     start = time.perf_counter()
     bad = find_bad_chains(

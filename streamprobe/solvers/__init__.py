@@ -1,1 +1,1 @@
-"""Ways to fit all probes at once from a stream of activations."""
+"""What trains all probes at once from a stream of activations, one module a method."""

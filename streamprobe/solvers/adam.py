@@ -1,4 +1,4 @@
-"""Ways to fit a bank of probes from a stream of labelled activations.
+"""Probes trained step by step, as the original experiment did.
 
 Shapes: N tokens, L layers, K columns, D hidden size.
 """
@@ -39,6 +39,7 @@ class AdamSolver:
         columns: Sequence[Column],
         hidden_size: int,
         positive_weight: Tensor,
+        *,
         learning_rate: float = 1e-3,
         l2: float = 0.01,
         batch_size: int = 64,
@@ -46,25 +47,29 @@ class AdamSolver:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        """`positive_weight` is [K].  Weights start as `nn.Linear`'s do: uniform in +- 1 / sqrt(hidden_size)."""
+        """`positive_weight` is [K], `batch_size` tokens.
+
+        Weights start as `nn.Linear`'s do: uniform in +- 1 / sqrt(hidden_size).
+        """
         self.sites, self.columns = list(sites), list(columns)
         self.positive_weight = positive_weight.to(device, torch.float32)
         self.l2, self.batch_size, self.standardize = l2, batch_size, standardize
         random = torch.Generator().manual_seed(seed)
         bound = hidden_size**-0.5
-        shape = (len(sites), len(columns), hidden_size)
-        start = torch.empty(shape[1], shape[0], hidden_size + 1).uniform_(-bound, bound, generator=random)
+        n_sites, n_columns = len(sites), len(columns)
+        start = torch.empty(n_columns, n_sites, hidden_size + 1).uniform_(-bound, bound, generator=random)
         start = start.transpose(0, 1).to(device)  # a column's start does not depend on those behind it
         self.weight = start[..., :-1].contiguous()  # [L, K, D]
         self.bias = start[..., -1].contiguous()  # [L, K]
-        self.mean = torch.zeros(shape[0], hidden_size, device=device)
+        self.mean = torch.zeros(n_sites, hidden_size, device=device)
         self.scale = torch.ones_like(self.mean)
         self.started = torch.zeros((), dtype=torch.bool)  # mean and scale are final
         self.adam = torch.optim.Adam([self.weight, self.bias], lr=learning_rate, fused=True)
         self._create_adam_state()
-        self.loss_, self.n_loss = torch.zeros(shape[:2], device=device), torch.zeros(shape[1], device=device)
-        self.converged = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-        self.gradient_norm = torch.full(shape[:2], float("nan"), device=device)
+        self.loss_ = torch.zeros(n_sites, n_columns, device=device)
+        self.n_loss = torch.zeros(n_columns, device=device)
+        self.converged = torch.zeros_like(self.loss_, dtype=torch.bool)
+        self.gradient_norm = torch.full_like(self.loss_, float("nan"))
 
     def _create_adam_state(self) -> None:
         """Adam makes its moments at its first step; a step along a zero gradient leaves all but its count at zero."""
@@ -103,7 +108,7 @@ class AdamSolver:
         """Nothing: Adam's steps do not wait for the end of a pass."""
 
     def bank(self) -> ProbeBank:
-        """The probes as they stand, in raw activation space."""
+        """The probes as they are now, in raw activation space."""
         return ProbeBank(self.sites, self.columns, *fold(self.weight, self.bias, self.mean, self.scale)).clone()
 
     def loss(self) -> Tensor:

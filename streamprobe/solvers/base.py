@@ -1,6 +1,6 @@
-"""What every solver can do.
+"""What the training loop asks of a solver, so that one method can be exchanged for another.
 
-Shapes: N tokens, L sites, K columns, D features.
+Shapes: N tokens, L layers, K columns, D hidden size.
 """
 
 from typing import Protocol
@@ -13,7 +13,7 @@ from streamprobe.probes.sites import Site
 
 
 class Solver(Protocol):
-    """Fits L x K probes, one chunk of shuffled tokens after another."""
+    """Trains L x K probes, one chunk of shuffled tokens after another."""
 
     name: str
     sites: list[Site]
@@ -25,10 +25,10 @@ class Solver(Protocol):
         """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool."""
 
     def end_pass(self) -> None:
-        """Told when all training tokens have been seen once more."""
+        """Ends a pass: all training tokens have been seen once more."""
 
     def bank(self) -> Probes:
-        """The probes as they stand, in raw activation space, sharing no memory with the solver."""
+        """The probes as they are now, in raw activation space, sharing no memory with the solver."""
         ...
 
     @property

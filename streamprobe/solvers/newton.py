@@ -19,6 +19,18 @@ from streamprobe.probes.storage import restore
 from streamprobe.solvers.running_sums import Grams, first_scaling, mapped_vector, with_one
 
 PAIRS = 8  # steps that L-BFGS remembers
+STATE = (  # of a NewtonSolver, for a checkpoint
+    "point",
+    "best",
+    "best_gradient",
+    "solved_gradient",
+    "past",
+    "best_loss",
+    "gradient_norm",
+    "scale_up",
+    "passes",
+    "converged",
+)
 
 
 def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
@@ -40,7 +52,7 @@ class NewtonSolver:
         J = mean(p y softplus(-z) + (1 - y) softplus(z)) + l2 |w|^2        (scikit-learn: C = 1 / (2 n l2))
 
     on features standardised by all training tokens.  Its second derivative is at most H = C / (4 n) + 2 l2 (no penalty
-    on the bias), C the weighted Gram of `moments.Grams`, and is H where w = 0 (Boehning & Lindsay 1988).  So the first
+    on the bias), C the weighted Gram that `Grams` sums, and is H where w = 0 (Boehning & Lindsay 1988).  So the first
     pass, which sums H and the gradient at zero, ends in an exact Newton step: the class-balanced ridge, all that a
     ranking needs.  Each further pass streams the gradient alone and steps by what L-BFGS makes of H^-1 and the last
     PAIRS steps (Nocedal & Wright 2006, algorithm 7.4).  Where J has risen the next pass tries a shorter step from the
@@ -58,13 +70,14 @@ class NewtonSolver:
         columns: Sequence[Column],
         hidden_size: int,
         positive_weight: Tensor,
+        *,
         l2: float = 0.01,
         tolerance: float = 1e-4,
         standardize: bool = True,
         shared: bool = False,
         device: torch.device | str = "cpu",
     ):
-        """`positive_weight` is [K]."""
+        """`positive_weight` is [K]; `tolerance` is of the gradient's norm."""
         self.sites, self.columns = list(sites), list(columns)
         self.positive_weight = positive_weight.to(device, torch.float32)
         self.l2, self.tolerance, self.standardize, self.shared = l2, tolerance, standardize, shared
@@ -77,7 +90,8 @@ class NewtonSolver:
         self.penalty = torch.full((hidden_size + 1,), 2 * l2, **wide)  # of d J / d w
         self.penalty[-1] = 0
         # The point at which the pass takes the gradient, the best one so far, its gradient g and H^-1 g.
-        self.point, self.best, self.best_gradient, self.natural = torch.zeros(4, *probes, hidden_size + 1, **wide)
+        zeros = torch.zeros(4, *probes, hidden_size + 1, **wide)
+        self.point, self.best, self.best_gradient, self.solved_gradient = zeros
         self.past = torch.zeros(2, PAIRS, *probes, hidden_size + 1, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
         self.scale_up = torch.ones(probes, **wide)
@@ -87,6 +101,7 @@ class NewtonSolver:
         self.recent_loss_, self.recent_n = torch.zeros(probes, **wide), torch.zeros(probes[1], **wide)
 
     def _start_pass(self) -> None:
+        """Sums of a pass that has seen no token."""
         self.gradient_, self.loss_ = torch.zeros_like(self.point), torch.zeros_like(self.best_loss)
         self.n = torch.zeros_like(self.loss_[0])
 
@@ -126,8 +141,8 @@ class NewtonSolver:
         mean, scale = grams.final_scaling()
         if not self.standardize:
             mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
-        move = (self.scale / scale, (self.mean - mean) / scale)
-        self.gradient_ = mapped_vector(self.gradient_, *(part[:, None] for part in move))
+        d, c = self.scale / scale, (self.mean - mean) / scale
+        self.gradient_ = mapped_vector(self.gradient_, d[:, None], c[:, None])
         self.mean, self.scale = mean.float(), scale.float()
         ridge = self.penalty.clamp_min(1e-6 * (self.l2 == 0))  # a constant feature has no curvature of its own
         store = grams.common_[:, None] if grams.shared else grams.rest_
@@ -151,13 +166,14 @@ class NewtonSolver:
         """One step of every probe that is not converged, from the loss and gradient at `point`."""
         loss = self.loss_ / self.n + self.l2 * self.point[..., :-1].square().sum(-1)
         gradient = self.gradient_ / self.n[:, None] + self.penalty * self.point
-        natural = self._solve(gradient)
+        solved = self._solve(gradient)
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
         shorter = self._step_back(loss)
-        self._remember(better & (self.passes > 0), gradient - self.best_gradient, natural - self.natural)
+        self._remember(better & (self.passes > 0), gradient - self.best_gradient, solved - self.solved_gradient)
         keep = better[..., None]
         self.best, self.best_gradient = self.point.where(keep, self.best), gradient.where(keep, self.best_gradient)
-        self.natural, self.best_loss = natural.where(keep, self.natural), loss.where(better, self.best_loss)
+        self.solved_gradient = solved.where(keep, self.solved_gradient)
+        self.best_loss = loss.where(better, self.best_loss)
         norm = self.best_gradient.norm(dim=-1)
         self.converged = self.converged | (better & (norm <= self.tolerance))
         self.gradient_norm = norm.where(self.converged | (self.passes > 0), math.nan)
@@ -168,8 +184,8 @@ class NewtonSolver:
         """Where J has risen: the minimum of the parabola through both losses and the slope at `best`, [L, K, E]."""
         step = self.point - self.best
         slope = (step * self.best_gradient).sum(-1)
-        share = -slope / (2 * (loss - self.best_loss - slope))
-        return self.best + share.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
+        fraction = -slope / (2 * (loss - self.best_loss - slope))
+        return self.best + fraction.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
 
     def _remember(self, where: Tensor, y: Tensor, solved: Tensor) -> None:
         """Takes the pair (last step, what it did to the gradient) of the probes `where` [L, K]; solved is H^-1 y."""
@@ -185,13 +201,13 @@ class NewtonSolver:
         steps, changes = self.past  # [PAIRS, L, K, E], newest first
         curvature = (steps * changes).sum(-1)
         rho = torch.where(curvature > 0, 1 / curvature, 0.0)[..., None]
-        q, shares = self.best_gradient, []
+        q, alphas = self.best_gradient, []
         for s, y, r in zip(steps, changes, rho, strict=True):
-            shares.append(r * (s * q).sum(-1, keepdim=True))
-            q = q - shares[-1] * y
+            alphas.append(r * (s * q).sum(-1, keepdim=True))
+            q = q - alphas[-1] * y
         q = self._solve(q) * self.scale_up[..., None]
-        for s, y, r, share in reversed(list(zip(steps, changes, rho, shares, strict=True))):
-            q = q + s * (share - r * (y * q).sum(-1, keepdim=True))
+        for s, y, r, alpha in reversed(list(zip(steps, changes, rho, alphas, strict=True))):
+            q = q + s * (alpha - r * (y * q).sum(-1, keepdim=True))
         return q
 
     def _solve(self, gradient: Tensor) -> Tensor:
@@ -234,8 +250,4 @@ class NewtonSolver:
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
-        names = (
-            "point", "best", "best_gradient", "natural", "past", "best_loss", "gradient_norm", "scale_up", "passes",
-            "converged",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in STATE}

@@ -7,7 +7,7 @@ marks a sum that is not divided by its count.
 import torch
 from torch import Tensor
 
-REST_TOKENS = 4096
+REST_TOKENS = 4096  # that wait before they are added
 
 
 class Moments:
@@ -87,7 +87,7 @@ class Grams:
         extra = torch.where(targets, self.positive_weight - 1, 0.0).where(valid, -1.0)  # [N, K]
         rest = (extra != 0).any(1).nonzero()[:, 0]
         self.waiting.append((x[:, rest], extra[rest]))
-        if sum(len(part) for _, part in self.waiting) >= REST_TOKENS:
+        if sum(len(counts) for _, counts in self.waiting) >= REST_TOKENS:
             self.settle()
         return self
 
@@ -108,11 +108,10 @@ class Grams:
         assert self.shared == other.shared
         self.settle()
         other.settle()
-        move = (other.scale.double() / self.scale, (other.mean.double() - self.mean) / self.scale)
-        self.common_ += mapped(other.common_, *move)
+        d, c = other.scale.double() / self.scale, (other.mean.double() - self.mean) / self.scale
+        self.common_ += mapped(other.common_, d, c)
         for k in range(self.rest_.shape[1]):
-            self.rest_[:, k] += mapped(other.rest_[:, k], *move)
-        d, c = move
+            self.rest_[:, k] += mapped(other.rest_[:, k], d, c)
         n, sums, squares = other.sum_[:, :1, -1], other.sum_[:, 0, :-1], other.sum_[:, 1, :-1]
         self.sum_[:, 0, :-1] += d * sums + c * n
         self.sum_[:, 1, :-1] += d * d * squares + 2 * c * d * sums + c * c * n

@@ -9,6 +9,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from streamprobe.errors import InputError, first_line, out_of_memory
 
@@ -126,11 +127,12 @@ class _Sink(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, content: object) -> int:
-        n = len(memoryview(content).cast("B"))  # type: ignore[arg-type]
+    def write(self, content: Any) -> int:
+        """Writes bytes, or any other buffer of them."""
+        n = len(memoryview(content).cast("B"))
         while not self.gone:
             try:
-                return os.write(self.fd, content)  # type: ignore[arg-type]
+                return os.write(self.fd, content)
             except BlockingIOError:  # a terminal that another program has made non-blocking
                 time.sleep(0.01)
             except OSError as error:

@@ -12,11 +12,6 @@ from filelock import FileLock, Timeout
 
 from streamprobe.errors import InputError
 
-try:
-    import resource
-except ImportError:  # Windows, which has no such limits
-    resource = None  # type: ignore[assignment]
-
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what a file system without locks answers
 PROBE = bytes(4096)  # a block: a full disk has no room for it
 
@@ -70,6 +65,7 @@ def _target(path: Path) -> Path:
 
 
 def _part(target: Path) -> Path:
+    """Where the new content of a file lies until it is whole."""
     return target.with_name(target.name + ".part")
 
 
@@ -186,12 +182,23 @@ def check_room(folder: Path, needed: int, largest: int) -> None:
             f"{_megabytes(needed)} for the checkpoint, which is there twice while it is replaced, and the probes",
             "make room, or choose another --output_dir",
         )
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource else -1
-    if 0 <= limit < largest:
+    limit = _largest_file()
+    if limit is not None and limit < largest:
         raise InputError(
-            f"a limit of {_megabytes(limit)} on the size of a file", f"{_megabytes(largest)}, the checkpoint's",
+            f"a limit of {_megabytes(limit)} on the size of a file",
+            f"{_megabytes(largest)}, the checkpoint's",
             "raise it (ulimit -f)",
-        )  # fmt: skip
+        )
+
+
+def _largest_file() -> int | None:
+    """Bytes that a file of this process may have; None without a limit."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limits
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _megabytes(n: int) -> str:

@@ -12,7 +12,8 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Bytes of `device` that this process may still fill; for the CPU at most what its control group leaves."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
     free, left = psutil.virtual_memory().available, container_bytes()
     return free if left is None else min(free, left)
 

@@ -16,7 +16,7 @@ def look_for_hub(name: str) -> None:
     from huggingface_hub import constants
 
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
-        constants.HF_HUB_OFFLINE = not _answers()  # type: ignore[misc]
+        constants.HF_HUB_OFFLINE = not _answers()  # type: ignore[misc]  # typed as final, but read at each request
 
 
 def hub_is_given_up() -> bool:

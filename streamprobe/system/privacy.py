@@ -17,7 +17,7 @@ ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 def clean_url(text: str) -> str:
     """A URL without what may be secret: user, password, query and fragment; other text without tokens."""
-    return TOKENS.sub("***", "::".join(_bare(part) if "://" in part else part for part in text.split("::")))
+    return TOKENS.sub("***", "::".join(_bare(piece) if "://" in piece else piece for piece in text.split("::")))
 
 
 def clean_text(text: str) -> str:
@@ -28,10 +28,12 @@ def clean_text(text: str) -> str:
 def _bare(url: str) -> str:
     scheme, _, rest = url.partition("://")
     try:
-        parts = urlsplit(url)
-        host, path = parts.netloc.rpartition("@")[2], parts.path
+        found = urlsplit(url)
+        place, path = found.netloc, found.path
     except ValueError:  # no URL at all
-        host, path = re.split(r"[?#]", rest)[0].rpartition("@")[2], ""
+        place, *_ = re.split(r"[?#]", rest)
+        path = ""
+    _, _, host = place.rpartition("@")
     return f"{scheme}://{host}{path}"
 
 
@@ -66,4 +68,5 @@ def _last_name(text: str) -> str:
     remote = "://" in text and not text.startswith("file:")
     if remote or (ON_HUB.fullmatch(text) and not text.startswith(".") and not os.path.exists(text)):
         return text
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    *_, last = re.split(r"[/\\]", text.rstrip("/\\"))
+    return last

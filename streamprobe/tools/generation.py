@@ -103,7 +103,15 @@ def load_whole(config: RunConfig, bank: ProbeBank) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(c.model, **where)
     model_config = backbone.read_config(c.model, **where)
     blocks.check_layers(model_config, bank.layers)
-    model = backbone.load_backbone(c.model, None, c.dtype, c.attn_implementation, c.quantization, c.device_map, **where)
+    model = backbone.load_backbone(
+        c.model,
+        None,
+        c.dtype,
+        attn_implementation=c.attn_implementation,
+        quantization=c.quantization,
+        device_map=c.device_map,
+        **where,
+    )
     width = trial.check_reading(model, bank.layers, trial.some_tokens(tokenizer, model_config))
     if bank.weight.shape[2] != width:
         raise InputError(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import load_chains, make_rows
-from test_backbone import build
+from tiny_models import build
 from torch import Tensor, nn
 from transformers import DynamicCache
 

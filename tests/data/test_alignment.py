@@ -103,8 +103,15 @@ def test_a_gap_slides_to_the_border():
 
 
 TYPED = {
-    "“a” ‘b’": "\"a\" 'b'", "a—b–c‐d−e": "a-b-c-d-e", "a…": "a...", "a\u00a0b\u2009c": "a b c", "ﬁ": "fi", "x²": "x2", "Ａ！": "A!", "plain": "plain",
-}  # fmt: skip
+    "“a” ‘b’": "\"a\" 'b'",
+    "a—b–c‐d−e": "a-b-c-d-e",
+    "a…": "a...",
+    "a\u00a0b\u2009c": "a b c",
+    "ﬁ": "fi",
+    "x²": "x2",
+    "Ａ！": "A!",
+    "plain": "plain",
+}
 
 
 @pytest.mark.parametrize("text", TYPED)

@@ -33,7 +33,10 @@ PARSED = {
     "text around": ('x["a"]one["end-section"] y', "xone y", [("a", 1, 4)], 0),
     "text between": ('["a"]1["end-section"]\n\n["b"]2["end-section"]', "1\n\n2", [("a", 0, 1), ("b", 3, 4)], 0),
     "nested": (
-        '["a"]one["b"]two["end-section"]three["end-section"]', "onetwothree", [("a", 0, 3), ("b", 3, 6)], 2,
+        '["a"]one["b"]two["end-section"]three["end-section"]',
+        "onetwothree",
+        [("a", 0, 3), ("b", 3, 6)],
+        2,
     ),
     "opened twice": ('["a"]one["b"]two["end-section"]', "onetwo", [("a", 0, 3), ("b", 3, 6)], 1),
     "unclosed": ('["a"]one["end-section"]["b"]two', "onetwo", [("a", 0, 3), ("b", 3, 6)], 1),
@@ -47,7 +50,12 @@ PARSED = {
     "two labels apart": ('["a"] \n["b"]one["end-section"]', " \none", [("a", 2, 5), ("b", 2, 5)], 0),
     "two labels in a tag": ('["a", "b"]one["end-section"]two', "onetwo", [("a", 0, 3), ("b", 0, 3)], 0),
     "two labels, two ends": ('["a"]["b"]one["end-section"]["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 0),
-    "two labels, three ends": ('["a"]["b"]one["end-section"]["end-section"]["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 1),
+    "two labels, three ends": (
+        '["a"]["b"]one["end-section"]["end-section"]["end-section"]',
+        "one",
+        [("a", 0, 3), ("b", 0, 3)],
+        1,
+    ),
     "two labels, unclosed": ('["a"]["b"]one', "one", [("a", 0, 3), ("b", 0, 3)], 1),
     "the same label twice": ('["a"]["a"]one["end-section"]', "one", [("a", 0, 3)], 1),
     "an end too late": ('["a"]["b"]one["end-section"]two["end-section"]', "onetwo", [("a", 0, 3), ("b", 0, 3)], 1),
@@ -56,7 +64,7 @@ PARSED = {
     "spaces within": ('[ "a" ,"b" ]one["end-section"]', "one", [("a", 0, 3), ("b", 0, 3)], 0),
     "a label as it is written": ('["Überlegung …"]one["end-section"]', "one", [("Überlegung …", 0, 3)], 0),
     "no tag": ('["a\nb"]one[1] [end-section][""]', '["a\nb"]one[1] [end-section][""]', [], 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PARSED)
@@ -90,8 +98,9 @@ def changed(index: int, text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", [" delta ECHO foxtrot golf.", " delta foxtrot golf.", " delta echo foxtrot golf so.", " delta ekko foxtrot golf."]
-)  # fmt: skip
+    "text",
+    [" delta ECHO foxtrot golf.", " delta foxtrot golf.", " delta echo foxtrot golf so.", " delta ekko foxtrot golf."],
+)
 def test_edited_word_in_the_middle(text):
     found = annotate(changed(1, text), ORIGINAL)
     assert texts(found, ORIGINAL) == FOUND
@@ -154,7 +163,7 @@ def test_long_text_of_few_words():
 
 @pytest.mark.parametrize(
     ("word", "lost"), [("efg", 0), ("efgh", 0), ("efghi", 1), ("efghijkl", 1)], ids=["most", "half", "less", "little"]
-)  # fmt: skip
+)
 def test_section_that_is_more_than_half_lost_is_lost(word, lost):
     original = "first abcd 1234 last"
     copy = [("deduction", "first"), ("backtracking", f" abcd {word}"), ("deduction", " last")]
@@ -407,11 +416,17 @@ def test_names_are_mapped_before_anything_is_counted():
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
-        ("Backtracking", "backtracking"), ("5. backtracking", "backtracking"), ("back_tracking", "backtracking"),
-        ("back-Tracking", "backtracking"), (" 12) BACK tracking ", "backtracking"), ("back tracks", "backtracks"),
-        ("5", "5"), ("?", "?"), ("É", plain_name("e\u0301")),
+        ("Backtracking", "backtracking"),
+        ("5. backtracking", "backtracking"),
+        ("back_tracking", "backtracking"),
+        ("back-Tracking", "backtracking"),
+        (" 12) BACK tracking ", "backtracking"),
+        ("back tracks", "backtracks"),
+        ("5", "5"),
+        ("?", "?"),
+        ("É", plain_name("e\u0301")),
     ],
-)  # fmt: skip
+)
 def test_nearly_equal_names_have_one_plain_name(name, plain):
     assert plain_name(name) == plain
 

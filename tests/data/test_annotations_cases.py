@@ -64,10 +64,23 @@ def test_rejoined_sections_keep_the_models_brackets(name):
 
 
 FORMS = [
-    "[backtracking]", "<backtracking>", '["backtracking"', 'backtracking"]', '"backtracking"]', "{backtracking}", '("backtracking")',
-    "[“backtracking]", "[5. backtracking]", "[/backtracking]", "</backtracking>", "[**backtracking**]", "[`backtracking`]",
-    r'[\"backtracking\"]', '<section label="backtracking">', "【backtracking】",
-]  # fmt: skip
+    "[backtracking]",
+    "<backtracking>",
+    '["backtracking"',
+    'backtracking"]',
+    '"backtracking"]',
+    "{backtracking}",
+    '("backtracking")',
+    "[“backtracking]",
+    "[5. backtracking]",
+    "[/backtracking]",
+    "</backtracking>",
+    "[**backtracking**]",
+    "[`backtracking`]",
+    r"[\"backtracking\"]",
+    '<section label="backtracking">',
+    "【backtracking】",
+]
 
 
 @pytest.mark.parametrize("form", FORMS)

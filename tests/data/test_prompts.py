@@ -34,7 +34,11 @@ MARKERS = {  # what the template ends with, what the response begins with, the m
     "a line end behind the template's": ("<think>\n", "<think>\nso", "<think>"),
     "none behind the response's": ("<think>\n", "<think>so", "<think>"),
     "white space before the response's": ("<think>", "\n <think>so", "<think>"),
-    "several in a row": ("<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>so", "<|channel|>analysis<|message|>"),
+    "several in a row": (
+        "<|channel|>analysis<|message|>",
+        "<|channel|>analysis<|message|>so",
+        "<|channel|>analysis<|message|>",
+    ),
     "the last of several": ("<|assistant|><think>", "<think>so", "<think>"),
     "in brackets": ("[THINK]", "[THINK]so", "[THINK]"),
     "a role": ("<|im_start|>assistant\n", "<|im_start|>assistant\nso", "<|im_start|>assistant"),
@@ -45,7 +49,7 @@ MARKERS = {  # what the template ends with, what the response begins with, the m
     "half of one": ("<think>", "<thin", ""),
     "none in the template": (":", "<think>so", ""),
     "no marker": ("so", "so", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "format string"])
@@ -118,8 +122,8 @@ def test_a_bos_token_that_marks_a_role_stays_once(template, bos):
     assert generation.encode("why? <s>", "chat", tokenizer, bos).tolist() == expected[: chain.start]
 
 
-def test_a_bos_token_that_marks_no_role_is_taken_away_without_bos():
-    """The negative control: it is not left wherever a template writes it, nor where the problem holds another."""
+def test_a_second_bos_token_fails_without_a_role_to_mark():
+    """It is not left wherever a template writes it, nor where the problem holds another."""
     for problem, n in (("why?", 1), ("why <s>?", 1), ("why?", 2)):
         tokenizer = make_tokenizer(adds="$A", chat_template="{{ bos_token }}" * n + TURN)
         record = make_record(problem, "wait no.", [("backtracking", 0, 8)])
@@ -136,12 +140,15 @@ DATED = {  # a template's words for the date, and what they are on the 5th of Ma
         "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
         "05 Mar 2024",
     ),
-    "where it is defined": ("{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% else %}?{% endif %}", "2024-03-05"),
+    "where it is defined": (
+        "{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% else %}?{% endif %}",
+        "2024-03-05",
+    ),
     "reckoned with": ("{{ strftime_now('%Y') | int - 1 }}", "2023"),
     "in a macro": ("{% macro day() %}{{ strftime_now('%A, %B %-d') }}{% endmacro %}{{ day() }}", "Tuesday, March 5"),
     "other codes": ("{{ strftime_now('%F %y %j %H:%M') }}", "2024-03-05 24 065 00:00"),
     "in capitals": ("{{ strftime_now('%b')[0] | upper }}{{ strftime_now('%e').strip() }}", "M5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DATED)
@@ -176,9 +183,17 @@ def dated(tmp_path, model_dir, chains_file, monkeypatch) -> Path:
     template = "It is {{ strftime_now('%d %b %Y') }}. " + TURN + "\n"
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     keys = {
-        "model": "./model", "data": str(chains_file), "dtype": "float32", "layers": [1], "lags": [0], "bootstrap": 0,
-        "controls": ["none"], "max_passes": 1, "prompt": "chat", "memory_gb": "1",
-    }  # fmt: skip
+        "model": "./model",
+        "data": str(chains_file),
+        "dtype": "float32",
+        "layers": [1],
+        "lags": [0],
+        "bootstrap": 0,
+        "controls": ["none"],
+        "max_passes": 1,
+        "prompt": "chat",
+        "memory_gb": "1",
+    }
     Path("config.yaml").write_text(yaml.safe_dump(keys))
     return Path("config.yaml")
 

@@ -99,8 +99,10 @@ def test_several_responses_a_problem_lose_nothing_and_shares_are_of_problems(res
     n_validation = round(0.1 * (n - n_test))
     of = {name: {p for p, w in zip(problems, where, strict=True) if w == name} for name in set(where)}
     assert {name: len(found) for name, found in of.items()} == {
-        "test": n_test, "validation": n_validation, "train": n - n_test - n_validation,
-    }  # fmt: skip
+        "test": n_test,
+        "validation": n_validation,
+        "train": n - n_test - n_validation,
+    }
     assert Counter(where) == {name: len(found) * responses for name, found in of.items()}
     order = [f"problem {i}" for i in np.random.RandomState(42).permutation(n)]  # numpy's, over the problems
     assert of["test"] == set(order[:n_test]) and of["validation"] == set(order[n_test : n_test + n_validation])

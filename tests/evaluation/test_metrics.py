@@ -1,44 +1,19 @@
-"""Metrics against scikit-learn, and intervals against a loop that repeats the tokens of the chains drawn."""
+"""Metrics against scikit-learn."""
 
 import numpy as np
 import pytest
 import torch
+from scored_samples import KINDS, columns, sample
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch import Tensor
 
-from streamprobe.evaluation.bootstrap import chain_bootstrap, percentiles
 from streamprobe.evaluation.metrics import auroc, average_precision, best_threshold, f1_at, measure, rank, tpr_at_fpr
-
-KINDS = ["many ties", "no ties", "single positive", "single negative", "all tied", "half precision"]
-
-
-def sample(kind: str, seed: int, n: int = 120, n_probes: int = 4) -> tuple[Tensor, Tensor]:
-    """Scores [N, P] float32 and targets [N] bool, both classes present."""
-    random = torch.Generator().manual_seed(seed)
-    targets = torch.rand(n, generator=random) < 0.25
-    if kind == "single positive":
-        targets = torch.arange(n) == n // 3
-    if kind == "single negative":
-        targets = torch.arange(n) != n // 3
-    scores = torch.randn(n, n_probes, generator=random) + 0.7 * targets[:, None]
-    if kind in ("many ties", "single positive", "single negative"):
-        scores = (1.5 * scores).round()
-    if kind == "all tied":
-        scores = torch.full((n, n_probes), -0.25)
-    if kind == "half precision":
-        scores = scores.bfloat16().float()
-    return scores, targets
 
 
 def same(ours: Tensor, reference: list[float]) -> None:
     """Equal to rounding of float64, NaN where the reference has it."""
     assert ours.dtype == torch.float64
     np.testing.assert_allclose(ours.numpy(), reference, rtol=0, atol=1e-12)
-
-
-def columns(scores: Tensor) -> list[np.ndarray]:
-    """The scores of each probe, in float64, which holds every float32."""
-    return list(scores.double().T.numpy())
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -107,8 +82,8 @@ def test_a_false_positive_rate_of_just_5_percent_is_allowed(n_negative: int) -> 
     assert tpr_at_fpr(rank(scores[:, None], torch.arange(n_negative + 1) == n_negative), 0.05).tolist() == [1.0]
 
 
-def test_control_ties_broken_by_position_give_another_auroc() -> None:
-    """The checks above can fail: without shared ranks the tied scores rank otherwise."""
+def test_ranking_fails_without_ranks_that_ties_share() -> None:
+    """Ties that are broken by position rank otherwise."""
     scores, targets = sample("many ties", 0)
     broken = scores - 1e-3 * torch.arange(len(scores))[:, None] / len(scores)
     right = np.array([roc_auc_score(targets, s) for s in columns(scores)])
@@ -149,7 +124,7 @@ def masked_sample() -> tuple[Tensor, Tensor, Tensor]:
 def test_measure_is_scikit_learn_on_the_valid_tokens_of_each_column(given: bool) -> None:
     scores, targets, valid = masked_sample()
     threshold = torch.linspace(-1, 1, 10).reshape(2, 5) if given else None
-    result = measure(scores, targets, valid, threshold)
+    result = measure(scores, targets, valid, threshold=threshold)
     assert all(value.shape == (2, 5) and value.dtype == torch.float64 for value in result.values())
     for i in range(2):
         for k in range(3):
@@ -175,87 +150,7 @@ def test_measure_is_scikit_learn_on_the_valid_tokens_of_each_column(given: bool)
         assert result[name][:, 3:].isnan().all(), name
 
 
-def test_control_measure_without_the_mask_differs() -> None:
+def test_measure_fails_without_the_mask() -> None:
     scores, targets, valid = masked_sample()
     masked, unmasked = measure(scores, targets, valid), measure(scores, targets, torch.ones_like(valid))
     assert (masked["auroc"] - unmasked["auroc"])[:, 1:3].abs().min() > 1e-3
-
-
-def drawn(n_chains: int, resamples: int, seed: int) -> Tensor:
-    """Weights [R, C]: how often each resample drew each chain."""
-    p = np.full(n_chains, 1 / n_chains)
-    return torch.from_numpy(np.random.default_rng(seed).multinomial(n_chains, p, size=resamples))
-
-
-def chained_sample(kind: str, seed: int, n_chains: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [N, P], targets [N] and chain [N], chains of unlike length in mixed order."""
-    scores, targets = sample(kind, seed, n=200, n_probes=2)
-    chain = (n_chains * torch.rand(200, generator=torch.Generator().manual_seed(seed)).square()).long()
-    return scores, targets, chain
-
-
-def bootstrap_by_loop(
-    scores: Tensor, targets: Tensor, chain: Tensor, weights: Tensor, *levels: float
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The intervals [P, 2] of each level from repeated tokens and scikit-learn; resamples without both classes left out."""
-    areas, precisions = [], []
-    for row in weights.numpy():
-        index = np.repeat(np.arange(len(chain)), row[chain.numpy()])
-        y = targets.numpy()[index]
-        if 0 < y.sum() < len(y):
-            areas.append([roc_auc_score(y, s[index]) for s in columns(scores)])
-            precisions.append([average_precision_score(y, s[index]) for s in columns(scores)])
-    ends = [[(1 - level) / 2, (1 + level) / 2] for level in levels]
-    return [(np.quantile(areas, end, axis=0).T, np.quantile(precisions, end, axis=0).T) for end in ends]
-
-
-@pytest.mark.parametrize("kind", KINDS[:4])
-def test_chain_bootstrap_is_a_loop_over_repeated_chains(kind: str) -> None:
-    """With one positive or one negative, every third resample lacks a class and is left out by both."""
-    scores, targets, chain = chained_sample(kind, 3)
-    weights = drawn(12, 20, 1)
-    for level, by_loop in zip((0.95, 0.5), bootstrap_by_loop(scores, targets, chain, weights, 0.95, 0.5), strict=True):
-        for ours, reference in zip(chain_bootstrap(scores, targets, chain, weights), by_loop, strict=True):
-            np.testing.assert_allclose(percentiles(ours, level).numpy(), reference, rtol=0, atol=1e-6)
-
-
-def test_control_weights_of_other_chains_give_other_intervals() -> None:
-    scores, targets, chain = chained_sample("many ties", 3)
-    weights = drawn(12, 20, 1)
-    [by_loop] = bootstrap_by_loop(scores, targets, chain, weights, 0.95)
-    for ours, reference in zip(chain_bootstrap(scores, targets, chain, weights.roll(1, dims=1)), by_loop, strict=True):
-        assert np.abs(percentiles(ours).numpy() - reference).max() > 1e-3
-
-
-@every_kind
-def test_each_chain_drawn_once_gives_the_point_estimates(kind: str) -> None:
-    scores, targets, chain = chained_sample(kind, 4)
-    areas, precisions = chain_bootstrap(scores, targets, chain, torch.ones(3, 12, dtype=torch.int64))
-    ranking = rank(scores, targets)
-    for ours, point in ((areas, auroc(ranking)), (precisions, average_precision(ranking))):
-        assert torch.allclose(ours, point.expand(3, -1), rtol=0, atol=1e-6)
-
-
-def test_without_a_usable_resample_there_is_no_interval() -> None:
-    """Chain 0 holds all positives and nothing else: a resample has both classes only if it draws both chains."""
-    scores, targets = sample("no ties", 0, n_probes=2)
-    chain = (~targets).long()
-    for result in chain_bootstrap(scores, targets, chain, torch.tensor([[2, 0], [0, 2]])):
-        assert result.shape == (2, 2) and result.isnan().all() and percentiles(result).isnan().all()
-    areas, _ = chain_bootstrap(scores, targets, chain, torch.tensor([[2, 0], [0, 2], [1, 1]]))
-    assert torch.allclose(percentiles(areas), auroc(rank(scores, targets))[:, None].expand(-1, 2), rtol=0, atol=1e-6)
-
-
-def test_control_resampled_tokens_give_intervals_that_are_too_narrow() -> None:
-    """40 chains of 25 copies of one token hold 40 observations, not 1,000: the interval must be about 5 times wider."""
-    random = torch.Generator().manual_seed(2)
-    targets = torch.arange(40) < 15
-    scores = torch.randn(40, 3, generator=random) + targets[:, None]
-    copies = torch.arange(40).repeat_interleave(25)
-    by_chain = chain_bootstrap(scores[copies], targets[copies], copies, drawn(40, 200, 3))
-    by_token = chain_bootstrap(scores[copies], targets[copies], torch.arange(1000), drawn(1000, 200, 3))
-    once = chain_bootstrap(scores, targets, torch.arange(40), drawn(40, 200, 3))
-    for chains, tokens in zip(map(percentiles, by_chain), map(percentiles, by_token), strict=True):
-        ratio = (chains[:, 1] - chains[:, 0]) / (tokens[:, 1] - tokens[:, 0])
-        assert (ratio > 3).all() and (ratio < 8).all()
-    assert torch.allclose(by_chain[0], once[0], rtol=0, atol=1e-6)  # copies add nothing

@@ -36,7 +36,7 @@ def annotate_at_random(rows: list[dict[str, str]], seed: int) -> list[dict[str, 
         annotated = " ".join(
             part.replace(f'["{old}"]', f'["{new}"]', 1) for part, old, new in zip(parts, labels, shuffled, strict=True)
         )
-        plain = parse_annotations(annotated)[0]
+        plain = parse_annotations(annotated).text
         result.append(row | {"reasoning_chain": plain, "annotated_chain": annotated})
     return result
 
