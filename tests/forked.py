@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 
 FORK = multiprocessing.get_context("fork")
 

@@ -24,7 +24,7 @@ def _path(folder: Path, chain: Chain, layer: int) -> Path:
 @torch.no_grad()
 def extract(model: nn.Module, chains: Sequence[Chain], layers: Sequence[int], folder: Path) -> None:
     """The full model over one chain at a time; the hidden states of each layer go into a file of their own."""
-    device: torch.device = model.device  # type: ignore[assignment]
+    device = next(model.parameters()).device
     for chain in chains:
         found = model(input_ids=chain.ids[None].to(device), output_hidden_states=True, use_cache=False)
         for layer in layers:
@@ -37,6 +37,7 @@ def load(
     chains: Sequence[Chain],
     layer: int,
     column: Column,
+    *,
     labels: Sequence[str],
     dtype: torch.dtype,
     folder: Path,
@@ -56,7 +57,13 @@ def load(
 
 
 def fit_epoch(
-    acts: Tensor, targets: Tensor, positive_weight: float, l2: float, batch_size: int = 64, learning_rate: float = 1e-3
+    acts: Tensor,
+    targets: Tensor,
+    positive_weight: float,
+    l2: float,
+    *,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
 ) -> nn.Linear:
     """One epoch of one probe on acts [N, D] and targets [N]: the recipe of the original experiment."""
     probe = nn.Linear(acts.shape[1], 1).to(acts.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import forward, make_batches, stream
+from streamprobe.bench.shapes import Shape
 from streamprobe.data.dataset import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
@@ -29,27 +30,7 @@ from streamprobe.solvers.newton import NewtonSolver, curvature_bytes
 LAGS = [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48]
 BATCH, L2 = 1024, 0.01
 SEED = 0
-SECTION, BASE_RATE = 18, 0.024  # tokens in a section, share of tokens in one: as in the annotated chains
-
-
-class Shape(NamedTuple):
-    """A Llama's size, and what is probed in it."""
-
-    hidden: int
-    blocks: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    layers: tuple[int, ...]
-    dtype: str  # as in the config
-
-
-SHAPES = {
-    "tiny": Shape(32, 6, 4, 2, 64, 400, (0, 1, 2, 3, 4), "float32"),
-    "smollm2-135m": Shape(576, 30, 9, 3, 1536, 49_152, (7, 9, 11, 13, 15), "auto"),
-    "llama-3.1-8b": Shape(4096, 32, 32, 8, 14_336, 128_256, (8, 10, 12, 14, 16), "auto"),
-}
+SECTION, BASE_RATE = 18, 0.024  # tokens in a section, fraction of tokens in one: as in the annotated chains
 
 
 class Grid(NamedTuple):
@@ -98,22 +79,32 @@ def count(chains: Sequence[Chain]) -> int:
     return sum(len(c.ids) for c in chains)
 
 
+def make_config(shape: Shape, blocks: int) -> Any:
+    """The transformers config of a Llama of this shape, with so many blocks."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+    )
+
+
 def make_model(shape: Shape, blocks: int, device: torch.device) -> nn.Module:
     """The first blocks of a Llama with random weights, frozen."""
-    from transformers import AutoModel, LlamaConfig
+    from transformers import AutoModel
 
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=blocks, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-    )  # fmt: skip
     torch.manual_seed(SEED)
     with device:
-        model = AutoModel.from_config(config, dtype=getattr(torch, shape.dtype))
+        model = AutoModel.from_config(make_config(shape, blocks), dtype=getattr(torch, shape.dtype))
     return model.eval().requires_grad_(False)
 
 
 class Workbench:
-    """The truncated model, the made-up chains, and the grids of 70, 700 and 7,000 probes."""
+    """The truncated model, the synthetic chains, and the grids of 70, 700 and 7,000 probes."""
 
     def __init__(self, shape: Shape, n_chains: int, max_batch_tokens: int, device: torch.device):
         shape = shape._replace(dtype=str(pick_dtype(shape.dtype)).removeprefix("torch."))

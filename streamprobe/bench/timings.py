@@ -1,4 +1,4 @@
-"""Clock readings of everything that the bench measures.
+"""How long everything takes that the bench measures.
 
 Shapes: N tokens, L layers, K columns, D hidden size.
 """
@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
-from streamprobe.bench import offline as baseline
+from streamprobe.bench import offline
 from streamprobe.bench.synthetic import BASE_RATE, BATCH, L2, LAGS, SEED, Grid, Workbench, count, make_model
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains
 from streamprobe.evaluation.metrics import measure
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 
 class Ledger:
-    """Every clock reading, by the name of what was timed, and what was extrapolated from them."""
+    """Every time taken, by the name of what was timed, and what was extrapolated from them."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -69,7 +70,7 @@ class Ledger:
         return time.perf_counter()
 
     def time(self, name: str, work: Callable[[], T]) -> T:
-        """Does the work, and notes and tells how long it took."""
+        """Does the work, and notes and reports how long it took."""
         start = self.clock()
         result = work()
         self.measured.setdefault(name, []).append(self.clock() - start)
@@ -78,12 +79,12 @@ class Ledger:
         return result
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per name: the median of its readings, and that over the median of the bare forward."""
+        """A row per name: the median of its times, and that over the median of the bare forward."""
         limit = median(self.measured[FORWARD])
         rows: list[dict[str, Any]] = []
-        for name, readings in self.measured.items():
-            about = {"kind": "measured", "readings": readings, "peak_memory_gb": self.peak[name] / 1e9}
-            rows.append({"what": name, "seconds": median(readings), **about})
+        for name, times in self.measured.items():
+            about = {"kind": "measured", "times": times, "peak_memory_gb": self.peak[name] / 1e9}
+            rows.append({"what": name, "seconds": median(times), **about})
         rows += [{"what": k, "seconds": v, "kind": "extrapolated"} for k, v in self.extrapolated.items()]
         return [{**row, "ratio": row["seconds"] / limit} for row in rows]
 
@@ -141,14 +142,25 @@ def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: Act
     targets = torch.rand(tokens, len(LAGS), generator=random) < BASE_RATE
     chain, weights = torch.arange(tokens) * 200 // tokens, draw_chains(200, 1000, SEED)
     for _ in range(repeats):
-        ledger.time(
-            f"validation, 70 probes: scores and metrics of {grid.n_validation:,} tokens",
-            partial(score_and_measure, bench, grid, bank, held),
-        )
-        ledger.time(f"metrics of 70 probes on {tokens:,} tokens", lambda: measure(scores, targets, targets | True))
-        ledger.time(f"intervals of 70 probes on {tokens:,} tokens of 200 chains, 1,000 resamples", lambda: [
-            chain_bootstrap(scores[:, :, k], targets[:, k], chain, weights) for k in range(len(LAGS))
-        ])  # fmt: skip
+        name = f"validation, 70 probes: scores and metrics of {grid.n_validation:,} tokens"
+        ledger.time(name, partial(validate, bench, bank, held))
+        ledger.time(f"metrics of 70 probes on {tokens:,} tokens", partial(measure, scores, targets, targets | True))
+        name = f"intervals of 70 probes on {tokens:,} tokens of 200 chains, 1,000 resamples"
+        ledger.time(name, partial(resample, scores, targets, chain, weights))
+
+
+def validate(bench: Workbench, bank: Probes, held: ActivationMemory) -> None:
+    """What a run does with its validation tokens after each pass."""
+    grid = bench.grids[1]
+    batches = held.in_order(partial(bench.read, grid, grid.validation))
+    [scored] = evaluate([(bank, everything(bench, grid))], batches)
+    measure(scored.scores, scored.targets, scored.valid)
+
+
+def resample(scores: Tensor, targets: Tensor, chain: Tensor, weights: Tensor) -> None:
+    """The intervals of every column of scores [N, L, K] and targets [N, K], for the chain of each token [N]."""
+    for k in range(targets.shape[1]):
+        chain_bootstrap(scores[:, :, k], targets[:, k], chain, weights)
 
 
 def score_and_measure(bench: Workbench, grid: Grid, bank: Probes, held: ActivationMemory) -> None:
@@ -205,12 +217,12 @@ def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int
     model = make_model(shape, shape.blocks, bench.device)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        baseline.extract(model, some[:1], shape.layers, folder)
-        ledger.time(extracting, lambda: baseline.extract(model, some, shape.layers, folder))
-        load = partial(baseline.load, some, middle, column, grid.labels, dtype, folder, bench.device)
-        acts, targets = ledger.time(loading, load)
-    baseline.fit_epoch(acts[:64], targets[:64], weight, L2)
-    ledger.time(fitting, lambda: baseline.fit_epoch(acts, targets, weight, L2))
+        offline.extract(model, some[:1], shape.layers, folder)
+        ledger.time(extracting, partial(offline.extract, model, some, shape.layers, folder))
+        load = partial(offline.load, some, middle, column, labels=grid.labels, dtype=dtype, folder=folder)
+        acts, targets = ledger.time(loading, partial(load, device=bench.device))
+    offline.fit_epoch(acts[:64], targets[:64], weight, L2)
+    ledger.time(fitting, partial(offline.fit_epoch, acts, targets, weight, L2))
     extraction, loads, epoch = (ledger.measured[step][0] / count(some) for step in (extracting, loading, fitting))
     probes, tokens, known = len(shape.layers) * len(LAGS), count(grid.train), ledger.extrapolated
     known["offline way: full model over all chains"] = extraction * (tokens + count(grid.validation))
@@ -221,12 +233,11 @@ def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int
 
 def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory) -> None:
     """probelab on activations that are already collected, if it is installed."""
-    if not baseline.has_probelab():
+    if not offline.has_probelab():
         say("peer      probelab is not installed, so it has no row: pip install probelab")
         return
-    acts, _, targets, valid, *_ = memory.pool
-    one = acts[:, len(bench.layers) // 2].to(bench.device)
-    ledger.time(
-        f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer",
-        lambda: baseline.fit_probelab(one, targets.to(bench.device), valid.to(bench.device), L2),
-    )
+    pool = memory.pool
+    one = pool.acts[:, len(bench.layers) // 2].to(bench.device)
+    targets, valid = pool.targets.to(bench.device), pool.valid.to(bench.device)
+    name = f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer"
+    ledger.time(name, partial(offline.fit_probelab, one, targets, valid, L2))

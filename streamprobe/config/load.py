@@ -1,7 +1,7 @@
 """One YAML file is one run: flat keys, each of them a command-line option too."""
 
 import os
-from argparse import Action
+from argparse import Action, ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -15,11 +15,11 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
 from streamprobe.system.privacy import FILES, TOKENS
+from streamprobe.system.shipped import shipped_configs
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
 PAIRS = ("label_names",)  # keys of a list of NAME=VALUE, which a file may write as a mapping
-DEFAULT = "configs/demo.yaml"
-ELSEWHERE = "run in the folder that holds configs/, or give its path"
+DEFAULT = "demo"
 
 
 @dataclass
@@ -39,34 +39,26 @@ class RunConfig:
         return {name: value for group in groups for name, value in asdict(group).items()}
 
 
-def load_config(argv: Sequence[str]) -> RunConfig:
-    """`[CONFIG.yaml] [--key value ...]`, where the command line wins; without any, and no model or data, the demo's.
+def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]") -> RunConfig:
+    """`[CONFIG] [--key value ...]`, where the command line wins; without any, and no model or data, the demo's.
 
-    Raises InputError for a key, a type or a value that is wrong; `--help` prints every key and exits.
+    CONFIG is a YAML file, or the name of one that comes with the package.  `command`: what the user typed before, and
+    what may follow.  Raises InputError for a key, a type or a value that is wrong; `--help` prints every key and exits.
     """
-    from transformers import HfArgumentParser
-
     argv = list(argv)
-    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    path = find_config(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     if path is None and not any(word.split("=")[0] in ("--model", "--data", "-h", "--help") for word in argv):
-        path = Path(DEFAULT)
-    parser = HfArgumentParser(
-        list[Any](GROUPS), prog="run.py", usage="run.py CONFIG.yaml [--key value ...]", allow_abbrev=False,
-        description="Train linear probes for every layer and lag while the language model runs.",
-    )  # fmt: skip
-    for action in parser._actions:
-        action.help = (action.help or "").replace("<controls>", _listed(CONTROLS))
+        path = find_config(DEFAULT)
+    parser = _make_parser(command)
     actions = {a.dest: a for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")}
-
-    def refuse(message: str) -> None:
-        raise InputError(message, "a value of the key's type", "see --help")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
-    _check_order(argv, actions)
+    _check_order(argv, actions, command.split(" [")[0])
     given = _as_arguments(path, actions) if path else []
-    *groups, rest = parser.parse_args_into_dataclasses(
-        [*given, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *groups, rest = parser.parse_args_into_dataclasses(
+            [*given, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    except ArgumentError as error:
+        raise InputError(str(error), "a value of the key's type", "see --help") from None
     for word in rest:
         require(word.startswith("-"), f"{word!r}, which belongs to no key", "--key value", "drop it")
         raise _unknown(word, list(actions), "the command line")
@@ -77,17 +69,42 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     return config
 
 
+def find_config(name: str) -> Path:
+    """The config file that a command line means: the file of that path, or else the shipped config of that name."""
+    return Path(name) if os.path.isfile(name) else shipped_configs().get(name, Path(name))
+
+
+def _make_parser(command: str) -> Any:
+    """The parser of all keys; `command` is what comes before them."""
+    from transformers import HfArgumentParser
+
+    words = command.split(" [")[0]
+    config = "llama-3.1-8b " if "[CONFIG]" in command else ""
+    parser = HfArgumentParser(
+        list[Any](GROUPS),
+        prog=words,
+        usage=f"{command} [--key value ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
+        description="Train linear probes for every layer and lag while the language model runs.",
+        epilog=f"example: {words} {config}--layers 2 3 --lags 0 8 24",
+    )
+    for action in parser._actions:
+        action.help = (action.help or "").replace("<controls>", _listed(CONTROLS))
+    return parser
+
+
 def _listed(table: Mapping[str, Any]) -> str:
     """The rows of a table in one sentence, for argparse."""
     return "; ".join(f"{name} ({row.about})" for name, row in table.items()).replace("%", "%%")
 
 
-def _check_order(argv: Sequence[str], actions: Mapping[str, Action]) -> None:
+def _check_order(argv: Sequence[str], actions: Mapping[str, Action], command: str) -> None:
     """Raises InputError for a config file behind the keys, of which a key before it might make a value."""
     texts = {f"--{name}" for name, action in actions.items() if action.type is str and action.nargs is None}
     for before, word in zip(["", *argv], argv, strict=False):
         if word.endswith((".yaml", ".yml")) and not word.startswith("-") and before not in texts:
-            raise InputError(f"{word} after the keys", "the config file first", f"run.py {word} ...")
+            raise InputError(f"{word} after the keys", "the config file first", f"{command} {word} ...")
 
 
 def _check_text(config: RunConfig) -> None:
@@ -181,10 +198,18 @@ def _load(path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
         raise InputError(f"config {path}, nested too deeply", what, "flatten it") from None
     except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
         raise InputError(f"config {path}: {error}", f"YAML in UTF-8: {what}", "fix that") from None
-    require(found, f"config {path}, which is no file", "a YAML file", ELSEWHERE)
+    if not found:
+        raise _no_config(path)
     if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
-        raise InputError(f"config {path}", what, "see the files in configs/")
+        raise InputError(f"config {path}", what, "see those that `streamprobe configs` lists")
     return root, content
+
+
+def _no_config(path: Path) -> InputError:
+    names = list(shipped_configs())
+    near = get_close_matches(path.stem if path.suffix in (".yaml", ".yml") else path.name, names, n=1, cutoff=0.5)
+    fix = f"check the path, or give {near[0]}, the nearest name" if near else "check the path or the name"
+    return InputError(f"config {path}, which is no file", f"a YAML file, or one of {', '.join(names)}", fix)
 
 
 def _as_written(node: yaml.Node, pairs: bool = False) -> Any:

@@ -20,6 +20,7 @@ from streamprobe.errors import InputError
 from streamprobe.system.console import shows_progress
 from streamprobe.system.network import hub_is_given_up, look_for_hub
 from streamprobe.system.privacy import clean_text, clean_url
+from streamprobe.system.shipped import shipped_path
 
 Rows = list[dict[str, Any]]
 SECONDS = 2.0  # for a server to take a call; there are two of them
@@ -138,7 +139,7 @@ def read_rows(data: str, split: str, columns: Sequence[str], sha256: str | None 
     stands: `datasets` gives each column a type, so that one odd row, or text like a date, changes the text of all.
     Raises InputError where the data cannot be read or a column of `columns` is missing.
     """
-    shown = clean_url(data)
+    shown, data = clean_url(data), shipped_path(data)
     suffix = _suffix(data)
     if sha256 and not suffix:
         raise InputError(f"data_sha256 with the data set {shown}", "a file to check", "drop data_sha256")

@@ -17,15 +17,15 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from streamprobe.demo import CHAINS
 
 SIZES = (3, 4, 5, 6)  # how many numbers a problem has, drawn evenly from these
 NUMBERS = range(2, 21)
 MAX_TARGET = 30
 RETURNS = (1, 2, 3)  # how often a response goes back, drawn evenly from these
 WORDS = range(40, 101)  # words of a response
-CHAINS = Path(__file__).with_name("chains.json")
 N_CHAINS = 500
 
 # A seed says what its problems are for, and no problem is for two things: see `split_of`.

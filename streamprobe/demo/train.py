@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprobe.demo import MODEL
 from streamprobe.demo.model import PROMPT, Example, make_batch, make_model, make_tokenizer, share_solved
 from streamprobe.demo.muon import Muon
 from streamprobe.demo.task import HELD_OUT, SIZES, TRAINING, make_problem, make_problems, solve
 
-HERE = Path(__file__).with_name("model")
 WARM_UP = 50  # steps
 SORTED = 8  # so many batches are drawn at once and sorted by length, which saves padding
 
@@ -131,7 +131,7 @@ def write_card(folder: Path, model: Any, **facts: Any) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the model")
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=64, help="problems in a step")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="highest learning rate")

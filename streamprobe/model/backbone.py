@@ -20,6 +20,7 @@ from streamprobe.errors import InputError
 from streamprobe.model.blocks import block_list, check_layers, drop_blocks
 from streamprobe.model.loading import build_empty, check_device, read_config, readable_errors
 from streamprobe.system.hardware import free_bytes
+from streamprobe.system.shipped import shipped_path
 
 
 def pick_dtype(dtype: str) -> torch.dtype:
@@ -62,7 +63,7 @@ def load_backbone(
     loaded or does not fit.
     """
     check_device(device_map, attn_implementation)
-    config = read_config(model, **where)
+    config, folder = read_config(model, **where), shipped_path(model)
     check_layers(config, layers or [])
     options = {"device_map": device_map, "ignore_mismatched_sizes": True, **_numbers(dtype, quantization), **where}
     if attn_implementation:
@@ -70,9 +71,9 @@ def load_backbone(
     _hide_progress_in_files()
     with readable_errors(model):
         if layers is None:
-            loaded = _whole_kind(config).from_pretrained(model, config=config, output_loading_info=True, **options)
+            loaded = _whole_kind(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
         else:
-            loaded = _load_cut(model, config, max(layers) + 1, options)
+            loaded = _load_cut(folder, config, max(layers) + 1, options)
     backbone, info = loaded
     _check_loaded(model, backbone, info)
     return backbone.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.model.hooks import FOREIGN
 from streamprobe.system.network import look_for_hub
+from streamprobe.system.shipped import shipped_path
 
 # What a model's files make a loader raise, beside what its code does.
 LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)
@@ -87,7 +88,7 @@ def read_config(model: str, **where: Any) -> Any:
     from transformers import AutoConfig
 
     with readable_errors(model):
-        return AutoConfig.from_pretrained(model, **where)
+        return AutoConfig.from_pretrained(shipped_path(model), **where)
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 from streamprobe.errors import InputError, first_line
 from streamprobe.model.loading import readable_errors
+from streamprobe.system.shipped import shipped_path
 
 
 def load_tokenizer(model: str, **where: Any) -> Any:
@@ -16,7 +17,7 @@ def load_tokenizer(model: str, **where: Any) -> Any:
 
     with readable_errors(model):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model, **where)
+            tokenizer = AutoTokenizer.from_pretrained(shipped_path(model), **where)
         except Exception as error:
             if type(error) not in (Exception, TypeError, AttributeError):  # bare ones are those of `tokenizers`
                 raise

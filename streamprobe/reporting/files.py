@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from streamprobe.evaluation.rows import FIELDS, Row, place
 from streamprobe.probes.storage import pack_probes
 from streamprobe.reporting.html.page import render
 from streamprobe.reporting.transcripts import collect
-from streamprobe.system.console import guard, say
 from streamprobe.system.csv_files import broken_file, cell, read_csv
 from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import for_others
@@ -193,19 +191,3 @@ def _read_rows(path: Path) -> list[Row]:
         except (ValueError, OverflowError) as error:
             raise _broken(path, f"row {len(rows) + 1}: {error}") from error
     return rows
-
-
-def main(argv: Sequence[str]) -> int:
-    """`python -m streamprobe.reporting.files RUN`; returns the exit status: 0 or 2."""
-
-    def run() -> None:
-        if len(argv) != 1:
-            expected = "python -m streamprobe.reporting.files runs/demo"
-            raise InputError(f"{len(argv)} arguments", "the folder of one run", expected)
-        say(f"wrote {write_report(Path(argv[0]))}")
-
-    return guard(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,11 @@
-"""Share the probes of a run on the Hugging Face hub.
+"""Put the probes of a run on the Hugging Face hub, for others to use.
 
-python -m streamprobe.tools.hub runs/demo user/name --private
-
-Writes probes.safetensors, results.csv and a model card with the results.  They are read back by
+Uploaded are probes.safetensors, results.csv and a model card with the results.  They are read back by
 `streamprobe.load_probes("user/name")`.  The file of the probes names the run's model and data as the config does.
 """
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +16,14 @@ from safetensors.torch import save
 
 from streamprobe.errors import InputError, first_line
 from streamprobe.evaluation.rows import place
+from streamprobe.lags import Column
 from streamprobe.probes.storage import FILE, find_probes, read_about
-from streamprobe.system.console import guard, say
 from streamprobe.system.csv_files import read_csv
 from streamprobe.system.privacy import ON_HUB, for_others
 
 COLUMNS = ("solver", "label", "target", "layer", "lag", "control", "auroc", "auroc_low", "auroc_high")
 PUBLIC = ("solvers", "layers", "columns", "data_fingerprint", "model_fingerprint")  # of what probes say of themselves
+Cells = dict[tuple[str, int], str]  # (layer or control, lag) -> AUROC with its interval
 CARD = """---
 {head}---
 
@@ -104,7 +101,23 @@ def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: st
     head: dict[str, Any] = {"library_name": "streamprobe", "tags": ["linear-probes", "interpretability"]}
     if on_hub:
         head["base_model"] = model
-    groups: dict[tuple[str, ...], dict[tuple[str, int], str]] = {}
+    columns = [Column(*column) for column in about["columns"]]
+    return CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False),
+        labels=plain(", ".join(dict.fromkeys(column.label for column in columns))),
+        repo=repo_id,
+        model=f"`{model}`" if on_hub else "a model that is not on the hub",
+        layers=about["layers"],
+        layer=about["layers"][0],
+        lag=columns[0].lag,
+        solvers=", ".join(about["solvers"]),
+        tables="\n".join(table(name, cells) for name, cells in _group(rows).items()),
+    )
+
+
+def _group(rows: Sequence[dict[str, str]]) -> dict[tuple[str, ...], Cells]:
+    """The tables of the card, by solver, label and target.  Raises InputError for rows that no run wrote."""
+    groups: dict[tuple[str, ...], Cells] = {}
     try:
         for row in rows:
             name = tuple(row[key] for key in ("solver", "label", "target"))
@@ -113,19 +126,13 @@ def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: st
             groups.setdefault(name, {})[place(row), int(row["lag"])] = cell
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"results.csv with {error}", "one that a run wrote", "check the path") from error
-    labels = dict.fromkeys(str(column[0]) for column in about["columns"])
-    return CARD.format(
-        head=yaml.safe_dump(head, sort_keys=False), labels=plain(", ".join(labels)), repo=repo_id,
-        model=f"`{model}`" if on_hub else "a model that is not on the hub", layers=about["layers"],
-        layer=about["layers"][0], lag=about["columns"][0][2], solvers=", ".join(about["solvers"]),
-        tables="\n".join(table(name, cells) for name, cells in groups.items()),
-    )  # fmt: skip
+    return groups
 
 
-def table(name: tuple[str, ...], cells: dict[tuple[str, int], str]) -> str:
+def table(name: tuple[str, ...], cells: Cells) -> str:
     """A Markdown table of cells by layer or control (rows) and lag (columns)."""
     solver, label, target = map(plain, name)
-    places, lags = dict.fromkeys(at[0] for at in cells), sorted({at[1] for at in cells})
+    places, lags = dict.fromkeys(at for at, _ in cells), sorted({lag for _, lag in cells})
     lines = [f"### {label}, target {target}, solver {solver}", ""]
     lines += ["| | " + " | ".join(f"{lag:+d}" for lag in lags) + " |", "|---" * (len(lags) + 1) + "|"]
     for at in places:
@@ -136,29 +143,3 @@ def table(name: tuple[str, ...], cells: dict[tuple[str, int], str]) -> str:
 def plain(text: str) -> str:
     """Text that Markdown takes as it stands: what has a meaning there is escaped."""
     return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>#|&!" else " " if c in "\r\n" else c for c in text)
-
-
-def run(argv: Sequence[str] | None) -> None:
-    """The command line; raises InputError for what the user can fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streamprobe.tools.hub", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
-    parser.add_argument("repo", metavar="USER/NAME", help="repository on the hub; made if there is none")
-    parser.add_argument("--private", action="store_true", help="make it a private one")
-
-    def refuse(message: str) -> None:
-        raise InputError(message, "RUN USER/NAME", "see --help")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
-    given = parser.parse_args(argv)
-    say(push_to_hub(given.run, given.repo, given.private))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
-    return guard(lambda: run(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

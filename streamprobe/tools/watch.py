@@ -1,17 +1,12 @@
-"""See a model's probes while it writes.
-
-python -m streamprobe.tools.watch runs/demo --prompt "reach 27 with 15 13 14 ?"   # in colours
-python -m streamprobe.tools.watch runs/demo --prompt "reach 27 with 15 13 14 ?" --lag 8          # 8 tokens ahead
-python -m streamprobe.tools.watch RUN --prompt "..." --temperature 0.6 --html watch.html         # the same as a page
+"""See a model's probes while it writes: in a library by `watch`, at a terminal by `streamprobe watch`.
 
 Each token is coloured by the probability that one probe gives at it, and the alarm is marked: the tokens at which it is
-at or above the threshold that validation chose.  In a library: `watch`.
+at or above the threshold that validation chose.
 
 Shapes: B chains in a batch, T tokens of the prompt, L layers, K columns.
 """
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -23,15 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamprobe.config.load import check_text
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.model.blocks import context, decoder_layers
 from streamprobe.model.hooks import tap
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.system.console import guard, printable, say, shows_colour, write
+from streamprobe.system.console import printable, say, shows_colour, write
 from streamprobe.system.csv_files import read_csv
 from streamprobe.tools import generation
+
+Found = SimpleQueue[tuple[Tensor, Tensor] | None]  # tokens [B] and their probabilities [B, L, K], as they come
 
 
 def watch(
@@ -51,34 +47,18 @@ def watch(
     """
     ids = torch.atleast_2d(input_ids).to(model.device)
     options = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    blocks, bank = decoder_layers(model), probes.to(model.device)
-    found: SimpleQueue[tuple[Tensor, Tensor] | None] = SimpleQueue()
-    left = Event()
-
-    def write() -> Tensor:
-        try:
-            with tap({layer: blocks[layer] for layer in bank.layers}) as taken:
-
-                def read(written: Tensor, _scores: Any, **_rest: Any) -> Tensor:
-                    """A stopping criterion: asked when a token is chosen, and the one before it has just been read."""
-                    assert len(written) == len(ids), "beams and several sequences a prompt cannot be watched"
-                    if written.shape[1] > ids.shape[1] + 1:  # else the last token of the prompt
-                        acts = torch.stack([taken[layer][:, -1].to(ids.device) for layer in bank.layers], 1)
-                        found.put((written[:, -2], bank.probabilities(acts)))
-                    return torch.full((len(ids),), left.is_set(), device=ids.device)
-
-                criteria = [*options.pop("stopping_criteria", []), read]
-                asked = {"max_new_tokens": max_new_tokens + 1, "return_dict_in_generate": False}  # to read the last one
-                return model.generate(ids, stopping_criteria=criteria, **options | asked)
-        finally:
-            found.put(None)
+    options |= {
+        "max_new_tokens": max_new_tokens + 1,
+        "return_dict_in_generate": False,
+    }  # one more, to read the last one
+    bank, found, left = probes.to(model.device), Found(), Event()
 
     def alone(token: Tensor, given: Tensor) -> tuple[Any, Tensor]:
         return (token, given) if input_ids.dim() == 2 else (int(token), given[0])
 
     with ThreadPoolExecutor(1) as pool:
         try:
-            writing, n = pool.submit(write), 0
+            writing, n = pool.submit(_write, model, bank, ids, found, left=left, options=options), 0
             while (item := found.get()) is not None:
                 yield alone(*item)
                 n += 1
@@ -87,6 +67,29 @@ def watch(
                 yield alone(new[:, -1], bank.bias.new_full((len(ids), *bank.bias.shape), math.nan))
         finally:
             left.set()
+
+
+def _write(model: Any, bank: ProbeBank, ids: Tensor, found: Found, *, left: Event, options: dict[str, Any]) -> Tensor:
+    """Generates from ids [B, T] and puts what is found at each token into the queue; None at the end, however it comes.
+
+    Stops once the consumer has `left`.
+    """
+    blocks = decoder_layers(model)
+    try:
+        with tap({layer: blocks[layer] for layer in bank.layers}) as taken:
+
+            def read(written: Tensor, _scores: Any, **_rest: Any) -> Tensor:
+                """A stopping criterion: asked when a token is chosen, and the one before it has just been read."""
+                assert len(written) == len(ids), "beams and several sequences a prompt cannot be watched"
+                if written.shape[1] > ids.shape[1] + 1:  # else the last token of the prompt
+                    acts = torch.stack([taken[layer][:, -1].to(ids.device) for layer in bank.layers], 1)
+                    found.put((written[:, -2], bank.probabilities(acts)))
+                return torch.full((len(ids),), left.is_set(), device=ids.device)
+
+            criteria = [*options.pop("stopping_criteria", []), read]
+            return model.generate(ids, stopping_criteria=criteria, **options)
+    finally:
+        found.put(None)
 
 
 class Mark(NamedTuple):
@@ -110,12 +113,23 @@ def best_layer(folder: Path, bank: ProbeBank, column: Column) -> int:
     return max(bank.layers, key=lambda layer: areas.get(layer, -1.0) if areas.get(layer) == areas.get(layer) else -1.0)
 
 
-def pick(folder: Path, bank: ProbeBank, given: Any) -> tuple[int, int]:
-    """Where the probe that the command line asks for lies in the bank, (l, k); without --layer, the best one."""
-    _, k = bank.place(bank.layers[0], given.lag, given.label, given.target)
+def pick(
+    folder: Path, bank: ProbeBank, *, layer: int | None, lag: int, label: str | None = None, target: str | None = None
+) -> tuple[int, int]:
+    """Where a probe of the run in `folder` lies in its bank, (l, k); without a layer, the best one of its column.
+
+    Without a label or a target: the first that the bank holds.  Raises InputError for a probe that it has not.
+    """
+    _, k = bank.place(bank.layers[0], lag, label, target)
     column = bank.columns[k]
-    layer = best_layer(folder, bank, column) if given.layer is None else given.layer
-    return bank.place(layer, column.lag, column.label, column.target)
+    chosen = best_layer(folder, bank, column) if layer is None else layer
+    return bank.place(chosen, column.lag, column.label, column.target)
+
+
+def alarm_threshold(bank: ProbeBank, place: tuple[int, int]) -> float:
+    """The probability from which on a probe raises the alarm."""
+    assert bank.threshold is not None
+    return bank.threshold[place].sigmoid().item()
 
 
 def marks(
@@ -123,11 +137,9 @@ def marks(
 ) -> Iterator[Mark]:
     """What is shown of each token: the text that it completes, and the highest probability since the text before."""
     i, k = place
-    row = [
-        (j, c.lag) for j, c in enumerate(bank.columns) if c[:2] == bank.columns[k][:2] and c[3:] == bank.columns[k][3:]
-    ]
-    assert bank.threshold is not None
-    threshold = bank.threshold[place].sigmoid().item()
+    own = bank.columns[k]
+    row = [(j, column.lag) for j, column in enumerate(bank.columns) if column._replace(lag=own.lag) == own]
+    threshold = alarm_threshold(bank, place)
     highest, others = 0.0, ""
     for token, probabilities in steps:
         of_layer = probabilities[i].tolist()
@@ -187,49 +199,40 @@ def page(title: str, legend: str, prompt: str, shown: Sequence[Mark]) -> str:
     )
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """The command line; raises InputError for what the user can fix."""
-    parser = generation.make_parser(__doc__ or "", "streamprobe.tools.watch")
-    parser.add_argument("--prompt", required=True, help="the problem; the run's own `prompt` is put around it")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the marked text as a page, too")
-    given = parser.parse_args(argv)
-    generation.check(given)
-    if not given.prompt.strip():
-        raise InputError("an empty prompt", "some text", "mend --prompt")
-    check_text("prompt", given.prompt)
-    generation.check_file(given.html, "html")
-    config, bank = generation.open_run(given.run, given)
-    place = pick(given.run, bank, given)
-    model, tokenizer = generation.load_whole(config, bank)
-    data = config.data
-    ids = generation.encode(given.prompt, data.prompt, tokenizer, data.bos, data.chat_date)
+def legend(bank: ProbeBank, place: tuple[int, int]) -> str:
+    """Which probe is watched, and when it raises the alarm."""
+    i, k = place
+    threshold = alarm_threshold(bank, place)
+    return (
+        f"layer {bank.layers[i]}, {bank.columns[k]}, {bank.solver}; alarm (▲) from a probability of {threshold:.3f} on"
+    )
+
+
+def show(
+    model: Any,
+    tokenizer: Any,
+    bank: ProbeBank,
+    place: tuple[int, int],
+    *,
+    prompt: str,
+    ids: Tensor,
+    sampling: generation.Sampling,
+) -> list[Mark]:
+    """Lets the model go on from a prompt and prints each token as the probe at `place` marks it.
+
+    `prompt` is what is printed of the prompt, `ids` [T] what the model reads.  Returns what was shown.  Raises
+    InputError for a prompt that leaves no room for a response.
+    """
     room = context(model.config) - len(ids)
     if room <= 0:
-        raise InputError(
-            f"a prompt of {len(ids):,} tokens", f"fewer than the model's {room + len(ids):,}", "shorten it"
-        )
-    layer, column = bank.layers[place[0]], bank.columns[place[1]]
-    assert bank.threshold is not None
-    threshold = bank.threshold[place].sigmoid().item()
-    legend = f"layer {layer}, {column}, {bank.solver}; alarm (▲) from a probability of {threshold:.3f} on"
-    colour = shows_colour()
-    say(f"{legend}\n\n{given.prompt}")
-    torch.manual_seed(given.seed)
-    options = generation.decoding(given.temperature, given.top_p)
-    steps = watch(model, bank, ids, min(given.max_new_tokens, room), **options)
-    shown: list[Mark] = []
+        most = f"fewer than the model's {room + len(ids):,}"
+        raise InputError(f"a prompt of {len(ids):,} tokens", most, "shorten it")
+    say(f"{legend(bank, place)}\n\n{prompt}")
+    torch.manual_seed(sampling.seed)
+    steps = watch(model, bank, ids, min(sampling.max_new_tokens, room), **sampling.options)
+    colour, shown = shows_colour(), list[Mark]()
     for mark in marks(steps, bank, place, generation.Pieces(tokenizer, ids.tolist())):
         write(for_terminal(mark, bool(shown) and shown[-1].alarm, colour))
         shown.append(mark)
     say()
-    if given.html:
-        generation.write_file(given.html, "html", page(f"{given.run.name}: {column}", legend, given.prompt, shown))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 where the user can fix what went wrong."""
-    return guard(lambda: run(argv), smaller="use --device_map cpu")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return shown

@@ -14,7 +14,8 @@ import torch
 import transformers
 import yaml
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
+from streamprobe.config.load import load_config
 from streamprobe.run import pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -130,14 +131,25 @@ def test_what_the_user_got_wrong_is_told_in_one_line(base, capsys, keys, argv, g
     assert got in error and told in error
 
 
-def test_without_a_config_the_demo_runs_and_says_where_it_can(capsys, monkeypatch):
+def test_without_a_config_the_demo_runs_in_any_folder(monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(pipeline, "run", ran.append)
-    monkeypatch.chdir(ROOT)
-    assert main([]) == 0 and ran[0].name == "demo" and ran[0].model.model == "streamprobe/demo/model"
-    monkeypatch.chdir(ROOT / "tests")
-    error = refused(capsys)
-    assert "configs/demo.yaml" in error and "the folder that holds configs/" in error
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        assert main([]) == 0 and ran[-1].name == "demo" and ran[-1].model.model == "streamprobe/demo/model"
+
+
+def test_a_config_is_a_path_or_else_the_name_of_a_shipped_one(base, capsys):
+    shipped = load_config(["demo"])
+    assert shipped.name == "demo" and shipped == load_config([str(ROOT / "configs/demo.yaml")])
+    assert load_config(["llama-3.1-8b", "--lags", "0"]).probes.layers == [8, 10, 12, 14, 16]
+    Path("demo").mkdir()
+    assert load_config(["demo"]) == shipped  # a folder is no config
+    Path("smollm2-135m").write_text(yaml.safe_dump(base))
+    assert load_config(["smollm2-135m"]).model.model == base["model"]  # a file of that name comes first
+    for name, near in (("llama-3.1", "llama-3.1-8b"), ("configs/smollm2.yaml", "smollm2-135m"), ("dem", "demo")):
+        assert f"give {near}, the nearest name" in refused(capsys, name)
+    assert "check the path or the name" in refused(capsys, "zzzz")
 
 
 def test_config_file_that_does_not_exist_or_is_no_mapping(base, capsys):

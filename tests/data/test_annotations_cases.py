@@ -10,7 +10,7 @@ import pytest
 import yaml
 from builders import make_rows
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.config.load import load_config
 from streamprobe.data.annotations import annotate, parse_annotations, rejoin
 from streamprobe.errors import InputError

@@ -11,7 +11,7 @@ import torch
 import yaml
 from builders import load_chains, make_record, make_rows, make_tokenizer
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.data import prompts
 from streamprobe.data.prompts import format_prompt, open_response, resolve_day
 from streamprobe.data.tokenize import TextOptions, tokenize
@@ -233,7 +233,7 @@ def test_watching_a_model_renders_the_day_of_its_run():
     tokenizer = make_tokenizer(chat_template="It is {{ strftime_now('%d %b %Y') }}. " + TURN)
     record = make_record("why?", "wait no.", [("backtracking", 0, 8)])
     chain = tokenize(record, tokenizer, LABELS, TextOptions("chat", "response", "ignore", day="2024-03-05"))
-    ids = generation.encode("why?", "chat", tokenizer, True, "2024-03-05")
+    ids = generation.encode("why?", "chat", tokenizer, True, day="2024-03-05")
     assert torch.equal(ids, chain.ids[: chain.start]) and "05 Mar 2024" in tokenizer.decode(ids)
     assert not torch.equal(ids, generation.encode("why?", "chat", tokenizer, True))  # negative control
 

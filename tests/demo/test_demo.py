@@ -14,7 +14,7 @@ from builders import inputs_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.demo.model import VOCABULARY
 from streamprobe.lags import LagBuffer
 from streamprobe.run.inputs import Inputs
@@ -29,7 +29,7 @@ def refuse(*args, **kwargs):  # an exception could be caught, or get lost in a t
     os.write(2, b"a socket was opened")
     os._exit(3)
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = socket.socket.connect_ex = refuse
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 sys.exit(main(sys.argv[1:]))
 """
 

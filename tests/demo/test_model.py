@@ -4,7 +4,7 @@ import torch
 
 from streamprobe.demo import task
 from streamprobe.demo.model import PROMPT, Example, make_batch, make_model, make_tokenizer, share_solved
-from streamprobe.demo.train import HERE
+from streamprobe.demo.train import MODEL
 
 
 def test_a_token_is_a_word_and_knows_its_characters():
@@ -27,9 +27,9 @@ def test_a_token_is_a_word_and_knows_its_characters():
 def test_the_embedded_model_is_small_and_solves_held_out_problems():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert sum(path.stat().st_size for path in HERE.iterdir()) < 4_000_000
-    model = AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(HERE)
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 4_000_000
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert model.num_parameters() <= 1_500_000
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     assert share_solved(model, tokenizer, task.make_problems(60, task.HELD_OUT[2])) >= 0.9

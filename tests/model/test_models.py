@@ -14,8 +14,9 @@ from tiny_models import CAUSAL, CHANGES, TYPES, save_tiny, states, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from streamprobe import cli
 from streamprobe.activations.stream import forward, stream
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
@@ -27,8 +28,6 @@ from streamprobe.model.hooks import check_taken, tap
 from streamprobe.model.loading import read_config
 from streamprobe.model.sizes import weight_bytes
 from streamprobe.model.trial import check_reading
-from streamprobe.tools import steer as steering
-from streamprobe.tools import watch as monitor
 
 CHAINS = [torch.arange(3, 3 + n) for n in (12, 9, 17)]  # token ids of chains of other lengths
 WORDS = list(range(3, 50))
@@ -373,6 +372,6 @@ def test_a_run_of_a_model_that_sees_ahead_is_refused(ahead, chains_file, tmp_pat
 
 def test_a_model_that_sees_ahead_is_neither_watched_nor_steered(ahead, run_folder, capsys):
     words = [str(run_folder), "--model", str(ahead)]
-    for tool, options in ((monitor, ["--prompt", "so"]), (steering, ["--marker", "wait"])):
-        assert tool.main([*words, *options]) == 2
+    for command, options in (("watch", ["--prompt", "so"]), ("steer", ["--marker", "wait"])):
+        assert cli.main([command, *words, *options]) == 2
         assert "in which a token sees later ones" in capsys.readouterr().err

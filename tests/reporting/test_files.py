@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from streamprobe.cli import main
 from streamprobe.evaluation.rows import FIELDS
 from streamprobe.reporting import files
 
@@ -14,7 +15,7 @@ def test_the_report_is_rebuilt_from_the_files_of_a_run(folder: Path, capsys: pyt
     files.write_report(folder)
     first = (folder / "report.html").read_bytes()
     (folder / "report.html").unlink()
-    assert files.main([str(folder)]) == 0
+    assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_bytes() == first
     assert capsys.readouterr().out == f"wrote {folder / 'report.html'}\n"
 
@@ -48,7 +49,7 @@ def test_a_run_that_cannot_be_read_is_refused_in_a_line(
     folder: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     BROKEN[how](folder)
-    assert files.main([str(folder)]) == 2
+    assert main(["report", str(folder)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert (
@@ -56,7 +57,7 @@ def test_a_run_that_cannot_be_read_is_refused_in_a_line(
         and printed.err.count("; expected ") == printed.err.count("; fix: ") == 1
     )
     assert str(folder) in printed.err
-    assert files.main([]) == 2 and files.main(["a", "b"]) == 2
+    assert main(["report"]) == 2 and main(["report", "a", "b"]) == 2
 
 
 def test_a_report_that_cannot_be_written_or_drawn_is_refused_in_a_line(
@@ -75,6 +76,6 @@ def test_a_report_that_cannot_be_written_or_drawn_is_refused_in_a_line(
         shutil.copytree(folder, copy)
         (copy / "report.html").unlink(missing_ok=True)
         spoil(copy)
-        assert files.main([str(copy)]) == 2
+        assert main(["report", str(copy)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("streamprobe: ") and error.count("\n") == 1 and "Traceback" not in error

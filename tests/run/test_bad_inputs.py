@@ -24,7 +24,8 @@ from builders import make_rows, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from streamprobe.cli import main
+from streamprobe import cli
+from streamprobe.cli import train as main
 from streamprobe.config.load import load_config
 from streamprobe.data import sources as reading
 from streamprobe.errors import InputError
@@ -37,9 +38,7 @@ from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system import csv_files as csvfiles
 from streamprobe.system import network
 from streamprobe.system.console import guard
-from streamprobe.tools import generation, hub
-from streamprobe.tools import steer as steering
-from streamprobe.tools import watch as monitor
+from streamprobe.tools import generation
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"model": "m", "data": "d.json", "layers": [0]}
@@ -170,7 +169,7 @@ def test_a_word_that_belongs_to_no_key(capsys):
 def test_bytes_that_are_no_text_on_the_command_line(capsys, run_folder):
     write(yaml.safe_dump(KEYS))
     one_line(capsys, main(["config.yaml", "--prompt", "\udcff{problem}"]), "prompt", "no text")
-    one_line(capsys, monitor.main([str(run_folder), "--prompt", "go \udcff"]), "prompt", "no text")
+    one_line(capsys, cli.main(["watch", str(run_folder), "--prompt", "go \udcff"]), "prompt", "no text")
     write(yaml.safe_dump(KEYS), "l\udcff.yaml")
     one_line(capsys, main(["l\udcff.yaml"]), "--output_dir")
     assert load_config(["l\udcff.yaml", "--output_dir", "out"]).output.output_dir == "out"
@@ -486,27 +485,22 @@ class Silent:
 def mains(folder, monkeypatch):
     """The command lines that read a run, without loading its model: what is read of the folder comes before."""
     monkeypatch.setattr("huggingface_hub.HfApi", Silent)
-    watched = monitor.run
 
-    def look(argv):
-        def stop(*args):
-            raise InputError("the model", "not asked for here", "none")
+    def stop(*args):
+        raise InputError("the model", "not asked for here", "none")
 
-        monkeypatch.setattr("streamprobe.tools.generation.load_whole", stop)
-        return watched(argv)
-
-    monkeypatch.setattr(monitor, "run", look)
+    monkeypatch.setattr("streamprobe.run.opened.load_whole", stop)
     return {
-        "report": (report.main, [str(folder)]),
-        "hub": (hub.main, [str(folder), "a/b"]),
-        "monitor": (monitor.main, [str(folder), "--prompt", "go"]),
+        "report": (cli.main, ["report", str(folder)]),
+        "hub": (cli.main, ["push", str(folder), "a/b"]),
+        "monitor": (cli.main, ["watch", str(folder), "--prompt", "go"]),
     }
 
 
 def test_the_run_itself_can_be_read(capsys, mains):
     """Negative control: what the next tests break is whole."""
     assert [sane(capsys, *mains[name]) for name in ("report", "hub", "monitor")] == [0, 0, 2]
-    assert monitor.main(mains["monitor"][1]) == 2 and "the model" in capsys.readouterr().err
+    assert cli.main(mains["monitor"][1]) == 2 and "the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["summary.json", "transcripts.json"])
@@ -586,9 +580,8 @@ def test_any_change_to_a_runs_config_is_read_or_told(capsys, folder, mains):
 
 @pytest.mark.parametrize("name", ["n" * 300, "a\0b", "no such folder"])
 def test_a_folder_that_cannot_be_is_told_by_every_command(capsys, name):
-    for run, argv in ((report.main, [name]), (hub.main, [name, "a/b"]), (monitor.main, [name, "--prompt", "x"])):
-        assert sane(capsys, run, argv) == 2
-    assert sane(capsys, steering.main, [name]) == 2
+    for argv in (["report", name], ["push", name, "a/b"], ["watch", name, "--prompt", "x"], ["steer", name]):
+        assert sane(capsys, cli.main, argv) == 2
 
 
 def test_a_prompt_over_the_context_has_no_warning_before_its_line(caplog, monkeypatch):

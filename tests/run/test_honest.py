@@ -12,7 +12,7 @@ import torch
 from builders import make_rows
 from torch import Tensor, nn
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.data.annotations import parse_annotations
 from streamprobe.data.dataset import Dataset
 from streamprobe.run import reader

@@ -9,7 +9,8 @@ import pytest
 import torch
 from builders import inputs_of, make_rows
 
-from streamprobe.cli import main
+from streamprobe import cli
+from streamprobe.cli import train as main
 from streamprobe.run import reader
 from streamprobe.tools import steer as steering
 
@@ -115,10 +116,10 @@ def test_steering_leaves_out_what_the_run_left_out(overflowing, places, tmp_path
     )
     asked = [str(run), "--layer", "1", "--problems", "4", "--max_new_tokens", "4", "--strengths", "0", "4"]
     capsys.readouterr()
-    assert steering.main(asked) == 0
+    assert cli.main(["steer", *asked]) == 0
     assert "nan" not in capsys.readouterr().out
     monkeypatch.setattr(steering, "find_bad_chains", lambda *_, **__: [])
-    assert steering.main(asked) == 2  # negative control
+    assert cli.main(["steer", *asked]) == 2  # negative control
     assert "activations that are infinite" in capsys.readouterr().err
 
 
@@ -127,6 +128,6 @@ def test_steering_refuses_other_data_than_the_runs(model_dir, tmp_path, capsys) 
     assert launch(model_dir, data_with(tmp_path, 0, " "), run) == 0
     other = data_with(tmp_path, 1, None)
     asked = [str(run), "--layer", "1", "--problems", "2", "--max_new_tokens", "2", "--strengths", "0"]
-    assert steering.main([*asked, "--data", str(other)]) == 2
+    assert cli.main(["steer", *asked, "--data", str(other)]) == 2
     assert "that of the chains of" in capsys.readouterr().err
-    assert steering.main([*asked, "--data", str(data_with(tmp_path, 0, " "))]) == 0  # negative control
+    assert cli.main(["steer", *asked, "--data", str(data_with(tmp_path, 0, " "))]) == 0  # negative control

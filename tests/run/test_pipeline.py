@@ -27,7 +27,7 @@ from streamprobe import trainer
 from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import stream
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.data.dataset import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.metrics import measure
@@ -273,7 +273,7 @@ def hook(event, args):
 from streamprobe import cli
 from streamprobe.run import pipeline
 sys.addaudithook(hook)
-status = cli.main(sys.argv[1:])
+status = cli.train(sys.argv[1:])
 open_paths = sorted(touched)
 print("TOUCHED " + json.dumps(open_paths))
 sys.exit(status)
@@ -460,7 +460,7 @@ def test_help_names_every_key_and_does_not_import_the_heavy_libraries():
     """Time depends on the machine; what it is spent on does not."""
     probe = (
         "import sys; sys.argv = ['run.py', '--help']\n"
-        "from streamprobe.cli import main\n"
+        "from streamprobe.cli import train as main\n"
         "try: main()\nexcept SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'datasets', 'tensorboard', 'bitsandbytes', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".cache" / "smollm2"

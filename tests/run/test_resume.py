@@ -13,7 +13,7 @@ import pytest
 import yaml
 from forked import forked
 
-from streamprobe.cli import main
+from streamprobe.cli import train as main
 from streamprobe.run import pipeline
 from streamprobe.run.checkpoint import STATE, load_run, save_run
 from streamprobe.run.folder import claim_folder

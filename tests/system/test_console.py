@@ -187,7 +187,7 @@ def test_help_needs_no_torch_and_no_reader(tmp_path):
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     line = f"{sys.executable} -X importtime {ROOT / 'run.py'} --help 2>{tmp_path / 'times'} | head -1; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0 and ran.stdout == "usage: run.py CONFIG.yaml [--key value ...]\n"
+    assert ran.returncode == 0 and ran.stdout == "usage: run.py [CONFIG] [--key value ...]\n"
     modules = {text.split("|")[-1].strip() for text in (tmp_path / "times").read_text(errors="replace").splitlines()}
     assert "streamprobe.system.console" in modules and "torch" not in modules
 
@@ -202,9 +202,17 @@ def test_a_training_with_letters_beyond_ascii_runs_to_a_pipe_that_closes_in_an_a
     )
     (tmp_path / "chains.json").write_text(text, encoding="utf-8")
     keys = {
-        "model": model_dir, "data": str(tmp_path / "chains.json"), "dtype": "float32", "labels": ["zur\u00fcck\u25b2"],
-        "layers": [1], "lags": [0], "controls": ["none"], "max_passes": 1, "bootstrap": 0, "output_dir": str(tmp_path / "out"),
-    }  # fmt: skip
+        "model": model_dir,
+        "data": str(tmp_path / "chains.json"),
+        "dtype": "float32",
+        "labels": ["zur\u00fcck\u25b2"],
+        "layers": [1],
+        "lags": [0],
+        "controls": ["none"],
+        "max_passes": 1,
+        "bootstrap": 0,
+        "output_dir": str(tmp_path / "out"),
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys, allow_unicode=True), encoding="utf-8")
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(ROOT)}
@@ -212,16 +220,8 @@ def test_a_training_with_letters_beyond_ascii_runs_to_a_pipe_that_closes_in_an_a
     ran = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0 and ran.stdout.count("\n") == 1 and not ran.stderr, ran.stderr
     assert "zur\u00fcck\u25b2" in (tmp_path / "out/results.csv").read_text(encoding="utf-8")
-    watch = [
-        sys.executable,
-        "-m",
-        "streamprobe.tools.watch",
-        str(tmp_path / "out"),
-        "--prompt",
-        "go",
-        "--max_new_tokens",
-        "5",
-    ]
+    options = ["--prompt", "go", "--max_new_tokens", "5"]
+    watch = [sys.executable, "-m", "streamprobe", "watch", str(tmp_path / "out"), *options]
     shown = subprocess.run(watch, env=environment, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0 and "zur\\xfcck^" in shown.stdout and "alarm (^)" in shown.stdout, shown.stderr
 
@@ -229,9 +229,11 @@ def test_a_training_with_letters_beyond_ascii_runs_to_a_pipe_that_closes_in_an_a
 def test_everything_but_the_console_prints_through_it():
     """No module of the package has a print of its own, but for the demo's training, which is a script."""
     printing = {
-        path.name for path in (ROOT / "streamprobe").rglob("*.py")
-        for line in path.read_text(encoding="utf-8").splitlines() if line.strip().startswith("print(")
-    }  # fmt: skip
+        path.name
+        for path in (ROOT / "streamprobe").rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip().startswith("print(")
+    }
     assert printing == {"train.py"}
 
 

@@ -11,14 +11,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from streamprobe.cli import main
+from streamprobe import cli
+from streamprobe.cli import train as main
 from streamprobe.data.sources import read_rows
 from streamprobe.errors import InputError
 from streamprobe.probes.storage import load_probes
 from streamprobe.reporting.html import page
 from streamprobe.system.privacy import clean_url, for_others, without_secrets
-from streamprobe.tools import hub
-from streamprobe.tools import steer as steering
 from streamprobe.tools import watch as monitor
 
 TOKEN = "hf_" + "Ab1" * 10
@@ -46,9 +45,15 @@ def test_a_url_is_written_without_what_may_be_secret(text, shown):
 def test_others_see_names_and_not_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {
-        "model": str(Path.home() / "models/llama"), "data": URL, "gguf_file": "/x/y.gguf", "output_dir": "..\\runs\\a",
-        "prompt": f"Authorization: Bearer abc.def.0123456789 {Path.home()}/x {{problem}}", "labels": [TOKEN, "a"], "seed": 3, "revision": None,
-    }  # fmt: skip
+        "model": str(Path.home() / "models/llama"),
+        "data": URL,
+        "gguf_file": "/x/y.gguf",
+        "output_dir": "..\\runs\\a",
+        "prompt": f"Authorization: Bearer abc.def.0123456789 {Path.home()}/x {{problem}}",
+        "labels": [TOKEN, "a"],
+        "seed": 3,
+        "revision": None,
+    }
     own, shown = without_secrets(config), for_others(config)
     assert (
         own["model"] == config["model"]
@@ -128,9 +133,16 @@ def test_no_file_of_a_run_holds_a_secret_and_what_is_uploaded_no_path(
     monkeypatch.chdir(tmp_path)
     url = served.replace("://", "://someone:passw0rd@") + "?sig=topsecret"
     keys = {
-        "model": model_dir, "data": url, "dtype": "float32", "layers": [1], "lags": [0], "controls": ["none"],
-        "max_passes": 1, "bootstrap": 0, "output_dir": "out",
-    }  # fmt: skip
+        "model": model_dir,
+        "data": url,
+        "dtype": "float32",
+        "layers": [1],
+        "lags": [0],
+        "controls": ["none"],
+        "max_passes": 1,
+        "bootstrap": 0,
+        "output_dir": "out",
+    }
     Path("config.yaml").write_text(yaml.safe_dump(keys))
     assert main(["config.yaml"]) == 0
     said = capsys.readouterr()
@@ -147,7 +159,7 @@ def test_no_file_of_a_run_holds_a_secret_and_what_is_uploaded_no_path(
     )  # negative control: the URL in memory is the whole one
     assert "sig" not in capsys.readouterr().err
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert hub.main(["out", "someone_else/probes"]) == 0
+    assert cli.main(["push", "out", "someone_else/probes"]) == 0
     assert set(Hub.files) == {"probes.safetensors", "results.csv", "README.md"}
     for name, content in Hub.files.items():
         for path in (str(tmp_path), model_dir, str(Path.home())):
@@ -162,7 +174,7 @@ def test_a_run_of_before_is_cleaned_as_it_goes_up(run_folder, tmp_path, monkeypa
     about["config"] |= {"model": "/home/me/secret-model", "data": URL}
     save_file(tensors, folder / "probes.safetensors", {"streamprobe": json.dumps(about), "note": "/home/me"})
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert hub.main([str(folder), "a/b"]) == 0
+    assert cli.main(["push", str(folder), "a/b"]) == 0
     for content in Hub.files.values():
         assert b"/home/me" not in content and b"topsecret" not in content
     (tmp_path / "probes.safetensors").write_bytes(Hub.files["probes.safetensors"])
@@ -182,7 +194,7 @@ def test_what_goes_wrong_with_a_url_is_told_without_its_secrets(online, served):
         assert "passw0rd" not in str(caught.value) and "opsecre" not in str(caught.value)
 
 
-@pytest.mark.parametrize("command", [monitor, steering])
+@pytest.mark.parametrize("command", ["watch", "steer"])
 def test_a_models_code_is_run_only_where_the_command_line_says_so(run_folder, tmp_path, capsys, command, monkeypatch):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     keys = yaml.safe_load((folder / "config.yaml").read_text()) | {"trust_remote_code": True}
@@ -193,14 +205,14 @@ def test_a_models_code_is_run_only_where_the_command_line_says_so(run_folder, tm
         asked.append(args)
         raise InputError("the model", "not asked for here", "none")
 
-    monkeypatch.setattr("streamprobe.tools.generation.load_whole", load)
-    monkeypatch.setattr("streamprobe.tools.steer.read_texts", load)
-    more = ["--prompt", "go"] if command is monitor else []
-    assert command.main([str(folder), *more]) == 2
+    monkeypatch.setattr("streamprobe.run.opened.load_whole", load)
+    monkeypatch.setattr("streamprobe.run.opened.read_texts", load)
+    more = ["--prompt", "go"] if command == "watch" else []
+    assert cli.main([command, str(folder), *more]) == 2
     assert "--trust_remote_code" in capsys.readouterr().err and not asked
-    assert command.main([str(folder), *more, "--trust_remote_code"]) == 2
+    assert cli.main([command, str(folder), *more, "--trust_remote_code"]) == 2
     assert "the model" in capsys.readouterr().err and asked  # negative control
-    assert command.main([str(run_folder), *more]) == 2 and "the model" in capsys.readouterr().err
+    assert cli.main([command, str(run_folder), *more]) == 2 and "the model" in capsys.readouterr().err
 
 
 def test_no_page_can_be_led_elsewhere():

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 import streamprobe
+from streamprobe import cli
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.probes.linear import ProbeBank
@@ -109,8 +110,11 @@ def odd_file(path: Path, kind: str) -> Path:
     if kind == "empty":
         about["columns"] = []
     metadata = {
-        "no metadata": None, "other metadata": {"format": "pt"}, "no JSON": {"streamprobe": "{"}, "a list": {"streamprobe": "[1]"},
-    }.get(kind, {"streamprobe": json.dumps(about)})  # fmt: skip
+        "no metadata": None,
+        "other metadata": {"format": "pt"},
+        "no JSON": {"streamprobe": "{"},
+        "a list": {"streamprobe": "[1]"},
+    }.get(kind, {"streamprobe": json.dumps(about)})
     save_file(tensors, path, metadata)
     if kind == "pickle":
         torch.save(tensors, path)
@@ -246,7 +250,7 @@ for name in ("someone/gone", "someone/empty"):
 
 
 def test_probes_go_to_the_hub_and_come_back_bit_for_bit(run_folder, endpoint, tmp_path):
-    done = with_hub(endpoint, tmp_path, "-m", "streamprobe.tools.hub", str(run_folder), "someone/probes", "--private")
+    done = with_hub(endpoint, tmp_path, "-m", "streamprobe", "push", str(run_folder), "someone/probes", "--private")
     assert done.returncode == 0 and f"{endpoint}/someone/probes" in done.stdout, done.stderr
     files = Hub.files["someone/probes"]
     assert set(files) == {"probes.safetensors", "results.csv", "README.md"}
@@ -260,7 +264,7 @@ def test_probes_go_to_the_hub_and_come_back_bit_for_bit(run_folder, endpoint, tm
     assert "someone/gone" in lines[0] and "someone/empty" in lines[1]
 
 
-def test_negative_control_other_probes_are_noticed(run_folder, endpoint, tmp_path, bank):
+def test_coming_back_bit_for_bit_fails_without_the_same_probes(run_folder, endpoint, tmp_path, bank):
     other = tmp_path / "other"
     other.mkdir()
     save = {f"newton.{part}": getattr(bank, part).clone() + 1 for part in ("weight", "bias", "threshold")}
@@ -272,21 +276,21 @@ def test_negative_control_other_probes_are_noticed(run_folder, endpoint, tmp_pat
 
 
 def test_what_the_hub_refuses_is_told_in_one_line(run_folder, endpoint, tmp_path):
-    argv = ["-m", "streamprobe.tools.hub", str(run_folder), "someone/probes"]
+    argv = ["-m", "streamprobe", "push", str(run_folder), "someone/probes"]
     done = with_hub(endpoint, tmp_path, *argv, token="bad")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "hf auth login" in done.stderr, done.stderr
     assert done.stderr.startswith("streamprobe: ") and "; expected " in done.stderr
 
 
 def test_a_name_that_is_none_is_told(run_folder, capsys):
-    assert hub.main([str(run_folder), "some..one/x"]) == 2
+    assert cli.main(["push", str(run_folder), "some..one/x"]) == 2
     error = capsys.readouterr().err
     assert "some..one/x" in error and error.count("\n") == 1
 
 
 def test_a_hub_that_cannot_be_reached_is_told(run_folder, tmp_path):
     nowhere = "http://127.0.0.1:9"
-    done = with_hub(nowhere, tmp_path, "-m", "streamprobe.tools.hub", str(run_folder), "someone/probes")
+    done = with_hub(nowhere, tmp_path, "-m", "streamprobe", "push", str(run_folder), "someone/probes")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a connection" in done.stderr, done.stderr
 
 
@@ -295,7 +299,7 @@ def test_a_hub_that_cannot_be_reached_is_told(run_folder, tmp_path):
 )
 def test_bad_command_lines(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
-    assert hub.main(argv) == 2
+    assert cli.main(["push", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("streamprobe: ") and error.count("\n") == 1 and "; fix: " in error
 

@@ -1,26 +1,19 @@
-"""Pushing a model along a direction: the hook, the scale, what is counted, and the command line."""
+"""Pushing a model along a direction: the hook, the scale, and the command line."""
 
 import json
-import math
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import regex
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import binomtest
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from streamprobe import cli
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.demo import behaviour, task
+from streamprobe.demo import MODEL, task
 from streamprobe.demo.model import PROMPT, answer
-from streamprobe.demo.train import HERE as MODEL
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.hooks import steer, tap
@@ -185,7 +178,7 @@ def test_a_direction_with_a_known_effect_has_it(model):
     assert torch.equal(plain, still)
 
 
-# --- the sweep's parts ---
+# --- the sweep ---
 
 
 def test_responses_are_the_demos_own_answers_and_rows_do_not_mix(demo):
@@ -193,17 +186,19 @@ def test_responses_are_the_demos_own_answers_and_rows_do_not_mix(demo):
     problems = task.make_problems(5, task.HELD_OUT[7])
     prompts = [tokenizer(PROMPT.format(problem=p), return_tensors="pt")["input_ids"][0] for p in problems]
     block = decoder_layers(model)[0]
+
+    def respond(prompts, max_new_tokens, batch_size, **steered):
+        settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "options": GREEDY}
+        return steering.respond(model, tokenizer, block, prompts, **settings, **steered)
+
     with torch.no_grad():
-        plain = steering.respond(model, tokenizer, block, prompts, 101, 2, GREEDY)
+        plain = respond(prompts, 101, 2)
         assert plain == answer(model, tokenizer, problems)
         each = 5 * vector(3, (5, 128))
-        together = steering.respond(model, tokenizer, block, prompts, 40, 5, GREEDY, add=each)
-        alone = [
-            steering.respond(model, tokenizer, block, [p], 40, 1, GREEDY, add=v[None])[0]
-            for p, v in zip(prompts, each, strict=True)
-        ]
+        together = respond(prompts, 40, 5, add=each)
+        alone = [respond([p], 40, 1, add=v[None])[0] for p, v in zip(prompts, each, strict=True)]
     assert together == alone and len(set(together)) == 5
-    shifted = steering.respond(model, tokenizer, block, prompts, 40, 2, GREEDY, add=each.roll(1, 0))
+    shifted = respond(prompts, 40, 2, add=each.roll(1, 0))
     assert shifted != together  # negative control: each problem has its own vector
     assert n_hooks(model) == 0
 
@@ -257,128 +252,6 @@ def test_every_direction_is_pushed_by_the_same_length():
     assert not any(strength == "0" for _, strength, _ in steering.steer_sweep(write, vectors, 1.0, [1]))
 
 
-@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (48, 100), (1, 1)])
-def test_wilson_is_scipys(hits, n):
-    expected = binomtest(hits, n).proportion_ci(method="wilson")
-    assert steering.wilson(hits, n) == pytest.approx((hits / n, expected.low, expected.high), abs=1e-6)
-    if 0 < hits < n:
-        exact = binomtest(hits, n).proportion_ci(method="exact")
-        assert steering.wilson(hits, n)[1] != pytest.approx(exact.low, abs=1e-3)  # negative control
-
-
-def test_the_interval_of_a_mean_is_about_two_standard_errors():
-    values = np.random.default_rng(0).poisson(2, 400).tolist()
-    mean, low, high = steering.bootstrap_mean(values, 0)
-    error = np.std(values) / math.sqrt(400)
-    assert mean == pytest.approx(np.mean(values)) and (high - low) / error == pytest.approx(2 * 1.96, rel=0.1)
-    assert steering.bootstrap_mean([2, 2, 2], 0) == (2, 2, 2)
-    found = steering.summarise([{"events": 2, "early": 0, "solved": 1}, {"events": 0, "early": 1, "solved": 0}], 0)
-    assert {name: value[0] for name, value in found.items()} == {"events": 1, "any": 0.5, "early": 0.5, "solved": 0.5}
-    assert list(steering.summarise([{"events": 2}], 0)) == ["events", "any"]
-
-
-MARKED = {
-    "Wait, that is wrong.": 1, "HMM": 1, "No, wait": 2, "no": 0, "No. Actually": 1, "I know, yes": 0, "waiting": 0,
-    "no, no, no": 2, "await": 0, "so no , yes": 0, "wait\nwait": 2, "": 0,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text, n", MARKED.items())
-def test_markers(text, n):
-    assert steering.judge(None, ["which box?"])("", text) == {"events": n}
-
-
-def test_the_marker_as_it_is_often_written_misses_no():
-    """Negative control: after a comma there is a word border only where a letter follows."""
-    naive = re.compile(r"\b(wait|hmm|actually|no,)\b", re.IGNORECASE)
-    assert not naive.search("No, that") and steering.judge(None, ["which box?"])("", "No, that")["events"]
-
-
-def test_a_marker_of_ones_own():
-    assert steering.judge("but", ["which box?"])("", "But no, BUT")["events"] == 2
-    assert steering.judge("but", ["reach 7 with 3 4 ?"])("", "But no")["events"] == 1  # also for the demo
-    with pytest.raises(InputError, match="regular expression"):
-        steering.judge("(", ["which box?"])
-
-
-ENDLESS = "(a|aa)+$"
-
-
-def test_a_marker_that_would_not_end_is_refused(monkeypatch):
-    monkeypatch.setattr(steering, "PATIENCE", 0.2)
-    count = steering.judge(ENDLESS, ["which box?"])
-    assert count("", "aaa") == {"events": 1}
-    with pytest.raises(InputError, match="takes more than 0.2 s or all memory on a response of 81 characters") as error:
-        count("", "a" * 80 + "!")
-    assert "\n" not in str(error.value)
-
-
-def test_a_marker_that_would_not_end_fails_without_a_limit():
-    """The standard library has none: the same marker is still at work after a second."""
-    code = f"import re; re.search({ENDLESS!r}, 'a' * 80 + '!')"
-    with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, "-c", code], timeout=1)
-
-
-@given(st.text("waithmnoACTUALLY, .\nſKéß", max_size=40))
-def test_the_default_marker_means_the_same_in_both_libraries(text):
-    assert regex.findall(steering.MARKER, text, regex.IGNORECASE) == re.findall(steering.MARKER, text, re.IGNORECASE)
-
-
-def test_problems_of_other_wording_are_judged_by_the_marker():
-    count = steering.judge(None, ["reach 7 with 3 4 ?", "obtain 7 with 3 4 ?"])
-    assert count("obtain 7 with 3 4 ?", "wait , wait") == {"events": 2}
-
-
-def test_a_true_response_is_read_exactly():
-    for problem in task.make_problems(20, task.HELD_OUT[8]):
-        text = " ".join(sentence for _, sentence in task.solve(problem))
-        drops = sum(step.kind == "drop" for step in task.search(problem))
-        assert behaviour.read_problem(f"<s> {problem}\n\n") == problem
-        assert behaviour.read_response(problem, text) == {"events": drops, "early": 0, "missed": 0, "solved": 1}
-        count = steering.judge(None, ["reach 7 with 3 4 ?"])
-        assert count(str(problem), text)["events"] == drops
-
-
-TRUE = (
-    "i look for 27 . take 15 , 12 left . 13 is too big . wait , 14 is too big . wait , drop 15 , 27 left . "
-    "13 fits , 14 left . so take 14 and 0 is left . so 13 + 14 = 27 ."
-)
-WRONG = {  # what is changed, and the counts of events, early and missed returns
-    "a return before the list ends": ("13 is too big . wait , 14 is too big . ", "", (1, 1, 0)),
-    "a return at once": ("take 15 , 12 left", "wait , drop 15 , 27 left", (2, 1, 0)),
-    "a return in another wording": ("take 15 , 12 left", "wait , 15 is wrong , 27 left", (2, 1, 0)),
-    "a return after the solution": ("so 13 + 14 = 27", "wait , drop 14 , 14 left", (2, 1, 0)),
-    "a second return": (
-        "wait , drop 15 , 27 left .",
-        "wait , drop 15 , 27 left . wait , drop 15 , 27 left .",
-        (2, 1, 0),
-    ),
-    "no return": ("wait , drop 15 , 27 left . ", "", (0, 0, 1)),
-    "nonsense for the return": ("wait , drop 15 , 27 left", "wait , wait", (0, 0, 1)),
-    "an end before the return": (TRUE[TRUE.index(" wait , drop") :], "", (0, 0, 1)),
-    "a return with a wrong difference": ("drop 15 , 27 left", "drop 15 , 26 left", (1, 0, 0)),
-    "a wrong step and then an early return": (
-        "take 15 , 12 left",
-        "take 15 , 11 left . wait , drop 15 , 27 left",
-        (2, 0, 0),
-    ),
-    "a wrong sum": ("13 + 14 = 27", "13 + 15 = 27", (1, 0, 0)),
-    "no text": (TRUE, "", (0, 0, 0)),
-}
-
-
-@pytest.mark.parametrize("old, new, counts", WRONG.values(), ids=WRONG.keys())
-def test_the_first_wrong_step_is_judged(old, new, counts):
-    problem = task.Problem(27, (15, 13, 14))
-    assert behaviour.read_response(problem, TRUE) == {"events": 1, "early": 0, "missed": 0, "solved": 1}
-    wrong = TRUE.replace(old, new)
-    assert wrong != TRUE
-    assert behaviour.read_response(problem, wrong) == dict(zip(("events", "early", "missed"), counts, strict=True)) | {
-        "solved": 0
-    }
-
-
 # --- the command line ---
 
 
@@ -386,7 +259,7 @@ def test_the_command_line_reports_every_direction_and_strength(run_folder, tmp_p
     path = tmp_path / "sweep.json"
     options = "--layer 1 --lag 4 --strengths -2 0 30 --problems 5 --batch 3 --max_new_tokens 12 --marker [aeiou]"
     argv = [str(run_folder), *options.split(), "--json", str(path)]
-    assert steering.main(argv) == 0
+    assert cli.main(["steer", *argv]) == 0
     out, found = capsys.readouterr().out, json.loads(path.read_text())
     assert "layer 1, backtracking/token/lag+04, newton; 5 test problems" in out and found["layer"] == 1
     names = [(row["direction"], row["strength"]) for row in found["rows"]]
@@ -430,18 +303,11 @@ def demo_run(tmp_path_factory):
 
 def test_the_demo_is_judged_exactly(demo_run, capsys):
     argv = "--layer 1 --lag 8 --strengths 0 --problems 6 --max_new_tokens 110".split()
-    assert steering.main([str(demo_run), *argv]) == 0
+    assert cli.main(["steer", str(demo_run), *argv]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split("  ")[-1].strip() == "solved" and " early " in lines[3]
     none = next(line for line in lines if line.startswith("none"))
     assert re.search(r"( 0\.00 \(0\.00 to 0\.39\) +){2}1\.00 \(0\.61 to 1\.00\)$", none)  # no early return, all solved
-
-
-def test_a_marker_that_takes_long_to_compile_is_refused_before_that():
-    for marker in ("a{99999999}", "(a{9999}){9999}"):
-        with pytest.raises(InputError, match="at most 10,000 repetitions in all"):
-            steering.judge(marker, ["box"])
-    assert steering.judge("wa{1,3}it", ["box"])("", "waait") == {"events": 1}  # negative control
 
 
 OK = ["--layer", "1", "--lag", "4"]
@@ -468,7 +334,7 @@ CASES = {
 @pytest.mark.parametrize("argv, told", CASES.values(), ids=CASES.keys())
 def test_what_the_user_got_wrong_is_told_in_one_line(run_folder, tmp_path, capsys, monkeypatch, argv, told):
     monkeypatch.chdir(tmp_path)
-    assert steering.main([str(run_folder), *argv]) == 2
+    assert cli.main(["steer", str(run_folder), *argv]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("streamprobe: ") and "\n" not in error and "; expected " in error and "; fix: " in error
     assert told in error and os.listdir(tmp_path) == []
@@ -477,7 +343,7 @@ def test_what_the_user_got_wrong_is_told_in_one_line(run_folder, tmp_path, capsy
 def test_a_file_that_cannot_be_written_is_told(run_folder, tmp_path, capsys):
     (tmp_path / "x.json").symlink_to("gone/x.json")  # also for root
     options = "--problems 1 --max_new_tokens 1 --strengths 0".split()
-    assert steering.main([str(run_folder), *OK, *options, "--json", str(tmp_path / "x.json")]) == 2
+    assert cli.main(["steer", str(run_folder), *OK, *options, "--json", str(tmp_path / "x.json")]) == 2
     error = capsys.readouterr().err
     assert "x.json" in error and error.count("\n") == 1
 
@@ -487,5 +353,5 @@ def test_data_that_is_gone_is_told(run_folder, tmp_path, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(re.sub("data: .*", "data: gone.json", config))
-    assert steering.main([str(tmp_path), *OK]) == 2
+    assert cli.main(["steer", str(tmp_path), *OK]) == 2
     assert "gone.json" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from streamprobe import cli
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.lags import make_columns
 from streamprobe.probes.linear import ProbeBank
@@ -251,7 +252,7 @@ def test_a_page_shows_text_and_runs_none():
 def test_the_command_line_shows_what_watch_gives(run_folder, model, bank, tokenizer, capsys, tmp_path):
     page = tmp_path / "watch.html"
     argv = [str(run_folder), "--prompt", "which box?", "--max_new_tokens", "20", "--lag", "4", "--target", "onset"]
-    assert monitor.main([*argv, "--html", str(page)]) == 0
+    assert cli.main(["watch", *argv, "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "layer 1, backtracking/onset/lag+04" in out  # the best of results.csv
     ids = generation.encode("which box?", "{problem}\n\n", tokenizer, True)
@@ -263,13 +264,13 @@ def test_the_command_line_shows_what_watch_gives(run_folder, model, bank, tokeni
     text = "".join(monitor.printable(m.text) for m in shown)
     assert text in out.replace("\u25b2", "").replace("\u25bc", "") and text in Text(page.read_text()).text
     assert any(m.alarm for m in shown) and not all(m.alarm for m in shown) and "\x1b" not in out
-    assert monitor.main([*argv, "--layer", "0"]) == 0 and "layer 0, backtracking/onset" in capsys.readouterr().out
+    assert cli.main(["watch", *argv, "--layer", "0"]) == 0 and "layer 0, backtracking/onset" in capsys.readouterr().out
 
 
 def test_sampling_repeats_with_its_seed(run_folder, capsys):
     def once(seed):
         argv = [str(run_folder), "--prompt", "go", "--temperature", "2", "--top_p", "0.9", "--max_new_tokens", "15"]
-        assert monitor.main([*argv, "--seed", seed]) == 0
+        assert cli.main(["watch", *argv, "--seed", seed]) == 0
         return capsys.readouterr().out
 
     assert once("1") == once("1") != once("2")
@@ -336,7 +337,7 @@ CASES = {
 @pytest.mark.parametrize("kind, argv, told", CASES.values(), ids=CASES.keys())
 def test_what_the_user_got_wrong_is_told_in_one_line(run_folder, tmp_path, capsys, monkeypatch, kind, argv, told):
     monkeypatch.chdir(tmp_path)
-    assert monitor.main([str(broken_run(kind, run_folder, tmp_path)), *argv]) == 2
+    assert cli.main(["watch", str(broken_run(kind, run_folder, tmp_path)), *argv]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("streamprobe: ") and "\n" not in error and "; expected " in error and "; fix: " in error
     assert told in error
@@ -350,7 +351,7 @@ def test_probes_of_another_width_are_refused(run_folder, tmp_path, capsys):
         LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
     ).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    assert monitor.main([str(run_folder), *OK, "--model", str(tmp_path)]) == 2
+    assert cli.main(["watch", str(run_folder), *OK, "--model", str(tmp_path)]) == 2
     assert "32 features and a model of hidden size 16" in capsys.readouterr().err
 
 
@@ -365,20 +366,3 @@ def test_a_prompt_is_encoded_as_in_training(adds, style):
     assert generation.encode("which box?", style, tokenizer, True).tolist() == chain.ids[: chain.start].tolist()
     plain = generation.encode("which box?", style, tokenizer, False).tolist()
     assert plain == [token for token in chain.ids[: chain.start].tolist() if token != tokenizer.bos_token_id]
-
-
-def test_the_cost_of_watching_is_measured_in_turns(capsys):
-    from streamprobe.bench import monitor_cost as overhead
-
-    calls, now = [], [0.0]
-
-    def work(name, seconds):
-        calls.append(name)
-        now[0] += seconds
-
-    rounds = overhead.time_rounds([lambda: work("a", 1), lambda: work("b", 3)], 2, lambda: now[0])
-    assert rounds == [[1, 3], [1, 3]] and calls == ["b", "a", "a", "b", "b", "a"]
-    assert overhead.main(["--shape", "tiny", "--tokens", "5", "--rounds", "1"]) == 0
-    assert "70 probes" in capsys.readouterr().out
-    for argv in (["--shape", "huge"], ["--tokens", "0"], ["--rounds", "x"]):
-        assert overhead.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,103 @@
+"""A finished run, opened again: what it takes to let its model write while its probes look on, or push it.
+
+Only this package's own folder format is read; nothing in it is executed unless the user says so.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from streamprobe.config.load import RunConfig, load_config
+from streamprobe.data.dataset import Dataset
+from streamprobe.errors import InputError
+from streamprobe.model import blocks, trial
+from streamprobe.model.backbone import load_backbone
+from streamprobe.model.loading import read_config
+from streamprobe.model.tokenizer import load_tokenizer
+from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.storage import find_probes, load_probes, read_about
+from streamprobe.run.inputs import chains_of, read_texts
+
+
+class OpenedRun(NamedTuple):
+    """A finished run: where it lies, how it was made, and its probes of one solver."""
+
+    folder: Path
+    config: RunConfig
+    probes: ProbeBank
+
+
+class WholeModel(NamedTuple):
+    """The model that was probed, with all its blocks and its LM head, frozen; and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def open_run(
+    folder: Path, *, solver: str | None = None, changed: Mapping[str, str | None] | None = None, trusted: bool = False
+) -> OpenedRun:
+    """The run in `folder`, with its probes of `solver` (none: of its first one).
+
+    `changed` holds keys of its config, such as `model`, that are otherwise today (None: as in the run).  Raises
+    InputError for a folder that holds no finished run, and for a config that runs Python code of the model's where the
+    user has not `trusted` it: the folder may be a stranger's.
+    """
+    if not os.path.isdir(folder):  # which is no error for a name that is too long
+        raise InputError(f"{folder}, which is no folder", "the folder of a finished run", "check the path")
+    if not os.path.isfile(folder / "config.yaml"):
+        raise InputError(f"{folder}, a folder without config.yaml", "the folder of a finished run", "check the path")
+    probes = load_probes(folder, solver)
+    keys = [word for key, value in (changed or {}).items() if value is not None for word in (f"--{key}", value)]
+    config = load_config([str(folder / "config.yaml"), *keys])
+    if config.model.trust_remote_code and not trusted:
+        raise InputError(
+            f"{folder}, whose config runs Python code that comes with {config.model.model}",
+            "your word that you trust it",
+            "give --trust_remote_code, too",
+        )
+    return OpenedRun(folder, config, probes)
+
+
+def load_whole(run: OpenedRun) -> WholeModel:
+    """The run's whole model and its tokenizer.  Raises InputError for a model of another size than the probes'."""
+    c, probes = run.config.model, run.probes
+    tokenizer = load_tokenizer(c.model, **c.source)
+    model_config = read_config(c.model, **c.source)
+    blocks.check_layers(model_config, probes.layers)
+    model = load_backbone(
+        c.model,
+        None,
+        dtype=c.dtype,
+        attn_implementation=c.attn_implementation,
+        quantization=c.quantization,
+        device_map=c.device_map,
+        **c.source,
+    )
+    width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
+    if probes.weight.shape[2] != width:
+        raise InputError(
+            f"probes of {probes.weight.shape[2]} features and a model of hidden size {width}",
+            "the model that was probed",
+            "correct --model",
+        )
+    return WholeModel(model, tokenizer)
+
+
+def chains_of_run(config: RunConfig) -> Dataset:
+    """The chains that a run of this config trains on and is tested on."""
+    texts, settled = read_texts(config)
+    return chains_of(settled, texts)
+
+
+def check_chains(folder: Path, chains: Dataset) -> None:
+    """Raises InputError for other chains than those of the run in `folder`, as far as its probes say."""
+    fingerprint = chains.fingerprint()
+    known = read_about(find_probes(folder)).get("data_fingerprint", fingerprint)
+    if known != fingerprint:
+        raise InputError(
+            f"data whose chains have the fingerprint {fingerprint[:12]}",
+            f"{str(known)[:12]}, that of the chains of {folder}",
+            "give the run's own data by --data",
+        )
