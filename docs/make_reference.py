@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from streamprobe.config.load import GROUPS
+from streamprobe.config.load import GROUPS, full_help
 
 PAGE = Path(__file__).with_name("reference.md")
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -53,7 +53,7 @@ def default_of(field: Field[Any]) -> str:
 
 def meaning_of(field: Field[Any]) -> str:
     """The help text, such that Markdown shows it as it stands."""
-    text = str(field.metadata["help"]).replace("%%", "%")
+    text = full_help(str(field.metadata["help"])).replace("%%", "%")
     for sign, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("[", "\\["), ("_", "\\_")):
         text = text.replace(sign, escaped)
     return text

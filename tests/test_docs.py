@@ -12,7 +12,9 @@ import yaml
 
 import streamprobe
 from streamprobe.config.load import GROUPS
-from streamprobe.config.schema import ProbeConfig, TrainingConfig
+from streamprobe.config.schema import TrainingConfig
+from streamprobe.controls.table import CONTROLS
+from streamprobe.reporting.files import FILES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -30,7 +32,12 @@ spec.loader.exec_module(make_reference)
 
 def controls_of_the_schema() -> list[str]:
     """Every control that a config may name."""
-    return ProbeConfig(layers=[0]).controls
+    return list(CONTROLS)
+
+
+def files_without_a_row(text: str) -> list[str]:
+    """The files of a run that the table of a page lacks."""
+    return [name for name in FILES if not re.search(rf"^\| `{re.escape(name)}` \|", text, re.MULTILINE)]
 
 
 def code_and_prose(text: str) -> tuple[list[str], str]:
@@ -244,6 +251,15 @@ def test_the_check_of_controls_fails_without_a_row(name):
     lines = read("docs/controls.md").split("\n")
     tables = tables_of_controls("\n".join(line for line in lines if not line.startswith(f"| `{name}` ")))
     assert tables == [[other for other in controls_of_the_schema() if other != name]]
+
+
+def test_the_page_of_files_has_a_row_for_every_file():
+    assert files_without_a_row(read("docs/files.md")) == []
+
+
+def test_the_check_of_files_of_a_run_fails_without_a_row():
+    text = read("docs/files.md").replace("| `summary.json` |", "| summary |")
+    assert files_without_a_row(text) == ["summary.json"]
 
 
 def test_the_reference_is_what_the_schema_says():

@@ -12,6 +12,7 @@ import yaml
 
 from streamprobe.config.schema import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig, require
 from streamprobe.controls.table import CONTROLS
+from streamprobe.data.formats import FORMATS
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
 from streamprobe.system.privacy import FILES, TOKENS
@@ -90,13 +91,16 @@ def _make_parser(command: str) -> Any:
         epilog=f"example: {words} {config}--layers 2 3 --lags 0 8 24",
     )
     for action in parser._actions:
-        action.help = (action.help or "").replace("<controls>", _listed(CONTROLS))
+        action.help = full_help(action.help or "")
     return parser
 
 
-def _listed(table: Mapping[str, Any]) -> str:
-    """The rows of a table in one sentence, for argparse."""
-    return "; ".join(f"{name} ({row.about})" for name, row in table.items()).replace("%", "%%")
+def full_help(help: str) -> str:
+    """A key's help text with the rows of the tables that it names."""
+    for name, table in (("<controls>", CONTROLS), ("<formats>", FORMATS)):
+        rows: Mapping[str, Any] = table
+        help = help.replace(name, "; ".join(f"{row} ({each.about})".replace("%", "%%") for row, each in rows.items()))
+    return help
 
 
 def _check_order(argv: Sequence[str], actions: Mapping[str, Action], command: str) -> None:

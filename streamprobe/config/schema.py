@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from streamprobe.controls.table import CONTROLS
+from streamprobe.data.formats import FORMATS
 from streamprobe.errors import InputError
 
 # Keys that may differ between two launches of the same run.
@@ -84,6 +85,7 @@ class DataConfig:
 
     data: str = key("", "JSON, JSON-lines or parquet file, a URL of one, or the id of a data set on the hub.")
     data_sha256: str | None = key(None, "SHA-256 that the data file must have.")
+    format: str = key("annotated", "How labels lie in the data: <formats>.")
     data_split: str = key("train", "Split of a data set on the hub.")
     problem_column: str = key("problem", "Column with the problem.")
     response_column: str = key("reasoning_chain", "Column with the text that the model wrote.")
@@ -133,7 +135,8 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require(0 <= self.split_seed < 2**32, f"split_seed {self.split_seed}", "0 .. 2**32 - 1", "mend --split_seed")
+        require(self.format in FORMATS, f"format {self.format}", f"one of {', '.join(FORMATS)}", "correct --format")
+        require(0 <= self.split_seed < 2**32, f"split_seed {self.split_seed}", "0 .. 2**32 - 1", "correct --split_seed")
         for name in ("test_share", "validation_share"):
             share = getattr(self, name)
             require(0 < share < 1, f"{name} {share}", "a share between 0 and 1", "try 0.2")
@@ -189,7 +192,11 @@ class ProbeConfig:
         "What is predicted at token t: token (is t + lag inside a section?), onset (is it the first of one?), "
         "within (does one begin in t + 1 .. t + lag?).",
     )  # fmt: skip
-    layers: list[int] = key([], "Decoder blocks whose output is probed, counted from 0.")
+    layers: list[str] = key(
+        [],
+        "Decoder blocks whose output is probed, counted from 0: numbers, ranges such as 8-16, percentages of the depth "
+        "such as 25%, or all.",
+    )
     lags: list[int] = key(
         [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48],
         "Tokens between activation and label; positive looks ahead.",
@@ -203,11 +210,11 @@ class ProbeConfig:
             values = getattr(self, name)
             require(len(values) > 0, f"no {name}", "at least one", f"give --{name}")
             require(
-                len(set(values)) == len(values), f"{name} {values} with a repetition", "each once", f"mend --{name}"
+                len(set(values)) == len(values), f"{name} {values} with a repetition", "each once", f"correct --{name}"
             )
         for target in self.targets:
             require(
-                target in ("token", "onset", "within"), f"targets {target}", "token, onset or within", "mend --targets"
+                target in ("token", "onset", "within"), f"targets {target}", "token, onset or within", "correct --targets"
             )
         require(
             self.targets != ["within"] or max(self.lags) > 0,
@@ -215,8 +222,10 @@ class ProbeConfig:
             "a positive lag, since `within` looks ahead",
             "add one to --lags",
         )
-        require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "mend --lags")
-        self.layers, self.lags = sorted(self.layers), sorted(self.lags)
+        require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "correct --lags")
+        self.lags = sorted(self.lags)
+        layers: list[Any] = [int(each) if str(each).isdecimal() else each for each in self.layers]
+        self.layers = sorted(layers) if all(isinstance(layer, int) for layer in layers) else layers
         known = (*CONTROLS, "none")
         for control in self.controls:
             require(control in known, f"controls {control}", f"one of {', '.join(known)}", "correct --controls")
@@ -224,8 +233,13 @@ class ProbeConfig:
             self.controls == ["none"] or "none" not in self.controls,
             f"controls {' '.join(self.controls)}",
             "none alone, or none of it",
-            "mend --controls",
+            "correct --controls",
         )
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The layers, where they are numbers, as in the config of a run that knows its model."""
+        return [int(layer) for layer in self.layers]
 
 
 @dataclass
@@ -257,7 +271,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_passes", "patience"):
-            require(getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"mend --{name}")
+            require(getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"correct --{name}")
         require(
             self.bootstrap <= 10**4,
             f"bootstrap {self.bootstrap}",
@@ -265,23 +279,23 @@ class TrainingConfig:
             "try 1000",
         )
         for solver in self.solvers:
-            require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "mend --solvers")
+            require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "correct --solvers")
         require(
-            0 < len(self.solvers) == len(set(self.solvers)), f"solvers {self.solvers}", "each once", "mend --solvers"
+            0 < len(self.solvers) == len(set(self.solvers)), f"solvers {self.solvers}", "each once", "correct --solvers"
         )
         require(self.seeds <= 1000, f"seeds {self.seeds}", "at most 1,000", "try 5")
         for name in ("learning_rate", "batch_size", "max_passes", "patience", "tolerance", "seeds"):
-            require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"mend --{name}")
-        require(0 <= self.seed < 2**31, f"seed {self.seed}", "0 .. 2**31 - 1", "mend --seed")
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"correct --{name}")
+        require(0 <= self.seed < 2**31, f"seed {self.seed}", "0 .. 2**31 - 1", "correct --seed")
         for name in ("learning_rate", "l2", "tolerance"):
-            require(isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"mend --{name}")
+            require(isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"correct --{name}")
         for name in ("l2", "bootstrap"):
-            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"mend --{name}")
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"correct --{name}")
         try:
             holds = self.memory_gb == "auto" or 0 < float(self.memory_gb) < float("inf")
         except ValueError:
             holds = False
-        require(holds, f"memory_gb {self.memory_gb}", "auto or a number of GB above 0", "mend --memory_gb")
+        require(holds, f"memory_gb {self.memory_gb}", "auto or a number of GB above 0", "correct --memory_gb")
 
     @property
     def memory_cap(self) -> float | None:

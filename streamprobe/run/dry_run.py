@@ -85,7 +85,7 @@ def describe_run(config: RunConfig) -> None:
     cost, model = Cost(), config.model
     texts, config = read_texts(config)
     inputs = make_inputs(config, texts)
-    layers = config.probes.layers
+    layers = config.probes.layer_numbers
     sizes = weight_bytes(texts.model_config, layers, **model.code)
     say(f"{inputs.preflight}\n\n{describe_weights(sizes, max(layers))}")
     backbone = load_model(config, texts, inputs)

@@ -16,7 +16,7 @@ from streamprobe.data.prompts import resolve_day
 from streamprobe.data.sources import open_source, read_records
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.lags import Column, make_columns
-from streamprobe.model.blocks import check_layers, check_vocabulary, context
+from streamprobe.model.blocks import check_layers, check_vocabulary, context, depth, resolve_layers
 from streamprobe.model.chunks import check_chunks
 from streamprobe.model.loading import read_config
 from streamprobe.model.tokenizer import load_tokenizer
@@ -35,8 +35,8 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     """The data, the tokenizer and the model's config; and the run's, with what these settle: layers, and the day."""
     data, model = config.data, config.model
     model_config = read_config(model.model, **model.source)
-    layers = config.probes.layers
-    check_layers(model_config, layers)
+    check_layers(model_config, [])
+    layers: Any = resolve_layers(config.probes.layers, depth(model_config))
     options = FormatOptions(
         id=data.id_column,
         problem=data.problem_column,
@@ -47,7 +47,7 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
         label_names=data.names,
     )
     source = open_source(
-        data.data, "annotated", options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains
+        data.data, data.format, options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains
     )
     tokenizer = load_tokenizer(model.model, **model.source)
     day = resolve_day(data.prompt, data.chat_date, tokenizer)

@@ -35,7 +35,7 @@ class Backbone(NamedTuple):
 
 def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
     """Puts the model into memory and lets it read a short text.  Raises InputError for one that cannot be probed."""
-    c, layers = config.model, config.probes.layers
+    c, layers = config.model, config.probes.layer_numbers
     model: Any = load_backbone(
         c.model,
         layers,
