@@ -73,7 +73,7 @@ def train(
         tokens = train_pass(live, batches, tracker, tokens)
         banks = [(job.solver.bank(), job.feed) for job in live]
         for job, (bank, _), scored in zip(live, banks, evaluate(banks, validation()), strict=True):
-            judge(job, bank, scored, Done(number, tokens), tracker)
+            judge(job, bank, scored, done=Done(number, tokens), tracker=tracker)
         tracker.maps(tokens)
         tracker.number("progress/pass", number, tokens)
         tracker.write()  # what is logged lies there before the checkpoint that a resumed run goes on from
@@ -96,7 +96,7 @@ def train_pass(jobs: Sequence[Job], batches: Iterable[TokenBatch], tracker: Trac
     return tokens
 
 
-def judge(job: Job, bank: Probes, scored: Scored, done: Done, tracker: Tracker) -> None:
+def judge(job: Job, bank: Probes, scored: Scored, *, done: Done, tracker: Tracker) -> None:
     """Takes the probes of `bank` that are the best so far, by their validation scores after a pass."""
     solver, best = job.solver, job.best
     metrics = measure(scored.scores, scored.targets, scored.valid)

@@ -91,19 +91,30 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
     keys = {
-        "model": model_dir, "dtype": "float32", "data": str(chains_file), "layers": bank.layers, "lags": [-2, 0, 4],
+        "model": model_dir,
+        "dtype": "float32",
+        "data": str(chains_file),
+        "layers": bank.layers,
+        "lags": [-2, 0, 4],
         "targets": ["token", "onset"],
-    }  # fmt: skip
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(keys))
     (folder / "probes.safetensors").write_bytes(pack_probes({"newton": bank}, {"config": for_others(keys)}))
     rows = [
         dict.fromkeys(FIELDS, 0.0)
         | {
-            "solver": "newton", "layer": layer, "label": c.label, "target": c.target, "lag": c.lag, "control": "",
-            "auroc": (0.6, 0.9, 0.7)[layer], "auroc_low": 0.5, "auroc_high": 1.0,
+            "solver": "newton",
+            "layer": layer,
+            "label": c.label,
+            "target": c.target,
+            "lag": c.lag,
+            "control": "",
+            "auroc": (0.6, 0.9, 0.7)[layer],
+            "auroc_low": 0.5,
+            "auroc_high": 1.0,
         }
         for layer in bank.layers
         for c in bank.columns
-    ]  # fmt: skip
+    ]
     (folder / "results.csv").write_bytes(pack_rows(rows, FIELDS))
     return folder

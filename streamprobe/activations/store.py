@@ -37,7 +37,7 @@ class ActivationMemory:
     runs the model again and `rows` is the pool in which tokens of many chains are mixed.
     """
 
-    def __init__(self, rows: int, keep: bool, sizes: Sizes, device: torch.device, home: torch.device | None = None):
+    def __init__(self, rows: int, keep: bool, sizes: Sizes, device: torch.device, *, home: torch.device | None = None):
         """Tokens of these `sizes` lie on `home` (default `device`) and are handed out on `device`."""
         self.home = home or device
         self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0

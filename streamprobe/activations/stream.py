@@ -75,15 +75,12 @@ def stream(
     """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
 
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
-    pass `on_forward` is told the tokens in it and those with padding.  The layers of `embedded` stand behind the probed
-    ones, and `side` gives a chain's features [T, P].  Chains are padded on the right, where causal attention makes
-    padding invisible, and the mask says so as well.
+    pass `on_forward` is given the tokens in it and those with padding.  The layers of `embedded` stand behind the
+    probed ones, and `side` gives a chain's features [T, P].
 
-    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own, so that
-    it takes no more memory than others do, bar its keys and values.  What it yields is the same for every size of the
-    chunks, but for rounding in the activations: in float32 at most about a millionth of their largest number.
-
-    Raises InputError for an empty stream, and for so long a chain if the model cannot read one in chunks.
+    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own: the same
+    but for rounding, in float32 at most about a millionth of the largest activation.  Raises InputError for an empty
+    stream, and for so long a chain if the model cannot read one in chunks.
     """
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
@@ -115,13 +112,13 @@ def _plan_batches(
         yield from (some for some in (short, long) if some)
 
 
-def forward(backbone: nn.Module, ids: Sequence[Tensor], cache: Any = None, last: nn.Module | None = None) -> None:
+def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Module | None = None) -> None:
     """Runs the backbone over chains of token ids, padded on the right; the taps hold what it computed.
 
     `cache` (of `make_cache`) holds the keys and values of the tokens before these, and afterwards those of these too.
     Nothing behind the block `last` is computed.  Raises InputError for a model that leaves the cache empty.
     """
-    device: torch.device = backbone.device  # type: ignore[assignment]
+    device: torch.device = backbone.device
     before = 0 if cache is None else cache.get_seq_length()
     lengths = torch.tensor([len(x) for x in ids])
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it

@@ -144,7 +144,7 @@ class Workbench:
         if home is None:
             raise InputError(f"{size / 1e9:.1f} GB of activations", "room for them in memory", "lower --chains")
         training, validation = (
-            ActivationMemory(n, True, sizes, self.device, home) for n in (grid.n_train, grid.n_validation)
+            ActivationMemory(n, True, sizes, self.device, home=home) for n in (grid.n_train, grid.n_validation)
         )
         return training, validation
 

@@ -191,7 +191,7 @@ class ProbeConfig:
         ["token"],
         "What is predicted at token t: token (is t + lag inside a section?), onset (is it the first of one?), "
         "within (does one begin in t + 1 .. t + lag?).",
-    )  # fmt: skip
+    )
     layers: list[str] = key(
         [],
         "Decoder blocks whose output is probed, counted from 0: numbers, ranges such as 8-16, percentages of the depth "
@@ -214,7 +214,10 @@ class ProbeConfig:
             )
         for target in self.targets:
             require(
-                target in ("token", "onset", "within"), f"targets {target}", "token, onset or within", "correct --targets"
+                target in ("token", "onset", "within"),
+                f"targets {target}",
+                "token, onset or within",
+                "correct --targets",
             )
         require(
             self.targets != ["within"] or max(self.lags) > 0,
@@ -271,7 +274,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_passes", "patience"):
-            require(getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"correct --{name}")
+            require(
+                getattr(self, name) < 2**31, f"{name} {getattr(self, name)}", "less than 2**31", f"correct --{name}"
+            )
         require(
             self.bootstrap <= 10**4,
             f"bootstrap {self.bootstrap}",
@@ -288,7 +293,9 @@ class TrainingConfig:
             require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"correct --{name}")
         require(0 <= self.seed < 2**31, f"seed {self.seed}", "0 .. 2**31 - 1", "correct --seed")
         for name in ("learning_rate", "l2", "tolerance"):
-            require(isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"correct --{name}")
+            require(
+                isfinite(getattr(self, name)), f"{name} {getattr(self, name)}", "a finite number", f"correct --{name}"
+            )
         for name in ("l2", "bootstrap"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 or more", f"correct --{name}")
         try:

@@ -63,8 +63,9 @@ def check_census(census: Mapping[str, Census], columns: Sequence[Column], chains
 
 def refusals(counts: Counts) -> str:
     """Why chains were refused, how many for each reason, and the names of the first ones."""
-    by_size = sorted(counts.refused.items(), key=lambda refused: -len(refused[1]))
-    return ", ".join(f"{len(ids)} {reason} ({_names(ids)})" for reason, ids in by_size)
+    by_size = sorted(counts.refused, key=lambda reason: -len(counts.refused[reason]))
+    named = ((reason, counts.refused[reason]) for reason in by_size)
+    return ", ".join(f"{len(ids)} {reason} ({_names(ids)})" for reason, ids in named)
 
 
 def _names(ids: Sequence[str], most: int = 3) -> str:
@@ -72,7 +73,12 @@ def _names(ids: Sequence[str], most: int = 3) -> str:
 
 
 def describe(
-    dataset: Dataset, census: Mapping[str, Census], columns: Sequence[Column], labels: Sequence[str], tokenizer: Any
+    dataset: Dataset,
+    census: Mapping[str, Census],
+    columns: Sequence[Column],
+    *,
+    labels: Sequence[str],
+    tokenizer: Any,
 ) -> str:
     """Chains and sections read and used, tokens and base rates, and one example, as text for the terminal.
 
@@ -131,7 +137,8 @@ def describe_tags(counts: Counts, labels: Sequence[str]) -> list[str]:
     lines = []
     if counts.strange_tags:
         forms = counts.strange_tags.most_common()
-        pair = shlex.quote(f"{forms[0][0]}=LABEL")
+        (commonest, _), *_ = forms
+        pair = shlex.quote(f"{commonest}=LABEL")
         lines.append(
             f"tags      {counts.strange_tags.total():,} of a form that is not understood, passed over: "
             f"{_listed([f'{form} {n:,}' for form, n in forms])} (--label_names {pair} reads it as LABEL)"

@@ -132,8 +132,9 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def _column(label: object, target: object, lag: Any, control: object = "", seed: Any = 0) -> list[Any]:
-    column = [label, target, lag, control, seed]
+def _column(*given: Any) -> list[Any]:
+    """A column as a file holds it: label, target and lag, and where it is of a control its name and seed."""
+    column = list(Column(*given))
     if [type(each) for each in column] != [str, str, int, str, int]:
         raise TypeError(f"column {column}")
     return column

@@ -92,7 +92,7 @@ def describe_run(config: RunConfig) -> None:
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     reader = Reader(inputs, backbone, model.max_batch_tokens, cost)
-    plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), None)
+    plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), before=None)
     splits = inputs.dataset.splits
     timed = time_batch(splits["train"], reader.stream, model.max_batch_tokens, config.training.seed + 1)
     say(

@@ -120,7 +120,7 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
         say(f"permuted  {len(columns) - len(kept)} columns without both classes are left out")
     columns = [columns[k] for k in kept]
     census = {name: Census(own.tokens, own.valid[kept], own.positive[kept]) for name, own in census.items()}
-    described = preflight.describe(dataset, census, columns, probes.labels, texts.tokenizer)
+    described = preflight.describe(dataset, census, columns, labels=probes.labels, tokenizer=texts.tokenizer)
     check_vocabulary(texts.model_config, max(int(chain.ids.max()) for chain in dataset.chains()))
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)

@@ -201,7 +201,7 @@ class RunPlan(NamedTuple):
 
 
 def plan_run(
-    config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Sequence[Feed], before: Kept | None
+    config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Sequence[Feed], *, before: Kept | None
 ) -> RunPlan:
     """Plans and prints where activations and Newton's matrices will lie; `before` is what a resumed run kept.
 
@@ -220,14 +220,14 @@ def plan_run(
         matrices,
         device=backbone.device,
         memory_gb=training.memory_cap,
-        reserve=_reserve(config, inputs, backbone, sizes, feeds),
+        reserve=_reserve(config, inputs, backbone, feeds, sizes=sizes),
         batch_size=training.batch_size,
         before=before,
     )
     return RunPlan(plan.kept, plan.home, backbone.device, tokens, sizes, matrices)
 
 
-def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, sizes: Sizes, feeds: Sequence[Feed]) -> Reserve:
+def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Sequence[Feed], *, sizes: Sizes) -> Reserve:
     """What the forward passes, a chunk of tokens, the evaluation and a checkpoint will take for a while."""
     most, lengths = config.model.max_batch_tokens, inputs.dataset.lengths()
     width = getattr(text_config(backbone.model.config), "intermediate_size", None) or 4 * backbone.hidden_size
@@ -248,6 +248,6 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, sizes: Sizes
 def make_memories(plan: RunPlan) -> tuple[ActivationMemory, ActivationMemory]:
     """Room for the training and for the validation tokens, as planned."""
     kept = plan.kept
-    train = ActivationMemory(kept.rows, kept.train, plan.sizes, plan.device, plan.home)
+    train = ActivationMemory(kept.rows, kept.train, plan.sizes, plan.device, home=plan.home)
     n_validation = plan.tokens.validation * kept.validation
-    return train, ActivationMemory(n_validation, kept.validation, plan.sizes, plan.device, plan.home)
+    return train, ActivationMemory(n_validation, kept.validation, plan.sizes, plan.device, home=plan.home)

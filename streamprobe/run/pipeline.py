@@ -58,7 +58,7 @@ def run_in(folder: Path, config: RunConfig) -> None:
         checkpoint, config = find_checkpoint(config, folder)
     setup = set_up(config, checkpoint, cost)
     config, backbone = setup.config, setup.backbone
-    plan = plan_run(config, setup.inputs, backbone, setup.feeds, checkpoint.kept if checkpoint else None)
+    plan = plan_run(config, setup.inputs, backbone, setup.feeds, before=checkpoint.kept if checkpoint else None)
     jobs = make_jobs(setup.inputs, setup.feeds, config.training, shared=plan.kept.shared, device=backbone.device)
     done = take_up(jobs, checkpoint)
     check_room(folder, *needed_room(jobs, folder))
@@ -81,8 +81,9 @@ def run_in(folder: Path, config: RunConfig) -> None:
         seed=config.training.seed,
         done=done,
     )
-    thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker, done)
-    results = judge_held_out(setup, folder, jobs, thresholds, partial(describe_cost, cost, plan, done))
+    thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
+    cost_so_far = partial(describe_cost, cost, plan, done)
+    results = judge_held_out(setup, folder, jobs, thresholds=thresholds, cost=cost_so_far)
     write_files(results)
     finish(results, tracker)
 
@@ -151,7 +152,7 @@ def calibrated(job: Job, inputs: Inputs) -> Probes:
 
 
 def choose_thresholds(
-    jobs: Sequence[Job], inputs: Inputs, validation: Iterable[TokenBatch], tracker: Tracker, done: Done
+    jobs: Sequence[Job], inputs: Inputs, validation: Iterable[TokenBatch], *, tracker: Tracker, done: Done
 ) -> list[Tensor]:
     """The logits [L, K] from which on the best probes of each job say yes: those with the highest validation F1."""
     scored = evaluate([(calibrated(job, inputs), job.feed) for job in jobs], validation)
@@ -167,16 +168,46 @@ def judge_held_out(
     setup: Setup,
     folder: Path,
     jobs: Sequence[Job],
+    *,
     thresholds: Sequence[Tensor],
     cost: Callable[[], Mapping[str, Any]],
 ) -> TestResults:
-    """Scores the held-out chains once with the best probes."""
-    config, inputs, device = setup.config, setup.inputs, setup.backbone.device
-    chains, training = inputs.dataset.splits["test"], config.training
+    """Scores the held-out chains once with the best probes, and judges them."""
+    inputs, training = setup.inputs, setup.config.training
+    chains = inputs.dataset.splits["test"]
     banks = [calibrated(job, inputs) for job in jobs]
-    batches = (batch.to(device) for batch in setup.reader.read("test"))
+    probes = score_held_out(setup, jobs, banks, thresholds)
+    say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
+    judged = judge(probes, len(chains), training.bootstrap, training.seed)
+    described = {
+        "counts": inputs.dataset.counts.as_dict(),
+        "verdicts": verdicts(judged),
+        "preflight": inputs.preflight,
+    }
+    return TestResults(
+        folder=folder,
+        probes=probes,
+        judged=judged,
+        banks=probes_to_save(jobs, banks, thresholds),
+        chains=chains,
+        labels=setup.config.probes.labels,
+        tokenizer=setup.tokenizer,
+        facts=setup.facts,
+        described=described,
+        cost=cost,
+        resamples=training.bootstrap,
+        seed=training.seed,
+    )
+
+
+def score_held_out(
+    setup: Setup, jobs: Sequence[Job], banks: Sequence[Probes], thresholds: Sequence[Tensor]
+) -> list[ScoredProbes]:
+    """The logits of the best probes of every job for the test tokens, with what they are judged by."""
+    inputs = setup.inputs
+    batches = (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
     scored = evaluate([(bank, job.feed) for bank, job in zip(banks, jobs, strict=True)], batches)
-    probes = [
+    return [
         ScoredProbes(
             job.solver.name,
             bank.sites,
@@ -189,26 +220,6 @@ def judge_held_out(
         )
         for job, bank, own, threshold in zip(jobs, banks, scored, thresholds, strict=True)
     ]
-    say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
-    judged = judge(probes, len(chains), training.bootstrap, training.seed)
-    return TestResults(
-        folder=folder,
-        probes=probes,
-        judged=judged,
-        banks=probes_to_save(jobs, banks, thresholds),
-        chains=chains,
-        labels=config.probes.labels,
-        tokenizer=setup.tokenizer,
-        facts=setup.facts,
-        described={
-            "counts": inputs.dataset.counts.as_dict(),
-            "verdicts": verdicts(judged),
-            "preflight": inputs.preflight,
-        },
-        cost=cost,
-        resamples=training.bootstrap,
-        seed=training.seed,
-    )
 
 
 def probes_to_save(jobs: Sequence[Job], banks: Sequence[Probes], thresholds: Sequence[Tensor]) -> dict[str, Probes]:

@@ -417,9 +417,13 @@ def test_no_chain_sets_the_memory(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}],
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    ],
     ids=lambda rope: rope["rope_type"],
-)  # fmt: skip
+)
 def test_rotary_frequencies_that_depend_on_the_length(tmp_path, rope, monkeypatch):
     """Chunks would be computed with the frequencies of a shorter text."""
     sizes = {"max_position_embeddings": 16} if rope["rope_type"] == "dynamic" else {}

@@ -272,10 +272,22 @@ def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
     splits, counts = load_chains(rows, tokenizer, LABELS, 512)
     assert {name: len(chains) for name, chains in splits.items()} == {"train": 36, "validation": 4, "test": 10}
     assert counts.as_dict() | {"labels": 0, "label_chains": 0, "characters": 0, "labelled_characters": 0} == {
-        "read": 50, "used": 50, "repaired": 0, "edited_sections": 0, "lost_sections": 0, "unbalanced_tags": 0,
-        "without_sections": 0, "without_problem": 0, "markers": {}, "refused": {}, "labels": 0,
-        "label_chains": 0, "strange_tags": {}, "characters": 0, "labelled_characters": 0,
-    }  # fmt: skip
+        "read": 50,
+        "used": 50,
+        "repaired": 0,
+        "edited_sections": 0,
+        "lost_sections": 0,
+        "unbalanced_tags": 0,
+        "without_sections": 0,
+        "without_problem": 0,
+        "markers": {},
+        "refused": {},
+        "labels": 0,
+        "label_chains": 0,
+        "strange_tags": {},
+        "characters": 0,
+        "labelled_characters": 0,
+    }
     assert counts.labels["backtracking"] == sum(r["annotated_chain"].count('["backtracking"]') for r in rows)
     assert counts.characters == sum(len(r["reasoning_chain"]) for r in rows)
     where = split_chains([r["problem"] for r in rows])

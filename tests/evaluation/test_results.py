@@ -32,9 +32,14 @@ def source(seed: int, n_chains: int = N_CHAINS, length: int = LENGTH) -> tuple[T
 
 
 def part(
-    name: str, layers: Sequence[int | str], columns: Sequence[Column], targets: Tensor, chain: Tensor, strength: Tensor,
+    name: str,
+    layers: Sequence[int | str],
+    columns: Sequence[Column],
+    targets: Tensor,
+    chain: Tensor,
+    strength: Tensor,
     seed: int,
-) -> ScoredProbes:  # fmt: skip
+) -> ScoredProbes:
     """Scores that see the target with a strength [L, K] each, and noise that a chain's tokens share in part."""
     random = torch.Generator().manual_seed(seed)
     shape = (len(targets), len(layers), len(columns))
@@ -45,9 +50,15 @@ def part(
     valid = torch.rand(y.shape, generator=random) < 0.9
     nothing = torch.zeros(shape[1:])
     return ScoredProbes(
-        name, sites_of(layers), list(columns), Scored(scores, y & valid, valid, chain, chain), nothing, torch.zeros(len(columns)),
-        nothing, nothing,
-    )  # fmt: skip
+        name,
+        sites_of(layers),
+        list(columns),
+        Scored(scores, y & valid, valid, chain, chain),
+        nothing,
+        torch.zeros(len(columns)),
+        nothing,
+        nothing,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +82,10 @@ def judged(parts: list[ScoredProbes]) -> list[Judged]:
 
 def find(judged: Sequence[Judged], layer: object, lag: int, control: str = "") -> dict[str, object]:
     [row] = [
-        each.row for each in judged
+        each.row
+        for each in judged
         if (each.row["layer"], each.row["lag"], each.row["control"]) == (layer, lag, control)
-    ]  # fmt: skip
+    ]
     return row
 
 
@@ -93,10 +105,13 @@ def test_the_lift_is_over_the_best_control_of_its_lag(parts: list[ScoredProbes],
     area = {
         name: roc_auc_score(*reversed(scored(parts, *where)[:2]))
         for name, where in {
-            "probe": (0, 1, 1), "permuted": (0, 1, 3), "other layer's": (0, 0, 3), "embed": (1, 0, 1),
+            "probe": (0, 1, 1),
+            "permuted": (0, 1, 3),
+            "other layer's": (0, 0, 3),
+            "embed": (1, 0, 1),
             "persistence": (2, 0, 0),
         }.items()
-    }  # fmt: skip
+    }
     row = find(judged, 5, 8)
     best = max(("permuted", "embed", "persistence"), key=area.__getitem__)
     assert row["best_control"] == best and row["lift"] == pytest.approx(area["probe"] - area[best])
@@ -158,8 +173,21 @@ def test_the_verdict_says_no_lag_and_none_without_what_it_takes(parts: list[Scor
     deaf = [each._replace(scored=each.scored._replace(scores=each.scored.scores.flip(0))) for each in parts]
     assert "at no lag" in verdicts(judge(deaf, N_CHAINS, 100, 7))[0]
     assert "no verdict" in verdicts(judge(parts, N_CHAINS, 0, 7))[0]
-    assert "no verdict" in verdicts(judge([parts[0].at(torch.ones(N_CHAINS * LENGTH, dtype=torch.bool))._replace(
-        columns=[Column("back", "token", lag) for lag in (0, 8, 9, 10)])], N_CHAINS, 100, 7))[0]  # fmt: skip
+    assert (
+        "no verdict"
+        in verdicts(
+            judge(
+                [
+                    parts[0]
+                    .at(torch.ones(N_CHAINS * LENGTH, dtype=torch.bool))
+                    ._replace(columns=[Column("back", "token", lag) for lag in (0, 8, 9, 10)])
+                ],
+                N_CHAINS,
+                100,
+                7,
+            )
+        )[0]
+    )
 
 
 # --- corrected for how many probes are looked at ---
@@ -240,9 +268,10 @@ def test_intervals_cover_the_true_auroc() -> None:
         targets = random.random((n, 30)) < random.beta(1.5, 4, (n, 1))
         scores = targets + random.standard_normal((n, 30)) + random.standard_normal((n, 1))
         return (
-            torch.from_numpy(scores.flatten())[:, None].float(), torch.from_numpy(targets.flatten()),
+            torch.from_numpy(scores.flatten())[:, None].float(),
+            torch.from_numpy(targets.flatten()),
             torch.arange(n).repeat_interleave(30),
-        )  # fmt: skip
+        )
 
     random = np.random.default_rng(0)
     scores, targets, _ = draw(random, 20_000)
@@ -298,5 +327,11 @@ def test_seeds_have_one_row_with_their_spread() -> None:
     areas = [roc_auc_score(*reversed(scored([three], 0, 0, k)[:2])) for k in range(3)]
     assert only.row["auroc"] == pytest.approx(areas[0])
     assert only.row["auroc_spread"] == pytest.approx(np.std(areas, ddof=1)) and np.std(areas) > 0
-    assert math.isnan(judge([three.at(chain >= 0)._replace(columns=[c._replace(lag=k) for k, c in enumerate(
-        [columns[0]] * 3)])], N_CHAINS, 0, 0)[0].row["auroc_spread"])  # fmt: skip
+    assert math.isnan(
+        judge(
+            [three.at(chain >= 0)._replace(columns=[c._replace(lag=k) for k, c in enumerate([columns[0]] * 3)])],
+            N_CHAINS,
+            0,
+            0,
+        )[0].row["auroc_spread"]
+    )

@@ -112,8 +112,10 @@ def test_a_config_without_permission_is_told_in_one_line(capsys, monkeypatch):
 
 
 def test_yaml_leaves_texts_as_they_are_written():
-    write("model: 12:30\ndata: no.json\nlayers: 8\nlabels: [no, 1_000, 2024-01-01, '']\nrevision: 0123\nid_column: yes\n"
-          "memory_gb: 1e1\nmax_chains: null\nlearning_rate: 1e-3\nbos: off\nsplit: category\ntest_categories: é\n")  # fmt: skip
+    write(
+        "model: 12:30\ndata: no.json\nlayers: 8\nlabels: [no, 1_000, 2024-01-01, '']\nrevision: 0123\nid_column: yes\n"
+        "memory_gb: 1e1\nmax_chains: null\nlearning_rate: 1e-3\nbos: off\nsplit: category\ntest_categories: é\n"
+    )
     config = load_config(["config.yaml"])
     assert config.model.model == "12:30" and config.probes.layers == [8] and config.model.revision == "0123"
     assert config.probes.labels == ["no", "1_000", "2024-01-01", ""] and config.data.id_column == "yes"
@@ -149,9 +151,15 @@ def test_with_a_model_or_data_of_its_own_the_demo_is_not_meant(capsys, monkeypat
 
 @pytest.mark.parametrize(
     "argv",
-    [["--seed", "1", "x.yaml"], ["--dry_run", "x.yaml"], ["--resume", "x.yml"], ["--labels", "a", "x.yaml"],
-     ["--layers", "1", "2", "x.yaml"], ["x.yaml", "--seed", "1", "y.yaml"]],
-)  # fmt: skip
+    [
+        ["--seed", "1", "x.yaml"],
+        ["--dry_run", "x.yaml"],
+        ["--resume", "x.yml"],
+        ["--labels", "a", "x.yaml"],
+        ["--layers", "1", "2", "x.yaml"],
+        ["x.yaml", "--seed", "1", "y.yaml"],
+    ],
+)
 def test_the_config_comes_first(capsys, argv):
     one_line(capsys, main(argv), "config file first", f"run.py {argv[-1]}")
 
@@ -400,9 +408,25 @@ def test_labels_like_formulas_go_through_results_and_back(run_folder, tmp_path):
 # --- folders of runs that are broken, or made to break ---
 
 ODD = [
-    None, True, -1, 10**400, 1e308, float("inf"), float("nan"), "x" * 3000, "", [], {}, [[]], [None], {"a": 1}, "\ud800",
-    "<script>\x1b[2J", "9" * 5000, 0.5,
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    10**400,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "x" * 3000,
+    "",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    "\ud800",
+    "<script>\x1b[2J",
+    "9" * 5000,
+    0.5,
+]
 CELLS = [
     "",
     "x",
@@ -456,9 +480,16 @@ def finished(tmp_path_factory, model_dir, chains_file):
     """The folder of a small run, with every file that a run writes."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     keys = {
-        "model": model_dir, "data": str(chains_file), "dtype": "float32", "layers": [1], "lags": [0, 4],
-        "controls": ["position"], "max_passes": 1, "bootstrap": 5, "output_dir": str(folder),
-    }  # fmt: skip
+        "model": model_dir,
+        "data": str(chains_file),
+        "dtype": "float32",
+        "layers": [1],
+        "lags": [0, 4],
+        "controls": ["position"],
+        "max_passes": 1,
+        "bootstrap": 5,
+        "output_dir": str(folder),
+    }
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(keys))
     assert main([str(path)]) == 0

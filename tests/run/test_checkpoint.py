@@ -238,9 +238,7 @@ def test_the_last_save_is_the_one_that_comes_back(tmp_path: Path) -> None:
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     """Also in another order and from other memory."""
     save_run(tmp_path / "a", state(PARTS))
-    turned = {
-        part: {name: PARTS[part][name].clone() for name in reversed(PARTS[part])} for part in reversed(PARTS)
-    }  # fmt: skip
+    turned = {part: {name: PARTS[part][name].clone() for name in reversed(PARTS[part])} for part in reversed(PARTS)}
     save_run(tmp_path / "b", state(turned, facts={key: FACTS[key] for key in reversed(FACTS)}))
     assert (tmp_path / "a" / STATE).read_bytes() == (tmp_path / "b" / STATE).read_bytes()
 

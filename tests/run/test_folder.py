@@ -37,9 +37,15 @@ def config(tmp_path: Path, model_dir: str, chains_file: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     Path("chains.json").write_text(json.dumps(json.loads(chains_file.read_text())[:30]))
     keys = {
-        "model": model_dir, "data": str(tmp_path / "chains.json"), "dtype": "float32", "layers": [0], "lags": [0],
-        "max_passes": 2, "bootstrap": 2, "controls": ["none"],
-    }  # fmt: skip
+        "model": model_dir,
+        "data": str(tmp_path / "chains.json"),
+        "dtype": "float32",
+        "layers": [0],
+        "lags": [0],
+        "max_passes": 2,
+        "bootstrap": 2,
+        "controls": ["none"],
+    }
     Path("tiny.yaml").write_text(yaml.safe_dump(keys))
     return str(tmp_path / "tiny.yaml")
 
@@ -175,9 +181,23 @@ LONG = "/".join(["d" * 200] * 25)
 
 
 @pytest.mark.parametrize(
-    "given", ["/proc/x", "/sys/x", "/proc", "/dev/null", "/dev/null/x", "n" * 300, LONG, "dangling", "dangling/x", "loop",
-              "loop/x", "tiny.yaml", "tiny.yaml/x"],
-)  # fmt: skip
+    "given",
+    [
+        "/proc/x",
+        "/sys/x",
+        "/proc",
+        "/dev/null",
+        "/dev/null/x",
+        "n" * 300,
+        LONG,
+        "dangling",
+        "dangling/x",
+        "loop",
+        "loop/x",
+        "tiny.yaml",
+        "tiny.yaml/x",
+    ],
+)
 def test_a_folder_that_cannot_be_is_refused_before_the_data_are_read(
     config: str, capsys: pytest.CaptureFixture[str], given: str
 ) -> None:

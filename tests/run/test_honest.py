@@ -47,9 +47,22 @@ def launch(folder: Path, model_dir: str, seed: int, n: int, *argv: str) -> list[
     data.write_text(json.dumps(annotate_at_random(make_rows(n, seed=100 + seed), seed)), encoding="utf-8")
     (folder / "run.yaml").write_text(f"model: {model_dir}\ndtype: float32\n", encoding="utf-8")
     keys = [
-        "--data", str(data), "--layers", "0", "2", "--lags", *LAGS, "--targets", "onset", "--test_share", "0.5",
-        "--output_dir", str(folder / f"run-{seed}"), "--seed", str(seed),
-    ]  # fmt: skip
+        "--data",
+        str(data),
+        "--layers",
+        "0",
+        "2",
+        "--lags",
+        *LAGS,
+        "--targets",
+        "onset",
+        "--test_share",
+        "0.5",
+        "--output_dir",
+        str(folder / f"run-{seed}"),
+        "--seed",
+        str(seed),
+    ]
     assert main([str(folder / "run.yaml"), *keys, *argv]) == 0
     return list(csv.DictReader((folder / f"run-{seed}" / "results.csv").open()))
 

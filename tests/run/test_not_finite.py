@@ -15,8 +15,10 @@ from streamprobe.run import reader
 from streamprobe.tools import steer as steering
 
 BAD = "\u00a7"  # a letter that no other text holds; its tokens overflow
-KEYS = ("--layers 1 2 --lags 0 4 --controls position permuted --max_passes 3 --tolerance 1e-9 --l2 0.1 "
-        "--max_batch_tokens 1024 --bootstrap 20 --dtype float32").split()  # fmt: skip
+KEYS = (
+    "--layers 1 2 --lags 0 4 --controls position permuted --max_passes 3 --tolerance 1e-9 --l2 0.1 "
+    "--max_batch_tokens 1024 --bootstrap 20 --dtype float32"
+).split()
 SPLITS = ("train", "validation", "test")
 
 

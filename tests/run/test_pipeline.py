@@ -51,10 +51,18 @@ def config(tmp_path, model_dir, chains_file, monkeypatch):
     """A config file of a run that takes seconds, in the working directory."""
     monkeypatch.chdir(tmp_path)
     keys = {
-        "model": str(model_dir), "data": str(chains_file), "dtype": "float32", "layers": [0, 2], "lags": [-2, 0, 4],
-        "labels": ["backtracking", "deduction"], "targets": ["token", "onset", "within"], "max_passes": 3,
-        "max_batch_tokens": 512, "bootstrap": 20, "solvers": ["adam", "newton"],
-    }  # fmt: skip
+        "model": str(model_dir),
+        "data": str(chains_file),
+        "dtype": "float32",
+        "layers": [0, 2],
+        "lags": [-2, 0, 4],
+        "labels": ["backtracking", "deduction"],
+        "targets": ["token", "onset", "within"],
+        "max_passes": 3,
+        "max_batch_tokens": 512,
+        "bootstrap": 20,
+        "solvers": ["adam", "newton"],
+    }
     Path("tiny.yaml").write_text(yaml.safe_dump(keys))
     return "tiny.yaml"
 
@@ -70,9 +78,17 @@ def test_a_run_writes_what_it_promises(config, capsys):
     events = [p.name for p in folder.glob("events.out.tfevents.*")]
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(events)
     assert files == {
-        "config.yaml", "results.csv", "categories.csv", "differences.csv", "reliability.csv", "summary.json",
-        "probes.safetensors", "transcripts.json", "report.html", "checkpoint/state.safetensors",
-    }  # fmt: skip
+        "config.yaml",
+        "results.csv",
+        "categories.csv",
+        "differences.csv",
+        "reliability.csv",
+        "summary.json",
+        "probes.safetensors",
+        "transcripts.json",
+        "report.html",
+        "checkpoint/state.safetensors",
+    }
     assert len(events) == 1 and [p.name for p in Path().iterdir()].count("runs") == 1
 
     rows = list(csv.DictReader((folder / "results.csv").open()))
@@ -223,8 +239,9 @@ def test_seeds_spread_what_is_random_and_nothing_else(config):
     rows = list(csv.DictReader(Path("runs/tiny/results.csv").open()))
     spread = {(r["solver"], r["control"]): float(r["auroc_spread"]) for r in rows}
     assert {place for place, value in spread.items() if value == value} == {
-        ("newton", "permuted"), *(("adam", c) for c in ("", "embed", "text", "position", "persistence", "permuted"))
-    }  # fmt: skip
+        ("newton", "permuted"),
+        *(("adam", c) for c in ("", "embed", "text", "position", "persistence", "permuted")),
+    }
     assert 0 < spread["adam", ""] < 0.1 < 10 * spread["newton", "permuted"]
     assert len(rows) == 2 * (2 * 3 * 2 + 2 * 3 + 3 + 1), "one row for all seeds"
     assert load_probes("runs/tiny", "adam").weight.shape == (2, 3, 32), "the first seed's probes are saved"
@@ -254,9 +271,13 @@ def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
         == ["lag-02", "lag+00", "lag+04"]
     )
     assert charts[title + "all lags, by control"] == [
-        "control embed", "control text", "control position", "control persistence", "layer00 control permuted",
+        "control embed",
+        "control text",
+        "control position",
+        "control persistence",
+        "layer00 control permuted",
         "layer02 control permuted",
-    ]  # fmt: skip
+    ]
     assert len(events.Tags()["images"]) == 2 * 2 * 3 * 3, "solvers, labels, targets; AUROC, average precision and lift"
     texts = {tag.split("/")[0] for tag in events.Tags()["tensors"] if tag.endswith("text_summary")}
     assert texts == {"1 verdict", "2 preflight", "3 config"}
@@ -283,9 +304,13 @@ sys.exit(status)
 def spied(config, *argv):
     """Runs the command line under an audit hook; every path that was opened for writing, made or renamed to."""
     done = subprocess.run(
-        [sys.executable, "-B", "-c", SPY, config, *argv], capture_output=True, text=True, timeout=240, cwd=Path.cwd(),
+        [sys.executable, "-B", "-c", SPY, config, *argv],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path.cwd(),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return [Path(p) for p in json.loads(done.stdout.split("TOUCHED ")[1])]
 
@@ -306,10 +331,11 @@ def test_no_activation_reaches_a_file(config, memory):
     vectors = 4 + 2 * PAIRS  # float64, of each probe of Newton's
     families, columns, pictures = 2 * 2 * 3, 14, 3  # of solver, label and target; pictures of each, at each pass
     limits = {
-        "state.safetensors": (5 + 2 * vectors) * bank, "probes.safetensors": 3 * bank,
+        "state.safetensors": (5 + 2 * vectors) * bank,
+        "probes.safetensors": 3 * bank,
         "report.html": families * pictures * 10_000,
         "transcripts.json": 10 * 250 * (probes + 12),  # a letter for each probe, and the token
-    }  # fmt: skip
+    }
     events = probes * curves * 3 * 2 * 50 + families * 2 * 3 * 3_000 + 2 * columns * 6_000
     activations = 60 * 60 * 2 * hidden * 4  # of the shortest conceivable data set
     for path in (p for p in Path("out").rglob("*") if p.is_file()):
@@ -331,9 +357,12 @@ def test_the_spy_sees_a_write_outside(config):
 def launch(config, *argv):
     """A process of its own, with as many threads as this one: sums of another order are not bit-identical."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "run.py", config, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, ROOT / "run.py", config, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("memory, stops", [("auto", "26"), ("0.003", "3")], ids=["replayed", "streamed"])
@@ -421,9 +450,13 @@ def planted_chains(n, seed, permuted=False):
 def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tmp_path, permuted):
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=4,
-    )  # fmt: skip
+    )
     model = LlamaModel(shape).eval()
     layers, columns, labels = [0, 1], [Column("event", "token", lag) for lag in (-8, 0, 8, 16)], ["event"]
     splits = [planted_chains(n, seed, permuted) for seed, n in enumerate((150, 30, 150))]

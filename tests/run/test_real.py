@@ -34,9 +34,24 @@ def test_backtracking_is_found_in_a_slice_of_the_real_chains_and_one_pass_is_eno
     All probes converge, and none gains much by the passes after the first.
     """
     argv = [
-        str(ROOT / "configs/smollm2-135m.yaml"), "--model", str(MODEL), "--gguf_file", GGUF, "--data", str(CHAINS),
-        "--layers", "11", "--targets", "token", "--max_chains", "100", "--bootstrap", "100", "--output_dir", str(tmp_path / "run"),
-    ]  # fmt: skip
+        str(ROOT / "configs/smollm2-135m.yaml"),
+        "--model",
+        str(MODEL),
+        "--gguf_file",
+        GGUF,
+        "--data",
+        str(CHAINS),
+        "--layers",
+        "11",
+        "--targets",
+        "token",
+        "--max_chains",
+        "100",
+        "--bootstrap",
+        "100",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     assert main(argv) == 0
     rows = {int(r["lag"]): r for r in csv.DictReader((tmp_path / "run" / "results.csv").open()) if not r["control"]}
     assert 0.80 < float(rows[0]["auroc"]) < 0.95

@@ -21,9 +21,18 @@ from streamprobe.run.folder import claim_folder
 COSTS = ("seconds", "model_seconds", "tokens_per_second", "peak_memory_gb", "model_forwards", "model_tokens", "padding")
 ON_PAGE = re.compile(rf"^({'|'.join(COSTS)}|resume): .*$".encode(), re.M)
 WRITTEN = (
-    "config.yaml", STATE, STATE, "probes.safetensors", "results.csv", "transcripts.json", "categories.csv",
-    "differences.csv", "reliability.csv", "summary.json", "report.html",
-)  # fmt: skip
+    "config.yaml",
+    STATE,
+    STATE,
+    "probes.safetensors",
+    "results.csv",
+    "transcripts.json",
+    "categories.csv",
+    "differences.csv",
+    "reliability.csv",
+    "summary.json",
+    "report.html",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +41,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_fi
     folder = tmp_path_factory.mktemp("finished")
     (folder / "chains.json").write_text(json.dumps(json.loads(chains_file.read_text())[:30]))
     keys = {
-        "model": model_dir, "data": "chains.json", "dtype": "float32", "layers": [0, 1], "lags": [0, 4],
-        "max_passes": 2, "bootstrap": 2, "controls": ["position"], "max_batch_tokens": 2048, "output_dir": "killed",
-    }  # fmt: skip
+        "model": model_dir,
+        "data": "chains.json",
+        "dtype": "float32",
+        "layers": [0, 1],
+        "lags": [0, 4],
+        "max_passes": 2,
+        "bootstrap": 2,
+        "controls": ["position"],
+        "max_batch_tokens": 2048,
+        "output_dir": "killed",
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(keys))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
