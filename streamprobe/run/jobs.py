@@ -12,7 +12,6 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.controls.table import CONTROLS
-from streamprobe.lags import Column
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.run.checkpoint import Checkpoint
@@ -54,26 +53,16 @@ def make_jobs(
     inputs: Inputs, feeds: Sequence[Feed], training: TrainingConfig, *, shared: bool, device: torch.device
 ) -> list[Job]:
     """A new job for every solver and feed; `shared`: Newton's columns share one matrix per site."""
-    makers = {"adam": _adam_job, "newton": _newton_job}
-    weight = inputs.positive_weight
-    return [
-        makers[name](feed, inputs.columns, weight, training, shared=shared, device=device)
-        for name in training.solvers
-        for feed in feeds
-    ]
+    make: dict[str, Callable[[Feed], Job]] = {
+        "adam": lambda feed: _adam_job(inputs, feed, training, device),
+        "newton": lambda feed: _newton_job(inputs, feed, training, device, shared=shared),
+    }
+    return [make[name](feed) for name in training.solvers for feed in feeds]
 
 
-def _adam_job(
-    feed: Feed,
-    columns: Sequence[Column],
-    weight: Tensor,
-    training: TrainingConfig,
-    *,
-    shared: bool,
-    device: torch.device,
-) -> Job:
+def _adam_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device) -> Job:
     """Every column as often as there are seeds, since each of Adam's probes starts elsewhere."""
-    pairs = [(k, columns[k]) for k in feed.columns.tolist()]
+    pairs = [(k, inputs.columns[k]) for k in feed.columns.tolist()]
     more = range(1, training.seeds)
     pairs += [(k, column._replace(seed=seed)) for seed in more for k, column in pairs if not column.control]
     index = torch.tensor([k for k, _ in pairs])
@@ -81,7 +70,7 @@ def _adam_job(
         feed.sites,
         [column for _, column in pairs],
         feed.n_features,
-        weight[index],
+        inputs.positive_weight[index],
         learning_rate=training.learning_rate,
         l2=training.l2,
         batch_size=training.batch_size,
@@ -92,20 +81,12 @@ def _adam_job(
     return Job(solver, BestProbes(solver.bank(), training.patience), feed._replace(columns=index.to(device)))
 
 
-def _newton_job(
-    feed: Feed,
-    columns: Sequence[Column],
-    weight: Tensor,
-    training: TrainingConfig,
-    *,
-    shared: bool,
-    device: torch.device,
-) -> Job:
+def _newton_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device, *, shared: bool) -> Job:
     solver = NewtonSolver(
         feed.sites,
-        [columns[k] for k in feed.columns.tolist()],
+        [inputs.columns[k] for k in feed.columns.tolist()],
         feed.n_features,
-        weight[feed.columns],
+        inputs.positive_weight[feed.columns],
         l2=training.l2,
         tolerance=training.tolerance,
         standardize=training.standardize,
