@@ -206,6 +206,9 @@ class ProbeConfig:
     )
 
     def __post_init__(self) -> None:
+        layers: list[Any] = [int(each) if str(each).isdecimal() else each for each in self.layers]
+        self.layers = sorted(layers) if all(isinstance(layer, int) for layer in layers) else layers
+        self.lags = sorted(self.lags)
         for name in ("labels", "targets", "layers", "lags", "controls"):
             values = getattr(self, name)
             require(len(values) > 0, f"no {name}", "at least one", f"give --{name}")
@@ -226,9 +229,6 @@ class ProbeConfig:
             "add one to --lags",
         )
         require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "correct --lags")
-        self.lags = sorted(self.lags)
-        layers: list[Any] = [int(each) if str(each).isdecimal() else each for each in self.layers]
-        self.layers = sorted(layers) if all(isinstance(layer, int) for layer in layers) else layers
         known = (*CONTROLS, "none")
         for control in self.controls:
             require(control in known, f"controls {control}", f"one of {', '.join(known)}", "correct --controls")

@@ -63,8 +63,8 @@ def resolve_layers(spec: Sequence[int | str], n_blocks: int) -> list[int]:
     if wrong:
         raise InputError(
             f"layers {' '.join(wrong)}",
-            f"numbers below {n_blocks}, as many blocks as the model has, ranges a-b of them, percentages of the depth"
-            " from 0% to 100%, or all",
+            f"numbers from 0 to {n_blocks - 1} (the model has {n_blocks} decoder blocks), ranges a-b of them, "
+            "percentages of the depth from 0% to 100%, or all",
             "correct --layers",
         )
     return sorted({layer for layers in named.values() for layer in layers})

@@ -76,7 +76,7 @@ def test_a_percentage_is_the_layer_nearest_to_it(n_blocks):
 )
 def test_what_names_no_layer_is_refused(entry):
     expected = re.escape(f"layers {entry}".rstrip())
-    with pytest.raises(InputError, match=f"^{expected} ?; expected numbers below 32, .* fix: correct --layers$"):
+    with pytest.raises(InputError, match=f"^{expected} ?; expected numbers from 0 to 31 .* fix: correct --layers$"):
         resolve_layers([3, entry, "50%"], 32)
 
 
