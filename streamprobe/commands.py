@@ -89,6 +89,9 @@ def steer(given: Namespace) -> None:
     sampling = _sampling(given)
     _check_steering(given)
     run = _open(given, given.data)
+    if run.probes.kind != "linear":
+        kind = run.probes.kind
+        raise InputError(f"{run.folder} with {kind} probes", "linear ones, which have a direction", "see --solver")
     place, config = _pick(given, run), run.config
     chains = opened.chains_of_run(config)
     opened.check_chains(run.folder, chains)

@@ -65,9 +65,9 @@ def setup_of(argv: Sequence[str]) -> Any:
     """What stands before the first pass of a run of this command line."""
     from streamprobe.config.load import load_config
     from streamprobe.run.cost import Cost
-    from streamprobe.run.pipeline import set_up
+    from streamprobe.run.pipeline import NOTHING, set_up
 
-    return set_up(load_config(argv), None, Cost())
+    return set_up(load_config(argv), NOTHING, Cost())
 
 
 def make_record(problem: str, response: str, sections: Sequence[Any] = (), id: str = "x") -> Any:
@@ -94,8 +94,10 @@ def load_chains(
     from streamprobe.data.sources import RowSource, read_records
 
     fields = fields or FormatOptions()
-    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most=most), fields.label_names)
-    dataset = make_dataset(records, tokenizer, labels, context=context, **options)
+    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most=most))
+    partial = most is not None and most < len(rows)
+    names = {} if partial else fields.label_names
+    dataset = make_dataset(records, tokenizer, labels, context=context, label_names=names, **options)
     return dataset.splits, dataset.counts
 
 

@@ -11,7 +11,8 @@ FLOORS = [  # the ground first; a name is a folder, or a module that lies on top
     ["system", "lags", "demo"],
     ["data", "model", "probes"],
     ["activations", "controls"],
-    ["config", "solvers", "evaluation"],
+    ["solvers"],
+    ["config", "evaluation"],
     ["reporting"],
     ["trainer", "tools"],
     ["run"],
@@ -104,9 +105,9 @@ def test_the_launcher_only_calls_the_command_line():
 def test_an_import_that_goes_up_is_reported_with_both_files(line):
     """In every way in which an import can be written."""
     source = f"import torch\nfrom streamprobe.errors import InputError\n{line}\n"
-    up = "imports streamprobe/trainer.py (floor 6)"
+    up = "imports streamprobe/trainer.py (floor 7)"
     assert broken("activations/stream.py", source)[0] == f"streamprobe/activations/stream.py (floor 3) {up}"
-    assert broken("tools/watch.py", source)[0] == f"streamprobe/tools/watch.py (floor 6) {up}"
+    assert broken("tools/watch.py", source)[0] == f"streamprobe/tools/watch.py (floor 7) {up}"
     assert broken("cli.py", source) == []
 
 

@@ -19,7 +19,7 @@ LEAST_TOKENS = 1_024  # fewer in the pool would not be mixed
 class Sizes(NamedTuple):
     """What a token has in an ActivationMemory."""
 
-    layers: int  # those of the surface among them
+    layers: int  # those of controls made of embeddings among them
     hidden: int
     columns: int
     side: int

@@ -163,13 +163,6 @@ def resample(scores: Tensor, targets: Tensor, chain: Tensor, weights: Tensor) ->
         chain_bootstrap(scores[:, :, k], targets[:, k], chain, weights)
 
 
-def score_and_measure(bench: Workbench, grid: Grid, bank: Probes, held: ActivationMemory) -> None:
-    """What a run does with its validation tokens after a pass."""
-    batches = held.in_order(partial(bench.read, grid, grid.validation))
-    [scored] = evaluate([(bank, everything(bench, grid))], batches)
-    measure(scored.scores, scored.targets, scored.valid)
-
-
 def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     """All that a run does between the loaded model and its test, TensorBoard and checkpoints among it."""
     grid = bench.grids[1]

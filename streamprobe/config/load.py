@@ -15,6 +15,7 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.data.formats import FORMATS
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
+from streamprobe.solvers.table import SOLVERS
 from streamprobe.system.privacy import FILES, TOKENS
 from streamprobe.system.shipped import shipped_configs
 
@@ -97,7 +98,7 @@ def _make_parser(command: str) -> Any:
 
 def full_help(help: str) -> str:
     """A key's help text with the rows of the tables that it names."""
-    for name, table in (("<controls>", CONTROLS), ("<formats>", FORMATS)):
+    for name, table in (("<controls>", CONTROLS), ("<formats>", FORMATS), ("<solvers>", SOLVERS)):
         rows: Mapping[str, Any] = table
         help = help.replace(name, "; ".join(f"{row} ({each.about})".replace("%", "%%") for row, each in rows.items()))
     return help

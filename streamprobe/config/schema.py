@@ -8,6 +8,7 @@ from typing import Any, Literal
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.formats import FORMATS
 from streamprobe.errors import InputError
+from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
 LAUNCH_KEYS = tuple("output_dir resume dry_run max_passes memory_gb bootstrap bad_chains".split())
@@ -251,9 +252,7 @@ class TrainingConfig:
 
     _argument_group_name = "training"
 
-    solvers: list[str] = key(
-        ["newton"], "newton (exact, a few passes), adam (the original recipe) or both, all fed by the same passes."
-    )
+    solvers: list[str] = key(["newton"], "How probes are fitted, all by the same passes, one or more of: <solvers>.")
     l2: float = key(0.01, "Penalty on the sum of squared weights.")
     tolerance: float = key(1e-4, "Norm of a probe's gradient at which Newton calls it converged.")
     learning_rate: float = key(1e-3, "Adam's learning rate.")
@@ -284,7 +283,7 @@ class TrainingConfig:
             "try 1000",
         )
         for solver in self.solvers:
-            require(solver in ("adam", "newton"), f"solvers {solver}", "adam, newton or both", "correct --solvers")
+            require(solver in SOLVERS, f"solvers {solver}", f"of {', '.join(SOLVERS)}", "correct --solvers")
         require(
             0 < len(self.solvers) == len(set(self.solvers)), f"solvers {self.solvers}", "each once", "correct --solvers"
         )

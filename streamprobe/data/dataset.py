@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from streamprobe.data.annotations import NAMES, check_names
 from streamprobe.data.formats import Record, Refused
 from streamprobe.data.prompts import is_unicode
 from streamprobe.data.splits import split_chains
 from streamprobe.data.tokenize import AS_TEXT, Chain, TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, LagBuffer
+from streamprobe.system.console import shows_progress
 
 
 @dataclass
@@ -93,7 +96,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Census(NamedTuple):
-    """What a trip over a split yields, told without the model."""
+    """What a trip over a split yields, known without the model."""
 
     tokens: int  # that are valid for some column
     valid: Tensor  # [K] int64 tokens that are valid for each column
@@ -140,16 +143,20 @@ def make_dataset(
     text: TextOptions = AS_TEXT,
     division: Division = DIVIDED,
     bad: Collection[int] = (),
+    label_names: Mapping[str, str] = NAMES,
 ) -> Dataset:
-    """Records -> the chains of every split with codes for `labels`.
+    """Records -> the chains of every split with codes for `labels`; a progress bar shows in a terminal.
 
     The split is drawn over all records, so that a refused one moves no other.  Chains of more than `context` tokens are
     refused, and so are the rows `bad`, with whose activations something is wrong.  Raises InputError for a test
-    category that no record has.
+    category that no record has, and for one of `label_names` that no tag of a chain in use names.
     """
     counts = Counts(read=len(records))
     splits: dict[str, list[Chain]] = {name: [] for name in SPLITS}
-    for record, split in zip(records, _divide(records, division), strict=True):
+    named: set[str] = set()
+    where = _divide(records, division)
+    shown = tqdm(records, "tokenise", unit="chain", delay=2, disable=not shows_progress(), leave=False)
+    for record, split in zip(shown, where, strict=True):
         reason = "with a problem of the test split" if split == "duplicate" else _why_unused(record, bad, text)
         if reason or isinstance(record, Refused):
             counts.refuse(reason, record.id)
@@ -159,7 +166,9 @@ def make_dataset(
             counts.refuse(f"longer than the model's context of {context:,} tokens", record.id)
             continue
         counts.use(record, chain.marker)
+        named.update(record.annotation.names)
         splits[split].append(chain)
+    check_names(label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
     return Dataset(splits, list(labels), counts)

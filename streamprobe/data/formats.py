@@ -32,7 +32,7 @@ class Record:
 
 
 class Refused(NamedTuple):
-    """A row that is no Record; its problem still counts in the split, so that it moves no other."""
+    """A row that is no Record; the problem in its column still counts in the split, so that it moves no other."""
 
     reason: str
     problem: object = ""
@@ -96,14 +96,16 @@ FORMATS = {
 def read_row(row: Row, number: int, format: Format, options: FormatOptions) -> Record | Refused:
     """Row `number` (from 0) as a Record, or Refused with the reason.
 
-    A row without an id is named by its place (the first is `#1`).
+    Where the format names no id and no category, these are of the columns of `options`; a row without an id is named
+    by its place (the first is `#1`).
     """
     id = f"#{number + 1}" if (given := row.get(options.id)) is None else str(given)
     category = str(row.get(options.category)) if options.category else category_of(id)
     try:
         if not is_unicode(id + category):
             raise Unusable("with an id or a category that is not Unicode")
-        return replace(format.read(row, options), id=id, category=category, row=number)
+        record = format.read(row, options)
+        return replace(record, id=record.id or id, category=record.category or category, row=number)
     except Unusable as why:
         return Refused(str(why), row.get(options.problem), id, category, number)
 

@@ -1,4 +1,4 @@
-"""What will be fed to the model, in numbers and in one example, and what that takes, before anything is trained."""
+"""What will be fed to the model, in numbers and in one example, before anything is trained."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -7,14 +7,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from streamprobe.data.annotations import NAMES, check_names
 from streamprobe.data.formats import FORMATS, Format, FormatOptions, Record, Refused, read_row
 from streamprobe.errors import InputError
 from streamprobe.system.console import shows_progress
@@ -88,17 +87,10 @@ def open_source(
     return RowSource(read_rows(data, split, columns, sha256), chosen, options, most=most)
 
 
-def read_records(source: Source, label_names: Mapping[str, str] = NAMES) -> list[Record | Refused]:
-    """All records, with a progress bar in a terminal.
-
-    Raises InputError for one of `label_names` that no tag of the whole data names.
-    """
+def read_records(source: Source) -> list[Record | Refused]:
+    """All records, with a progress bar in a terminal."""
     hidden = not shows_progress()
-    records = list(tqdm(source, "align", len(source), unit="chain", delay=2, disable=hidden, leave=False))
-    if not source.partial:
-        named = {name for record in records if isinstance(record, Record) for name in record.annotation.names}
-        check_names(label_names, named)
-    return records
+    return list(tqdm(source, "align", len(source), unit="chain", delay=2, disable=hidden, leave=False))
 
 
 def fetch(data: str, sha256: str | None = None) -> str:

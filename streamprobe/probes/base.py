@@ -24,6 +24,24 @@ class Probes(Protocol):
     threshold: Tensor | None  # [L, K] the logit from which on a probe says yes; None until validation chose it
     solver: str
 
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the layers that are read, in the order of the sites."""
+        ...
+
+    @property
+    def n_features(self) -> int:
+        """D: the width of what each site holds."""
+        ...
+
+    def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:
+        """Where a probe lies, (l, k).  Raises InputError for a probe that these have not."""
+        ...
+
+    def probabilities(self, acts: Tensor) -> Tensor:
+        """The sigmoids of `scores`, [N, L, K]."""
+        ...
+
     def scores(self, acts: Tensor) -> Tensor:
         """Logits [N, L, K], float32, of what the sites hold, [N, L, D]."""
         ...

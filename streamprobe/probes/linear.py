@@ -32,6 +32,11 @@ class ProbeBank:
         """The numbers of the layers that are read, in the order of the sites."""
         return [site.layer for site in self.sites if site.layer is not None]
 
+    @property
+    def n_features(self) -> int:
+        """D: the width of what each site holds."""
+        return self.weight.shape[2]
+
     def scores(self, acts: Tensor) -> Tensor:
         """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype, on whatever device these lie."""
         weight, bias = self.weight.to(acts.device), self.bias.to(acts.device)

@@ -8,12 +8,8 @@ class Site(NamedTuple):
     """What a probe reads at each token: the output of a decoder block, or the features of a control."""
 
     name: str
-    layer: int | None = None  # the number of the block, from 0; None for a control, which needs none
-
-    @property
-    def is_control(self) -> bool:
-        """Whether it is read for comparison: it tells what is known without the hidden state."""
-        return self.layer is None
+    layer: int | None = None  # the number of the block, from 0; None for what is in none
+    is_control: bool = False  # whether it is read for comparison: what is known without the hidden state
 
     @property
     def title(self) -> str:
@@ -25,10 +21,10 @@ class Site(NamedTuple):
 
 
 def layer_sites(layers: Iterable[int]) -> list[Site]:
-    """The sites of these decoder blocks; their names sort."""
+    """The sites of these decoder blocks."""
     return [Site(f"layer{layer:02d}", layer) for layer in layers]
 
 
 def control_sites(names: Iterable[str]) -> list[Site]:
     """The sites of these controls."""
-    return [Site(name) for name in names]
+    return [Site(name, is_control=True) for name in names]

@@ -1,4 +1,4 @@
-"""What a run would need, told before anything is trained."""
+"""What a run would need, printed before anything is trained."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,6 +91,7 @@ def describe_run(config: RunConfig) -> None:
     backbone = load_model(config, texts, inputs)
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
+    texts.records.clear()  # as a run does, which plans with the memory that is free then
     reader = Reader(inputs, backbone, model.max_batch_tokens, cost)
     plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), before=None)
     splits = inputs.dataset.splits

@@ -16,14 +16,18 @@ from streamprobe.run.checkpoint import STATE
 from streamprobe.system import files
 from streamprobe.system.console import say
 
-NAMES = ("config.yaml", STATE, *FILES)  # all that a run writes but for the events of TensorBoard
 LOCK = ".lock"
 TRIES = 10  # to make a folder that a refused run is just taking away
 
 
+def file_names() -> list[str]:
+    """All that a run writes but for the events of TensorBoard."""
+    return ["config.yaml", STATE, *FILES]
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun to write there."""
-    return any(os.path.lexists(folder / name) for name in NAMES)
+    return any(os.path.lexists(folder / name) for name in file_names())
 
 
 def holds_results(folder: Path) -> bool:
@@ -79,7 +83,7 @@ def _claim_given(folder: Path, resume: bool) -> Claim:
         if resume or not holds_run(folder):
             return claim
         claim.release()  # another process has been there meanwhile
-    found = next((name for name in NAMES if os.path.lexists(folder / name)), "")
+    found = next((name for name in file_names() if os.path.lexists(folder / name)), "")
     raise InputError(
         f"output_dir {folder}, which holds a run ({found})",
         "an empty or new folder",
@@ -156,7 +160,7 @@ def check_files(folder: Path) -> None:
     try:
         if os.path.lexists(state) and not state.is_dir():
             raise NotADirectoryError(0, "it is not a folder")
-        for name in (*NAMES, events):
+        for name in (*file_names(), events):
             path = folder / name
             files.probe(path)
     except (OSError, ValueError) as error:

@@ -27,6 +27,7 @@ class Texts(NamedTuple):
     """The records of the data, and what reads them."""
 
     records: list[Record | Refused]
+    partial: bool  # whether these are a choice of the data alone
     tokenizer: Any
     model_config: Any
 
@@ -54,7 +55,7 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     if day:
         say(f"prompt    the chat template writes the date: {day} (--chat_date)")
     settled = replace(config, data=replace(data, chat_date=day), probes=replace(config.probes, layers=layers))
-    return Texts(read_records(source, data.names), tokenizer, model_config), settled
+    return Texts(read_records(source), source.partial, tokenizer, model_config), settled
 
 
 def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Dataset:
@@ -75,6 +76,7 @@ def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Dat
             by=data.split_by,
         ),
         bad=bad,
+        label_names={} if texts.partial else data.names,
     )
 
 
@@ -117,7 +119,7 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     preflight.check_census(census, real, dataset.splits["train"])
     kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
     if len(kept) < len(columns):
-        say(f"permuted  {len(columns) - len(kept)} columns without both classes are left out")
+        say(f"{', '.join(controls.relabelled):<9} {len(columns) - len(kept)} columns without both classes are left out")
     columns = [columns[k] for k in kept]
     census = {name: Census(own.tokens, own.valid[kept], own.positive[kept]) for name, own in census.items()}
     described = preflight.describe(dataset, census, columns, labels=probes.labels, tokenizer=texts.tokenizer)

@@ -142,8 +142,8 @@ class Matrices(NamedTuple):
     def must_share(self, room: int, activations: int, pool: int) -> bool:
         """Whether the columns of a site must share a matrix, with `room` bytes for all.
 
-        Where one for each would take over half of the room, the place of activations that could else be kept, or that
-        of the least `pool`.
+        Where a matrix for each would take over half of the room, or would push out activations that could else be kept
+        (`activations` bytes in all), or would not leave the `pool` bytes in which tokens are mixed at the least.
         """
         spare = room - activations - self.vectors - self.one
         return self.all > room / 2 or 0 <= spare < self.all or room - self.taken(False) < pool

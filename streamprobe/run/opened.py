@@ -76,9 +76,9 @@ def load_whole(run: OpenedRun) -> WholeModel:
         **c.source,
     )
     width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
-    if probes.weight.shape[2] != width:
+    if probes.n_features != width:
         raise InputError(
-            f"probes of {probes.weight.shape[2]} features and a model of hidden size {width}",
+            f"probes of {probes.n_features} features and a model of hidden size {width}",
             "the model that was probed",
             "correct --model",
         )

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from streamprobe.run.jobs import PROBED, describe_progress, make_feeds, make_job
 from streamprobe.run.memory_plan import Kept, RunPlan, make_memories, plan_run
 from streamprobe.run.provenance import facts_of, peak_memory, write_config
 from streamprobe.run.reader import Backbone, Reader, load_model, skip_bad_chains
-from streamprobe.run.resume import check_same_run, find_checkpoint
+from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
 from streamprobe.trainer import Done, Job, train
@@ -53,12 +53,13 @@ def run(config: RunConfig) -> Path | None:
 
 def run_in(folder: Path, config: RunConfig) -> None:
     """The whole run, from the config to the last file in `folder`."""
-    cost, checkpoint = Cost(), None
+    cost, earlier = Cost(), NOTHING
     if config.output.resume:
-        checkpoint, config = find_checkpoint(config, folder)
-    setup = set_up(config, checkpoint, cost)
-    config, backbone = setup.config, setup.backbone
+        earlier, config = find_earlier(config, folder)
+    setup = set_up(config, earlier, cost)
+    config, backbone, checkpoint = setup.config, setup.backbone, earlier.checkpoint
     plan = plan_run(config, setup.inputs, backbone, setup.feeds, before=checkpoint.kept if checkpoint else None)
+    memory, held_out = make_memories(plan)
     jobs = make_jobs(setup.inputs, setup.feeds, config.training, shared=plan.kept.shared, device=backbone.device)
     done = take_up(jobs, checkpoint)
     check_room(folder, *needed_room(jobs, folder))
@@ -67,7 +68,6 @@ def run_in(folder: Path, config: RunConfig) -> None:
     tracker.text("2 preflight", setup.inputs.preflight)
     tracker.text("3 config", json.dumps(setup.facts, indent=1))
     save = PassEnd(folder, setup.facts, plan.kept, jobs, tracker, backbone.device)
-    memory, held_out = make_memories(plan)
     validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
     done = train(
         jobs,
@@ -82,8 +82,8 @@ def run_in(folder: Path, config: RunConfig) -> None:
         done=done,
     )
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
-    cost_so_far = partial(describe_cost, cost, plan, done)
-    results = judge_held_out(setup, folder, jobs, thresholds=thresholds, cost=cost_so_far)
+    cost_once = cache(partial(describe_cost, cost, plan, done))  # the same in every file and in the terminal
+    results = judge_held_out(setup, folder, jobs, thresholds=thresholds, cost=cost_once)
     write_files(results)
     finish(results, tracker)
 
@@ -100,18 +100,20 @@ class Setup(NamedTuple):
     facts: dict[str, Any]  # what defines the numbers of this run
 
 
-def set_up(config: RunConfig, checkpoint: Checkpoint | None, cost: Cost) -> Setup:
+def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     """Reads the data, loads the model, and sees what is to be trained; prints what was read.
 
-    Raises InputError where that is another run than the checkpoint's.
+    Raises InputError where that is another run than the earlier one.
     """
     texts, config = read_texts(config)
     inputs = make_inputs(config, texts)
     say(inputs.preflight)
     backbone = load_model(config, texts, inputs)
     facts = facts_of(config, inputs.fingerprint, backbone.model)
-    if checkpoint:
-        check_same_run(facts["config"] | facts, checkpoint.facts["config"] | checkpoint.facts)
+    if earlier.keys:
+        check_same_run(facts["config"], earlier.keys)
+    if earlier.checkpoint:
+        check_same_run(facts, earlier.checkpoint.facts)
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     texts.records.clear()  # the chains are final, and texts may take much memory

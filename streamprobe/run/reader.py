@@ -1,4 +1,4 @@
-"""The frozen model at work on the chains of a run: the one place where batches come from."""
+"""The frozen model at work on the chains of a run: where all batches that a run trains on come from."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

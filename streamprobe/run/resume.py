@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from streamprobe.config.load import RunConfig
 from streamprobe.config.schema import LAUNCH_KEYS
@@ -17,8 +18,18 @@ from streamprobe.system.privacy import without_secrets
 FREE = (*LAUNCH_KEYS, "config", "git_commit", "device")  # facts that may differ; the config's keys are compared first
 
 
-def find_checkpoint(config: RunConfig, folder: Path) -> tuple[Checkpoint | None, RunConfig]:
-    """What to go on from, or None where the run in `folder` has not come to its first checkpoint; and its config.
+class Earlier(NamedTuple):
+    """What an interrupted run has left, as far as it came."""
+
+    checkpoint: Checkpoint | None = None
+    keys: Mapping[str, Any] = MappingProxyType({})  # of its config, where it wrote one
+
+
+NOTHING = Earlier()
+
+
+def find_earlier(config: RunConfig, folder: Path) -> tuple[Earlier, RunConfig]:
+    """What the run in `folder` has left, and the config with the day that its chat template wrote.
 
     Raises InputError where that run is another one, or is finished and its checkpoint is gone: it would be replaced.
     """
@@ -29,6 +40,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> tuple[Checkpoint | None,
             "a checkpoint to go on from",
             "put it back, or start a new run without --resume in another folder",
         )
+    then: Mapping[str, Any] = {}
     if checkpoint or (folder / "config.yaml").exists():
         then = checkpoint.facts["config"] if checkpoint else read_config(folder)
         day = config.data.chat_date or then.get("chat_date")
@@ -39,7 +51,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> tuple[Checkpoint | None,
         check_same_run(now, then)
     if not checkpoint:
         say(f"nothing to resume in {folder}: starting at the first pass")
-    return checkpoint, config
+    return Earlier(checkpoint, then), config
 
 
 def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:

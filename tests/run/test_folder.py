@@ -27,7 +27,7 @@ from streamprobe.errors import InputError
 from streamprobe.reporting.tensorboard import writer as tracking
 from streamprobe.run import folder, pipeline
 from streamprobe.run.checkpoint import STATE, load_run
-from streamprobe.run.folder import LOCK, NAMES, claim_folder
+from streamprobe.run.folder import LOCK, claim_folder, file_names
 from streamprobe.system import files
 
 
@@ -233,7 +233,7 @@ def test_names_that_are_too_long_in_a_folder_that_is_not_are_refused(
 
 
 def test_a_folder_of_part_files_in_the_way_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in NAMES:
+    for name in file_names():
         shutil.rmtree("out", ignore_errors=True)
         Path(f"out/{name}.part").mkdir(parents=True)
         assert f"{name} cannot be written (" in refused(capsys, config, "--output_dir", "out")
@@ -353,7 +353,9 @@ def goes_on(done: Done, straight: Path, config: str, folder: str = "out") -> Non
 
 def test_a_file_size_limit_ends_in_a_line_and_resume_goes_on(config: str, tmp_path: Path) -> None:
     assert main([config, "--output_dir", "straight"]) == 0
-    sizes = {name: (Path("straight") / name).stat().st_size for name in NAMES if (Path("straight") / name).exists()}
+    sizes = {
+        name: (Path("straight") / name).stat().st_size for name in file_names() if (Path("straight") / name).exists()
+    }
     state = sizes[STATE]
     met = set()
     for limit in (0, 2000, state // 2, state + 100, max(sizes.values()) - 100):

@@ -520,3 +520,33 @@ def test_data_by_url_checked_against_its_digest(config, chains_file, monkeypatch
     server.shutdown()
     errors = capsys.readouterr().err.splitlines()
     assert digest in errors[-2] and "f" * 64 in errors[-2] and url + "x" in errors[-1]
+
+
+def test_memory_that_is_not_there_leaves_no_run_behind(config, monkeypatch, capsys):
+    def fail(plan):
+        raise MemoryError
+
+    before = files()
+    with monkeypatch.context() as patch:
+        patch.setattr("streamprobe.run.pipeline.make_memories", fail)
+        assert main([config, "--output_dir", "small"]) == 2 and "memory" in capsys.readouterr().err
+    assert files() == before
+    assert main([config, "--output_dir", "small", "--max_passes", "1", "--max_batch_tokens", "256"]) == 0
+
+
+def test_layers_by_name_are_compared_also_where_there_is_no_checkpoint_yet(config, capsys):
+    assert main([config, "--layers", "0-1", "--max_passes", "1", "--output_dir", "run"]) == 0
+    for path in [path for path in Path("run").rglob("*") if path.is_file() and path.name != "config.yaml"]:
+        path.unlink()
+    before = Path("run/config.yaml").read_bytes()
+    capsys.readouterr()
+    assert main([config, "--layers", "1-2", "--resume", "--output_dir", "run"]) == 2
+    assert "--resume with layers [1, 2]; expected [0, 1]" in capsys.readouterr().err
+    assert Path("run/config.yaml").read_bytes() == before
+    assert main([config, "--layers", "0-1", "--max_passes", "1", "--resume", "--output_dir", "run"]) == 0
+
+
+def test_the_time_that_is_printed_is_that_of_the_summary(config, capsys):
+    assert main([config]) == 0
+    seconds = json.loads(Path("runs/tiny/summary.json").read_text())["run"]["seconds"]
+    assert f"time      {seconds:,} s for 3 passes" in capsys.readouterr().out

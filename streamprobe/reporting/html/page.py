@@ -85,7 +85,8 @@ def _family(number: int, family: tuple[str, str, str], grid: Grid) -> str:
 
 def _legend() -> str:
     """What each control is given."""
-    return "Controls: " + "; ".join(f"{name}: {control.about}" for name, control in CONTROLS.items()) + "."
+    said = {name: control.about + " (the highest layer)" * bool(control.relabel) for name, control in CONTROLS.items()}
+    return "Controls: " + "; ".join(f"{name}: {about}" for name, about in said.items()) + "."
 
 
 def _chains(transcripts: Mapping[str, Any]) -> str:

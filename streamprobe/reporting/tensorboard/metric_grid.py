@@ -27,7 +27,8 @@ class MetricGrid:
         """`name` is that of the family, whose probes are in `grids`; seeds other than 0 have no row."""
         self.name = name
         own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and not c.seed for site in g.sites]
-        layers = sorted({place(site, c) for site, c in own if not (site.is_control or c.control)})
+        probed = {site.layer or 0: place(site, c) for site, c in own if not (site.is_control or c.control)}
+        layers = [probed[layer] for layer in sorted(probed)]
         aside = dict.fromkeys(place(site, c) for site, c in own if site.is_control)
         relabelled = dict.fromkeys((c.control, place(site, c)) for site, c in own if c.control)  # at every layer
         self.lags = sorted({c.lag for _, c in own})
