@@ -1,6 +1,7 @@
 """One YAML file is one run: flat keys, each of them a command-line option too."""
 
 import os
+import re
 from argparse import Action, ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,6 +63,8 @@ def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]") -> RunCon
     except ArgumentError as error:
         raise InputError(str(error), "a value of the key's type", "see --help") from None
     for word in rest:
+        if word in shipped_configs():
+            raise InputError(f"{word} after the keys", "the config first", f"{command.split(' [')[0]} {word} ...")
         require(word.startswith("-"), f"{word!r}, which belongs to no key", "--key value", "drop it")
         raise _unknown(word, list(actions), "the command line")
     config = RunConfig(path.stem if path else "run", *groups)
@@ -167,12 +170,21 @@ def _as_arguments(path: Path, actions: Mapping[str, Action]) -> list[str]:
             require(many, f"{got} with a list", "one value", f"keep one value for {name}")
             wrong = [item for item in value if item is None or isinstance(item, list | dict)]
             require(not wrong, f"{got} with {wrong[:1]} in its list", "a list of values", f"fix {name}")
-            arguments += [f"--{name}", *map(str, value)]
+            arguments += _as_words(name, [str(item) for item in value], got)
         else:
             kind = "one value or a list" if many else "one value"
             require(not isinstance(value, dict), f"{got} with keys inside", kind, f"fix {name}")
             arguments.append(f"--{name}={value}")
     return arguments
+
+
+def _as_words(name: str, items: list[str], got: str) -> list[str]:
+    """A list of values as command-line arguments; none of them can become a key."""
+    if len(items) == 1:
+        return [f"--{name}={items[0]}"]
+    keys = [item for item in items if item.startswith("-") and not re.fullmatch(r"-\d+", item)]
+    require(not keys, f"{got} with {keys[:1]} in its list", "values that do not begin with -", f"fix {name}")
+    return [f"--{name}", *items]
 
 
 def _read(path: Path, actions: Mapping[str, Action]) -> dict[str, Any]:

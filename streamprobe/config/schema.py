@@ -1,5 +1,6 @@
 """The keys of a config, in groups, each with its unit, its default and its meaning."""
 
+import re
 from dataclasses import dataclass, field
 from datetime import date
 from math import isfinite
@@ -207,7 +208,9 @@ class ProbeConfig:
     )
 
     def __post_init__(self) -> None:
-        layers: list[Any] = [int(each) if str(each).isdecimal() else each for each in self.layers]
+        layers: list[Any] = [
+            int(each) if re.fullmatch(r"\d{1,9}", str(each), re.ASCII) else each for each in self.layers
+        ]
         self.layers = sorted(layers) if all(isinstance(layer, int) for layer in layers) else layers
         self.lags = sorted(self.lags)
         for name in ("labels", "targets", "layers", "lags", "controls"):

@@ -274,3 +274,18 @@ def test_a_gated_or_unknown_model_on_the_hub(base, model, told):
     server.shutdown()
     assert done.returncode == 2, done.stderr
     assert told in done.stderr and model in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_value_in_a_list_of_a_file_never_becomes_a_key(base, capsys):
+    for number, labels in enumerate((["backtracking", "--dry_run"], ["backtracking", "-x"])):
+        write(f"list{number}.yaml", base | {"labels": labels})
+        assert "values that do not begin with -" in refused(capsys, f"list{number}.yaml")
+    write("one.yaml", base | {"labels": ["-back"]})
+    assert load_config(["one.yaml"]).probes.labels == ["-back"]
+    write("lags.yaml", base | {"lags": [-4, 0]})
+    assert load_config(["lags.yaml"]).probes.lags == [-4, 0]
+
+
+def test_a_shipped_config_behind_the_keys_and_an_endless_number_are_refused_in_a_line(capsys):
+    assert "demo after the keys; expected the config first" in refused(capsys, "--max_passes", "2", "demo")
+    assert load_config(["demo", "--layers", "9" * 5000]).probes.layers == ["9" * 5000]
