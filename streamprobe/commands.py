@@ -49,7 +49,7 @@ def watch(given: Namespace) -> None:
     if not given.prompt.strip():
         raise InputError("an empty prompt", "some text", "correct --prompt")
     check_text("prompt", given.prompt)
-    check_file(given.html, "html")
+    check_file(given.html, "html", given.run)
     run = _open(given)
     place = _pick(given, run)
     model, tokenizer = load_whole(run)
@@ -113,7 +113,7 @@ def _check_steering(given: Namespace) -> None:
             raise InputError(f"{name} {getattr(given, name)}", "at least 1", f"correct --{name}")
     if not all(abs(strength) <= 1e6 for strength in given.strengths):  # nan neither
         raise InputError(f"strengths {given.strengths}", "finite numbers of at most 1,000,000", "correct --strengths")
-    check_file(given.json, "json")
+    check_file(given.json, "json", given.run)
 
 
 def report(given: Namespace) -> None:
@@ -166,10 +166,19 @@ def bench_watching(given: Namespace) -> None:
     say(measure_watching(shape, device, tokens=given.tokens, rounds=given.rounds, cpu_time=given.cpu_time))
 
 
-def check_file(path: Path | None, name: str) -> None:
-    """Raises InputError for a file that --`name` gives and that cannot be written, before the work is done."""
-    if path:
-        check_output(path, name)
+def check_file(path: Path | None, name: str, run: Path | None = None) -> None:
+    """Raises InputError for a file that --`name` gives and that cannot be written, before the work is done.
+
+    Nor may it be one that the `run` has written.
+    """
+    if not path:
+        return
+    from streamprobe.run.folder import file_names
+
+    own = {(run / each).resolve() for each in file_names()} if run else set()
+    if path.resolve() in own:
+        raise InputError(f"{name} {path}, which is a file of the run", "another file", f"give another --{name}")
+    check_output(path, name)
 
 
 def write_file(path: Path, name: str, content: str) -> None:

@@ -165,3 +165,11 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
 def test_what_the_user_got_wrong_is_one_line(capsys, monkeypatch, tmp_path, argv, said):
     monkeypatch.chdir(tmp_path)
     assert said in printed(capsys, argv)
+
+
+def test_watching_and_steering_write_over_no_file_of_the_run(run_folder, capsys):
+    before = (run_folder / "config.yaml").read_bytes()
+    for argv in (["watch", str(run_folder), "--prompt", "x", "--html"], ["steer", str(run_folder), "--json"]):
+        assert cli.main([*argv, str(run_folder / "config.yaml")]) == 2
+        assert "which is a file of the run; expected another file" in capsys.readouterr().err
+    assert (run_folder / "config.yaml").read_bytes() == before
