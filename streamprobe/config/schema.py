@@ -75,7 +75,7 @@ class ModelConfig:
 def _is_day(text: str) -> bool:
     try:
         return date.fromisoformat(text).isoformat() == text
-    except ValueError:
+    except (TypeError, ValueError):  # a file of keys may hold a date of YAML
         return False
 
 

@@ -32,7 +32,7 @@ class Source(Protocol):
     partial: bool  # whether it gives a choice of the data alone
 
     def __iter__(self) -> Iterator[Record | Refused]:
-        """The records that are still to come."""
+        """The records that are still to come, each with a number `row` of its own."""
         ...
 
     def __len__(self) -> int:

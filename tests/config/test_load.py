@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import date
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import yaml
 
 from streamprobe.cli import train as main
 from streamprobe.config.load import load_config
+from streamprobe.config.schema import DataConfig
+from streamprobe.errors import InputError
 from streamprobe.run import pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -289,3 +292,8 @@ def test_a_value_in_a_list_of_a_file_never_becomes_a_key(base, capsys):
 def test_a_shipped_config_behind_the_keys_and_an_endless_number_are_refused_in_a_line(capsys):
     assert "demo after the keys; expected the config first" in refused(capsys, "--max_passes", "2", "demo")
     assert load_config(["demo", "--layers", "9" * 5000]).probes.layers == ["9" * 5000]
+
+
+def test_a_day_that_is_no_text_is_refused():
+    with pytest.raises(InputError, match="a day of the form YYYY-MM-DD"):
+        DataConfig(chat_date=date(2026, 1, 31))
