@@ -40,12 +40,15 @@ def relabel(
 ) -> Dataset:
     """The dataset with the labels of `controls`, each made with so many `seeds`, behind those of every chain.
 
-    `seed` is that of the one generator from which all of them are drawn.
+    Each control draws from a generator of its own, so that it does not depend on which others there are: `permuted`
+    from that of `seed`, any other from that of `seed` and its name.
     """
-    random = np.random.default_rng(seed)
+    own = {name: [seed] if name == "permuted" else [seed, *name.encode()] for name in controls}
+    random = {name: np.random.default_rng(entropy) for name, entropy in own.items()}
     made = {}
     for chain in dataset.chains():
-        others = [new(chain.codes, chain.support, random) for new in controls.values() for _ in range(seeds)]
+        given = (chain.codes, chain.support)
+        others = [new(*given, random[name]) for name, new in controls.items() for _ in range(seeds)]
         made[chain.row] = replace(chain, codes=torch.cat([chain.codes, *others], dim=1))
     splits = {name: [made[chain.row] for chain in chains] for name, chains in dataset.splits.items()}
     names = [f"{label}/{name}{n}" for name in controls for n in range(seeds) for label in dataset.labels]

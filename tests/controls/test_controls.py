@@ -1,6 +1,7 @@
 """Controls know what they claim to know, and nothing of what comes later."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.controls.embedding import WINDOWS, EmbeddingLayers
-from streamprobe.controls.permuted import permute_labels, relabelled_columns
+from streamprobe.controls.permuted import permute_labels, relabel, relabelled_columns
 from streamprobe.controls.persistence import persistence_features
 from streamprobe.controls.piecewise_linear import KNOTS, piecewise_linear
 from streamprobe.controls.position import position_features
+from streamprobe.data.dataset import Counts, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, make_columns
@@ -224,3 +226,18 @@ def test_the_kept_directions_are_those_of_most_variance(embedding: nn.Embedding)
     kept = (centred @ surface.directions.double()).square().sum()
     assert torch.allclose(kept, expected, rtol=1e-5)
     assert surface.directions.shape == (32, 10)
+
+
+def test_permuted_labels_do_not_depend_on_which_other_controls_there_are() -> None:
+    chains = [replace(chain_of(make_codes(seed)[0]), row=seed) for seed in range(4)]
+    plain = Dataset({"train": chains}, ["event"], Counts())
+
+    def drawn_anew(codes: Tensor, support: Tensor, random: np.random.Generator) -> Tensor:
+        return permute_labels(codes, support, random)
+
+    alone = relabel(plain, {"permuted": permute_labels}, 2, 7)
+    beside = relabel(plain, {"other": drawn_anew, "permuted": permute_labels}, 2, 7)
+    assert beside.labels == ["event", "event/other0", "event/other1", "event/permuted0", "event/permuted1"]
+    for one, other in zip(alone.splits["train"], beside.splits["train"], strict=True):
+        assert torch.equal(one.codes[:, 1:], other.codes[:, 3:])
+        assert not torch.equal(other.codes[:, 1:3], other.codes[:, 3:]), "and they are others"
