@@ -186,7 +186,9 @@ def test_a_kind_of_probe_is_saved_and_read_back_as_what_it_is(tmp_path, monkeypa
     path, acts = tmp_path / "probes.safetensors", torch.randn(5, 1, 8)
     path.write_bytes(pack_probes({"newton": bank}, {"config": {}}))
     monkeypatch.setitem(KINDS, "squares", Squares)
-    assert torch.equal(load_probes(path).scores(acts), bank.scores(acts))
+    loaded = load_probes(path)
+    for probes in (loaded, loaded.clone(), loaded.to("cpu"), loaded.choose([0, 1], loaded.threshold)):
+        assert torch.equal(probes.scores(acts), bank.scores(acts)) and type(probes) is Squares
     monkeypatch.delitem(KINDS, "squares")
     with pytest.raises(ValueError, match="of a kind that is known"):
         load_probes(path)

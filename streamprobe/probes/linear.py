@@ -80,8 +80,8 @@ class ProbeBank:
     def clone(self) -> "ProbeBank":
         """A copy that shares no tensor with this bank."""
         threshold = None if self.threshold is None else self.threshold.clone()
-        copies = self.weight.clone(), self.bias.clone(), threshold
-        return ProbeBank(list(self.sites), list(self.columns), *copies, self.solver)
+        weight, bias, sites, columns = self.weight.clone(), self.bias.clone(), list(self.sites), list(self.columns)
+        return replace(self, sites=sites, columns=columns, weight=weight, bias=bias, threshold=threshold)
 
     def take(self, where: Tensor, other: Any) -> None:
         """Copies other's probes over this bank's where `where` [L, K] is True."""
@@ -101,8 +101,7 @@ class ProbeBank:
     def to(self, device: torch.device | str) -> "ProbeBank":
         """This bank with its tensors on `device`."""
         threshold = None if self.threshold is None else self.threshold.to(device)
-        moved = self.weight.to(device), self.bias.to(device), threshold
-        return ProbeBank(self.sites, self.columns, *moved, self.solver)
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), threshold=threshold)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
