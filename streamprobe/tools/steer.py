@@ -181,7 +181,7 @@ def experiment(
     batches = stream(examples.train, model.base_model, [layer], [plain], **options)
     scale = measure_scale(check_finite(batches, examples.train, layer_sites([layer])), probe)
     vectors = directions(probe, scale.difference, len(prompts), sampling.seed)
-    cosine = (vectors["probe"] @ vectors["difference of means"].T).item()
+    cosine = vectors["probe"].flatten().dot(vectors["difference of means"].flatten()).item()
     say(
         f"layer {layer}, {plain}, {bank.solver}; {len(prompts)} test problems\n"
         f"strength 1 is {scale.std:.4g}, {scale.std / scale.norm:.1%} of the mean length of an activation "
