@@ -91,7 +91,7 @@ def describe_run(config: RunConfig) -> None:
     backbone = load_model(config, texts, inputs)
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
-    texts.records.clear()  # as a run does, which plans with the memory that is free then
+    del texts  # as in a run, which plans with the memory that is free then
     reader = Reader(inputs, backbone, model.max_batch_tokens, cost)
     plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), before=None)
     splits = inputs.dataset.splits

@@ -1,5 +1,6 @@
 """What a run works with before any weight is read: its texts, its chains, and what is asked of them."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -118,8 +119,9 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     census = dataset.take_census(columns)
     preflight.check_census(census, real, dataset.splits["train"])
     kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
-    if len(kept) < len(columns):
-        say(f"{', '.join(controls.relabelled):<9} {len(columns) - len(kept)} columns without both classes are left out")
+    left_out = Counter(column.control for k, column in enumerate(columns) if k not in kept)
+    for name, n in left_out.items():
+        say(f"{name:<9} {n} columns without both classes are left out")
     columns = [columns[k] for k in kept]
     census = {name: Census(own.tokens, own.valid[kept], own.positive[kept]) for name, own in census.items()}
     described = preflight.describe(dataset, census, columns, labels=probes.labels, tokenizer=texts.tokenizer)

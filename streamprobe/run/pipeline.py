@@ -116,7 +116,6 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
         check_same_run(facts, earlier.checkpoint.facts)
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
-    texts.records.clear()  # the chains are final, and texts may take much memory
     reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost)
     feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size)
     return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts)
