@@ -150,7 +150,7 @@ class Made:
         for number in range(self.place, len(self.rows)):
             self.place += 1
             row = self.rows[number]
-            yield replace(annotated(row, FormatOptions()), id=row["task_id"], row=number)
+            yield replace(annotated(row, FormatOptions()), id=row["task_id"])
 
     def state(self) -> dict[str, int]:
         """Where it stands."""
@@ -160,6 +160,7 @@ class Made:
 def test_a_source_of_another_kind_gives_the_same_chains(tokenizer) -> None:
     labels = ["backtracking", "deduction"]
     made = make_dataset(read_records(Made(30)), tokenizer, labels, context=512)
+    assert len(made.chains()) == 30
     assert made.fingerprint() == fingerprint(load_chains(make_rows(30, seed=5), tokenizer, labels)[0])
     source = Made(30)
     first = [next(iter(source)) for _ in range(3)]

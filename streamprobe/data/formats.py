@@ -23,7 +23,7 @@ class Record:
     problem: str = ""
     id: str = ""
     category: str = ""  # the kind of problem, to which results can be split
-    row: int = 0  # which of the data, from 0
+    row: int = 0  # which of the records that are read, from 0: see `sources.read_records`
 
     @property
     def sections(self) -> Sequence[Section]:
@@ -31,7 +31,8 @@ class Record:
         return self.annotation.sections
 
 
-class Refused(NamedTuple):
+@dataclass(frozen=True)
+class Refused:
     """A row that is no Record; the problem in its column still counts in the split, so that it moves no other."""
 
     reason: str
@@ -105,9 +106,9 @@ def read_row(row: Row, number: int, format: Format, options: FormatOptions) -> R
         if not is_unicode(id + category):
             raise Unusable("with an id or a category that is not Unicode")
         record = format.read(row, options)
-        return replace(record, id=record.id or id, category=record.category or category, row=number)
+        return replace(record, id=record.id or id, category=record.category or category)
     except Unusable as why:
-        return Refused(str(why), row.get(options.problem), id, category, number)
+        return Refused(str(why), row.get(options.problem), id, category)
 
 
 def category_of(id: str) -> str:

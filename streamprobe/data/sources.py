@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ class Source(Protocol):
     partial: bool  # whether it gives a choice of the data alone
 
     def __iter__(self) -> Iterator[Record | Refused]:
-        """The records that are still to come, each with a number `row` of its own."""
+        """The records that are still to come."""
         ...
 
     def __len__(self) -> int:
@@ -88,9 +89,10 @@ def open_source(
 
 
 def read_records(source: Source) -> list[Record | Refused]:
-    """All records, with a progress bar in a terminal."""
+    """All records, numbered as they come, with a progress bar in a terminal."""
     hidden = not shows_progress()
-    return list(tqdm(source, "align", len(source), unit="chain", delay=2, disable=hidden, leave=False))
+    shown = tqdm(source, "align", len(source), unit="chain", delay=2, disable=hidden, leave=False)
+    return [replace(record, row=row) for row, record in enumerate(shown)]
 
 
 def fetch(data: str, sha256: str | None = None) -> str:
