@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from streamprobe.config.schema import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig, require
+from streamprobe.config.keys import require
+from streamprobe.config.schema import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.formats import FORMATS
 from streamprobe.data.prompts import is_unicode

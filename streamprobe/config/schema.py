@@ -1,32 +1,17 @@
 """The keys of a config, in groups, each with its unit, its default and its meaning."""
 
 import re
-from dataclasses import dataclass, field
-from datetime import date
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
+from streamprobe.config.keys import is_day, key, require
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.formats import FORMATS
-from streamprobe.errors import InputError
 from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
 LAUNCH_KEYS = tuple("output_dir resume dry_run max_passes memory_gb bootstrap bad_chains".split())
-
-
-def key(default: Any, help: str) -> Any:
-    """A config field with its help text."""
-    text = help.replace("%", "%%")
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def require(holds: bool, got: str, expected: str, fix: str) -> None:
-    """Raises InputError unless `holds`."""
-    if not holds:
-        raise InputError(got, expected, fix)
 
 
 @dataclass
@@ -67,16 +52,15 @@ class ModelConfig:
         return {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """What says, beside its name and its layers, how it is loaded."""
+        names = ("dtype", "attn_implementation", "quantization", "device_map")
+        return {name: getattr(self, name) for name in names} | self.source
+
+    @property
     def code(self) -> dict[str, Any]:
         """What says which code builds it."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except (TypeError, ValueError):  # a file of keys may hold a date of YAML
-        return False
 
 
 @dataclass
@@ -150,7 +134,7 @@ class DataConfig:
         )
         self.prompt = self.prompt.replace(r"\n", "\n")
         require(
-            self.chat_date is None or _is_day(self.chat_date),
+            self.chat_date is None or is_day(self.chat_date),
             f"chat_date {self.chat_date}",
             "a day of the form YYYY-MM-DD",
             "try 2026-01-31",

@@ -66,15 +66,7 @@ def load_whole(run: OpenedRun) -> WholeModel:
     tokenizer = load_tokenizer(c.model, **c.source)
     model_config = read_config(c.model, **c.source)
     blocks.check_layers(model_config, probes.layers)
-    model = load_backbone(
-        c.model,
-        None,
-        dtype=c.dtype,
-        attn_implementation=c.attn_implementation,
-        quantization=c.quantization,
-        device_map=c.device_map,
-        **c.source,
-    )
+    model = load_backbone(c.model, None, **c.loading)
     width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
     if probes.n_features != width:
         raise InputError(

@@ -36,15 +36,7 @@ class Backbone(NamedTuple):
 def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
     """Puts the model into memory and lets it read a short text.  Raises InputError for one that cannot be probed."""
     c, layers = config.model, config.probes.layer_numbers
-    model: Any = load_backbone(
-        c.model,
-        layers,
-        dtype=c.dtype,
-        attn_implementation=c.attn_implementation,
-        quantization=c.quantization,
-        device_map=c.device_map,
-        **c.source,
-    )
+    model: Any = load_backbone(c.model, layers, **c.loading)
     tokens = trial.some_tokens(texts.tokenizer, texts.model_config)
     width = trial.check_reading(model, layers, tokens, must_chunk(config, inputs.dataset))
     return Backbone(model, layers, width, model.device)
