@@ -16,6 +16,7 @@ import streamprobe
 from streamprobe import commands
 from streamprobe.bench.shapes import SHAPES, default_shape
 from streamprobe.errors import InputError
+from streamprobe.solvers.table import SOLVERS
 from streamprobe.system.console import guard, say, shows_progress
 
 RESUME = "interrupted; the same command with --resume goes on after the last pass"
@@ -126,7 +127,7 @@ def _add_run(parser: ArgumentParser) -> None:
 def _add_probe(parser: ArgumentParser) -> None:
     """Options that say which probe of the run is meant, and where its model lies."""
     add = parser.add_argument
-    add("--solver", help="whose probes: newton or adam (default: the run's first)")
+    add("--solver", help=f"whose probes: {' or '.join(SOLVERS)} (default: the run's first)")
     add("--layer", type=int, help="layer of the probe (default: the best of results.csv)")
     add("--lag", type=int, default=0, help="tokens that the probe looks ahead (%(default)s)")
     add("--label", help="label of the probe (default: the run's first)")

@@ -132,6 +132,35 @@ def test_a_run_fails_without_their_rows(data, model_dir, tmp_path, capsys) -> No
     assert "controls evenness; expected one of embed, text, position" in capsys.readouterr().err
 
 
+# Controls that are made in the two other ways: other labels, and a layer of embeddings.
+
+
+def backwards(codes: Tensor, _support: Tensor, _random: Any) -> Tensor:
+    """The labels in the order from the last token to the first."""
+    return codes.flip(0)
+
+
+def negated(_words: Any, embedded: Tensor, n: int) -> Tensor:
+    """[n, E]: as good as the embedding itself."""
+    return -embedded[-n:]
+
+
+def test_controls_of_other_labels_and_of_embeddings_have_the_same_door(
+    chains_file, model_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(CONTROLS, "backwards", Control("the labels backwards", "1", relabel=backwards))
+    monkeypatch.setitem(CONTROLS, "negated", Control("the embedding negated", "2", embedded=negated))
+    argv = ["--model", model_dir, "--data", str(chains_file), "--output_dir", str(tmp_path / "run"), *KEYS]
+    assert train([*argv, "--controls", "embed", "negated", "backwards"]) == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open()))
+    area = {(row["control"], row["lag"]): float(row["auroc"]) for row in rows if row["layer"] in ("", "0")}
+    for lag in ("0", "4"):
+        assert area["negated", lag] == pytest.approx(area["embed", lag], abs=2e-3)
+        assert ("backwards", lag) in area
+    printed = capsys.readouterr().out
+    assert "\nnegated " in printed and "\nbackwards " in printed
+
+
 # A source: rows that are made on the way.
 
 

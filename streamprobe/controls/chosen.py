@@ -19,7 +19,7 @@ class ChosenControls:
     def __init__(self, names: Sequence[str], n_labels: int):
         """`names` of CONTROLS, or `none`; C = `n_labels` labels of the data come first among a chain's codes."""
         chosen = {name: control for name, control in CONTROLS.items() if name in names}
-        self.embedded = [name for name, control in chosen.items() if control.embedded]
+        self.embedded = {name: control.embedded for name, control in chosen.items() if control.embedded}
         self.relabelled = {name: control.relabel for name, control in chosen.items() if control.relabel}
         self.featured = {name: control.features for name, control in chosen.items() if control.features}
         self.n_labels = n_labels

@@ -1,9 +1,13 @@
-"""Controls `embed` and `text`: what the words give, as layers that need no forward pass.
+"""Controls that are layers like those of the model, made of embeddings: `embed` and `text`, what the words give.
 
-Shapes: N tokens, D hidden size.
+A control of this kind is a function `words, embedded, n -> [n, width]`: what it gives at the last n of the tokens whose
+embeddings are `embedded` [T, E]; `words` are EmbeddingLayers, for what is known of all embeddings.
+
+Shapes: N tokens, T of them in a row, E width of an embedding, S such controls, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,44 +17,68 @@ from streamprobe.errors import InputError
 WINDOWS = (8, 32, 128)  # tokens that `text` averages
 
 
-class EmbeddingLayers:
-    """The controls `embed` and `text` as layers like those of the model, or one of them, from token ids alone.
+def this_token(words: Any, embedded: Tensor, n: int) -> Tensor:
+    """Control `embed`: each token's embedding [n, E]."""
+    return embedded[-n:]
 
-    `text` holds for each of WINDOWS the mean embedding of so many tokens up to this one, of which the first third of
-    the principal directions is kept, so that a probe of `text` has as many weights as one of a layer.
+
+def recent_tokens(words: Any, embedded: Tensor, n: int) -> Tensor:
+    """Control `text`: for each of WINDOWS the mean embedding of so many tokens up to this one, [n, E].
+
+    Of each mean the first third of the principal directions is kept, so that a probe of `text` has as many weights as
+    one of a layer.
     """
+    x = (embedded.float() - words.mean) @ words.directions
+    middle, width = x.mean(0), x.shape[1]  # about which sums stay small, and so exact
+    sums = nn.functional.pad((x - middle).cumsum(0), (0, 0, 1, 0))
+    end = torch.arange(len(embedded) - n + 1, len(embedded) + 1, device=x.device)
+    text = torch.zeros_like(embedded[-n:])
+    for i, window in enumerate(WINDOWS):
+        begin = (end - window).clamp_min(0)
+        text[:, i * width : (i + 1) * width] = middle + (sums[end] - sums[begin]) / (end - begin)[:, None]
+    return text
 
-    NAMES = ("embed", "text")
+
+class EmbeddingLayers:
+    """The layers of such controls side by side, from token ids alone."""
+
     before = max(WINDOWS) - 1  # tokens that a token's row looks back on
 
-    def __init__(self, embedding: nn.Module, ids: Tensor, hidden_size: int, names: Sequence[str] = NAMES):
+    def __init__(
+        self,
+        embedding: nn.Module,
+        ids: Tensor,
+        hidden_size: int,
+        controls: Mapping[str, Callable[[Any, Tensor, int], Tensor]],
+    ):
         """`embedding` maps ids to [..., E]; `ids` [N] are tokens whose embeddings set the principal directions.
 
         Rows are filled up with zeros to D = `hidden_size`.  Raises InputError for a model whose E is larger,
         and for embeddings that are not finite.
         """
-        self.embedding, self.names = embedding, names
+        self.embedding, self.controls = embedding, controls
         kinds, counts = ids.unique(return_counts=True)
         with torch.no_grad():
             table = embedding(kinds.to(next(embedding.parameters()).device)).float()  # [V, E]
-        self.pad = (0, hidden_size - table.shape[1])
-        if self.pad[1] < 0:
+        names, width = " and ".join(controls), table.shape[1]
+        self.missing = hidden_size - width
+        if self.missing < 0:
             raise InputError(
-                f"embeddings of size {table.shape[1]} in a model of hidden size {hidden_size}",
-                "no larger ones, for the controls embed and text",
-                "give --controls position persistence permuted",
+                f"embeddings of size {width} in a model of hidden size {hidden_size}",
+                f"no larger ones, for the controls {names}",
+                "give other --controls, such as position persistence permuted",
             )
         if not table.isfinite().all():
             raise InputError(
                 "embeddings that are infinite or not a number",
-                "finite ones, for the controls embed and text",
+                f"finite ones, for the controls {names}",
                 "check the files of --model, or use another --dtype",
             )
         weight = (counts / counts.sum()).to(table)[:, None]
         self.mean = (table * weight).sum(0)
         centred = (table - self.mean) * weight.sqrt()
         directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors  # by rising variance
-        self.directions = directions.flip(1)[:, : table.shape[1] // len(WINDOWS)]  # [E, E / 3]
+        self.directions = directions.flip(1)[:, : width // len(WINDOWS)]  # [E, E / 3]
 
     @torch.no_grad()
     def rows(self, ids: Tensor, n: int) -> Tensor:
@@ -58,14 +86,6 @@ class EmbeddingLayers:
 
         ids [T] on the embedding's device begin `before` tokens earlier, or with the chain.
         """
-        embed = self.embedding(ids)  # [T, E]
-        x = (embed.float() - self.mean) @ self.directions
-        middle, width = x.mean(0), x.shape[1]  # about which sums stay small, and so exact
-        sums = nn.functional.pad((x - middle).cumsum(0), (0, 0, 1, 0))
-        end = torch.arange(len(ids) - n + 1, len(ids) + 1, device=x.device)
-        text = torch.zeros_like(embed[-n:])
-        for i, window in enumerate(WINDOWS):
-            begin = (end - window).clamp_min(0)
-            text[:, i * width : (i + 1) * width] = middle + (sums[end] - sums[begin]) / (end - begin)[:, None]
-        both = dict(zip(self.NAMES, (embed[-n:], text), strict=True))
-        return nn.functional.pad(torch.stack([both[name] for name in self.names], dim=1), self.pad)
+        embedded = self.embedding(ids)  # [T, E]
+        layers = [control(self, embedded, n) for control in self.controls.values()]
+        return nn.functional.pad(torch.stack(layers, dim=1), (0, self.missing))

@@ -44,15 +44,17 @@ class Control:
     applies: Callable[[Column], bool] = at_every_lag  # to which columns
     features: Callable[[Chain, int], Tensor] | None = None  # [T, P] of a chain with codes of C labels
     relabel: Callable[[Tensor, Tensor, Any], Tensor] | None = None  # see `permuted`
-    embedded: bool = False  # one of `embedding.EmbeddingLayers`
+    embedded: Callable[[Any, Tensor, int], Tensor] | None = None  # a layer made of embeddings: see `embedding`
 
 
 CONTROLS = {
-    "embed": Control("the token's embedding: what the current word gives", "s", embedded=True),
+    "embed": Control(
+        "the token's embedding: what the current word gives", "s", embedded=later("embedding", "this_token")
+    ),
     "text": Control(
         "the mean embeddings of the last 8, 32 and 128 tokens, reduced to a layer's size: what recent words give",
         "^",
-        embedded=True,
+        embedded=later("embedding", "recent_tokens"),
     ),
     "position": Control(
         "the token's place in the response, as features of which any piecewise linear function is a weighted sum",

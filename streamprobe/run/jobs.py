@@ -18,6 +18,7 @@ from streamprobe.run.checkpoint import Checkpoint
 from streamprobe.run.inputs import Inputs
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import NewtonSolver
+from streamprobe.solvers.table import SOLVERS
 from streamprobe.system.console import say
 from streamprobe.trainer import Done, Job
 
@@ -122,7 +123,7 @@ def describe_progress(jobs: Sequence[Job]) -> str:
         probed = own[0]
         real = [k for k, column in enumerate(probed.solver.columns) if not column.control]
         f1 = probed.best.score[:, real]
-        best, end = ("best ", "stopped") if name == "adam" else ("", "converged")
+        best = "best " * (probed.best.patience is not None)
         scores = f"{best}validation F1 {f1.min():.3f} .. {f1.max():.3f}"
-        lines.append(f"{name}: {scores}, {final} of {total} probes and controls {end}")
+        lines.append(f"{name}: {scores}, {final} of {total} probes and controls {SOLVERS[name].final}")
     return "   ".join(lines)

@@ -14,6 +14,7 @@ from streamprobe.model.blocks import text_config
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.reader import Backbone
 from streamprobe.solvers.newton import curvature_bytes, vector_bytes
+from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
 from streamprobe.system.hardware import free_bytes
 
@@ -207,7 +208,7 @@ def plan_run(
 
     Raises InputError where there is no room, and for Newton on a device without float64.
     """
-    training, newton = config.training, "newton" in config.training.solvers
+    training, newton = config.training, with_matrices(config.training.solvers)
     if newton and backbone.device.type == "mps":
         raise InputError("solver newton on mps", "a device with float64", "give --device_map cpu or --solvers adam")
     n_layers = len(backbone.layers) + len(inputs.controls.embedded)
@@ -241,7 +242,7 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
         n_evaluated=max(supported),
         n_probes=n_probes,
     )
-    vectors = Matrices.of(feeds).vectors if "newton" in config.training.solvers else 0
+    vectors = Matrices.of(feeds).vectors if with_matrices(config.training.solvers) else 0
     return reserve._replace(host=max(reserve.host, 2 * vectors))  # twice while a checkpoint is written
 
 

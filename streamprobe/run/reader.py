@@ -62,11 +62,11 @@ def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: B
 
 def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None:
     """The controls that are layers made of embeddings, if the run has any."""
-    names = inputs.controls.embedded
-    if not names:
+    controls = inputs.controls.embedded
+    if not controls:
         return None
     ids = torch.cat([chain.ids for chain in inputs.dataset.splits["train"]])
-    layers = EmbeddingLayers(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, names)
+    layers = EmbeddingLayers(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, controls)
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()  # so that the plan of memory sees what is free
     return layers
