@@ -118,8 +118,8 @@ def _place(solver: str, site: Site, column: Column) -> Row:
         "label": column.label,
         "target": column.target,
         "lag": column.lag,
-        "control": site.name if site.is_control else column.control,
         "split": "test",
+        "control": site.name if site.is_control else column.control,
     }
 
 

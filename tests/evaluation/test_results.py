@@ -335,3 +335,9 @@ def test_seeds_have_one_row_with_their_spread() -> None:
             0,
         )[0].row["auroc_spread"]
     )
+
+
+def test_the_rows_of_categories_keep_the_order_of_their_columns(parts: list[ScoredProbes]) -> None:
+    """Readers may count columns."""
+    first, *_ = by_category(parts, ["a", "b"] * (N_CHAINS // 2), 10, 0)
+    assert list(first)[:8] == ["category", "solver", "layer", "label", "target", "lag", "split", "control"]
