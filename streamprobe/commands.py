@@ -4,6 +4,7 @@ What needs torch is imported within a command, so that `--help` answers at once.
 """
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,8 +176,8 @@ def check_file(path: Path | None, name: str, run: Path | None = None) -> None:
         return
     from streamprobe.run.folder import file_names
 
-    own = {(run / each).resolve() for each in file_names()} if run else set()
-    if path.resolve() in own:
+    own = {os.path.realpath(run / each) for each in file_names()} if run else set()
+    if os.path.realpath(path) in own:  # pathlib's resolve() raises on a loop of links before Python 3.13
         raise InputError(f"{name} {path}, which is a file of the run", "another file", f"give another --{name}")
     check_output(path, name)
 
