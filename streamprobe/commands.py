@@ -176,10 +176,10 @@ def check_file(path: Path | None, name: str, run: Path | None = None) -> None:
         return
     from streamprobe.run.folder import file_names
 
+    check_output(path, name)
     own = {os.path.realpath(run / each) for each in file_names()} if run else set()
     if os.path.realpath(path) in own:  # pathlib's resolve() raises on a loop of links before Python 3.13
         raise InputError(f"{name} {path}, which is a file of the run", "another file", f"give another --{name}")
-    check_output(path, name)
 
 
 def write_file(path: Path, name: str, content: str) -> None:
