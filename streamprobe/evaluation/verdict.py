@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from streamprobe.evaluation.rows import Judged, group_by, interval_of_difference
+from streamprobe.evaluation.rows import Judged, Row, group_by, interval_of_difference
 from streamprobe.evaluation.significance import LEAST_CHAINS, lower_bounds
 
 
@@ -96,9 +96,28 @@ def _verdict(family: Sequence[Judged]) -> str:
     clear = [row for row in looked if row["lift_low_corrected"] > 0]
     if not clear:
         return f"at no lag is a layer certainly above every control ({beaten}; {corrected})"
-    far = max(clear, key=lambda row: (row["lag"], row["lift_low_corrected"]))
+    far = furthest(clear)
     return (
         f"lag {far['lag']:+d} is the largest at which a layer is certainly above every control ({beaten}): layer "
         f"{far['layer']}, AUROC {far['auroc']:.3f}, {far['lift']:.3f} above {far['best_control']}, by at least "
         f"{far['lift_low_corrected']:.3f} ({corrected})"
     )
+
+
+def furthest(clear: Sequence[Row]) -> Row:
+    """Of the rows of probes that are certainly above every control the one that a verdict names."""
+    return max(clear, key=lambda row: (row["lag"], row["lift_low_corrected"]))
+
+
+def probe_of_verdict(rows: Sequence[Row]) -> Row:
+    """The row of the probe that a run's verdict names, given those of its probes without controls.
+
+    Where no probe is certainly above every control: of the lag nearest to 0, and of the first target that has it, the
+    one with the highest AUROC.
+    """
+    clear = [row for row in rows if row["lift_low_corrected"] > 0]
+    if clear:
+        return furthest(clear)
+    nearest = min(rows, key=lambda row: abs(row["lag"]))
+    near = [row for row in rows if (row["lag"], row["target"]) == (nearest["lag"], nearest["target"])]
+    return max(near, key=lambda row: -1.0 if math.isnan(row["auroc"]) else row["auroc"])

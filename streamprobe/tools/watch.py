@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import Any, NamedTuple
@@ -19,12 +18,10 @@ import torch
 from torch import Tensor
 
 from streamprobe.errors import InputError
-from streamprobe.lags import Column
 from streamprobe.model.blocks import context, decoder_layers
 from streamprobe.model.hooks import tap
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.system.console import printable, say, shows_colour, write
-from streamprobe.system.csv_files import read_csv
 from streamprobe.tools import generation
 
 Found = SimpleQueue[tuple[Tensor, Tensor] | None]  # tokens [B] and their probabilities [B, L, K], as they come
@@ -99,31 +96,6 @@ class Mark(NamedTuple):
     probability: float
     alarm: bool
     others: str  # the same layer's probabilities at every lag
-
-
-def best_layer(folder: Path, bank: ProbeBank, column: Column) -> int:
-    """The layer whose probe of this column has the highest test AUROC in the run's results.csv."""
-    asked = {"solver": bank.solver, "label": column.label, "target": column.target, "lag": str(column.lag)}
-    rows = read_csv(folder / "results.csv", [*asked, "layer", "auroc", "control"], "give --layer")
-    own = [row for row in rows if not row["control"] and asked.items() <= row.items()]
-    try:
-        areas = {int(row["layer"]): float(row["auroc"]) for row in own}
-    except ValueError as error:
-        raise InputError(f"results.csv in {folder} ({error})", "one that a run wrote", "give --layer") from error
-    return max(bank.layers, key=lambda layer: areas.get(layer, -1.0) if areas.get(layer) == areas.get(layer) else -1.0)
-
-
-def pick(
-    folder: Path, bank: ProbeBank, *, layer: int | None, lag: int, label: str | None = None, target: str | None = None
-) -> tuple[int, int]:
-    """Where a probe of the run in `folder` lies in its bank, (l, k); without a layer, the best one of its column.
-
-    Without a label or a target: the first that the bank holds.  Raises InputError for a probe that it has not.
-    """
-    _, k = bank.place(bank.layers[0], lag, label, target)
-    column = bank.columns[k]
-    chosen = best_layer(folder, bank, column) if layer is None else layer
-    return bank.place(chosen, column.lag, column.label, column.target)
 
 
 def alarm_threshold(bank: ProbeBank, place: tuple[int, int]) -> float:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from streamprobe.data.annotations import Section, annotate
 from streamprobe.data.dataset import Division
+from streamprobe.data.files import read_rows
 from streamprobe.data.formats import FormatOptions, Record, annotated, category_of
 from streamprobe.data.prompts import format_prompt
-from streamprobe.data.sources import read_rows
 from streamprobe.data.splits import split_chains
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from streamprobe.config.load import load_config
 from streamprobe.data.dataset import Division
-from streamprobe.data.sources import read_rows
+from streamprobe.data.files import read_rows
 from streamprobe.data.splits import same_problem, split_chains
 from streamprobe.model.blocks import context
 from streamprobe.model.loading import read_config

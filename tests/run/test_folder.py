@@ -21,8 +21,9 @@ import yaml
 from forked import Done, forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from streamprobe import cli, commands
+from streamprobe import cli
 from streamprobe.cli import train as main
+from streamprobe.commands import shared
 from streamprobe.errors import InputError
 from streamprobe.reporting.tensorboard import writer as tracking
 from streamprobe.run import folder, pipeline
@@ -458,8 +459,8 @@ def test_a_full_disk_under_the_curves_alone_ends_behind_the_checkpoint(
 def reported(path: str | Path) -> str:
     """What --html is refused with."""
     with pytest.raises(InputError) as caught:
-        commands.check_file(Path(path), "html")
-        commands.write_file(Path(path), "html", "page")
+        shared.check_file(Path(path), "html")
+        shared.write_file(Path(path), "html", "page")
     assert f"html {path}, which cannot be written" in str(caught.value) or "\0" in str(path)
     return str(caught.value)
 
@@ -480,8 +481,8 @@ def test_a_device_a_pipe_and_a_link_are_written_in_place(
     reader = threading.Thread(target=lambda: read.append(Path("pipe").read_text()))
     reader.start()
     for name in (os.devnull, *kinds):
-        commands.check_file(Path(name), "html")
-        commands.write_file(Path(name), "html", "page \ud800")
+        shared.check_file(Path(name), "html")
+        shared.write_file(Path(name), "html", "page \ud800")
     reader.join(10)
     assert read == ["page \\ud800"] == [Path("real").read_text()] == [Path("made").read_text()]
     for name, before in kinds.items():
@@ -502,7 +503,7 @@ def test_a_device_is_replaced_by_a_plain_rename(tmp_path: Path) -> None:
 def test_the_standard_output_keeps_what_was_printed(tmp_path: Path) -> None:
     """Also where it is a file, which opening anew would empty."""
     code = (
-        "from pathlib import Path; from streamprobe import commands as g; print('before'); p = Path('/dev/stdout')\n"
+        "from pathlib import Path; from streamprobe.commands import shared as g; print('before'); p = Path('/dev/stdout')\n"
         "g.check_file(p, 'html'); g.write_file(p, 'html', 'page\\n')"
     )
     with open(tmp_path / "out", "wb") as out:
@@ -514,23 +515,23 @@ def test_the_standard_output_keeps_what_was_printed(tmp_path: Path) -> None:
 def test_a_file_that_the_user_named_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     page, beside = tmp_path / "page.html", tmp_path / "page.html.part"
     beside.write_text("the user's own")
-    commands.write_file(page, "html", "old")
-    commands.check_file(page, "html")
+    shared.write_file(page, "html", "old")
+    shared.check_file(page, "html")
     assert page.read_text() == "old" and listed(tmp_path) == {"page.html", "page.html.part"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
         assert "No space left" in reported(page)
     assert beside.read_text() == "the user's own"
     longest = tmp_path / f"{'n' * 250}.html"
-    commands.check_file(longest, "html")
-    commands.write_file(longest, "html", "page")
+    shared.check_file(longest, "html")
+    shared.write_file(longest, "html", "page")
     longest.unlink()
     assert page.read_text() == "old" and listed(tmp_path) == {"page.html", "page.html.part"}
 
 
 def test_what_cannot_be_written_is_reported_up_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "write_file", None)
+    monkeypatch.setattr(shared, "write_file", None)
     for name in ("loop", "to-folder", "far"):
         Path(name).symlink_to({"loop": "loop", "to-folder": ".", "far": "gone/x"}[name])
     for name in (".", "gone/x.html", "n" * 300, "loop", "to-folder", "far", "/proc/x", "a\0b", "/"):

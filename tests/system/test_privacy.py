@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from streamprobe import cli
 from streamprobe.cli import train as main
-from streamprobe.data.sources import read_rows
+from streamprobe.data.files import read_rows
 from streamprobe.errors import InputError
 from streamprobe.probes.storage import load_probes
 from streamprobe.reporting.html import page

@@ -312,7 +312,7 @@ CASES = {
     "config that is no YAML": ("odd config", OK, "config"),
     "layer": ("", [*OK, "--layer", "3"], "layer 3; expected one of 0 1 2"),
     "lag": ("", [*OK, "--lag", "5"], "lag 5; expected one of -2 0 4"),
-    "lag and layer": ("", [*OK, "--lag", "5", "--layer", "7"], "5"),
+    "lag and layer": ("", [*OK, "--lag", "5", "--layer", "7"], "layer 7"),
     "label": ("", [*OK, "--label", "joy"], "label joy; expected one of backtracking"),
     "target": ("", [*OK, "--target", "within"], "target within; expected one of token onset"),
     "solver": ("", [*OK, "--solver", "adam"], "'adam'"),

@@ -1,0 +1,70 @@
+"""`streamprobe bench` and `bench watching`: what training and watching cost."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from streamprobe.bench.shapes import SHAPES, default_shape
+from streamprobe.commands.shared import check_file
+from streamprobe.system.console import say
+from streamprobe.system.files import write_output
+
+
+def _add_shape(parser: ArgumentParser) -> None:
+    text = f"size of the model ({default_shape(cuda=True)} on a GPU, else {default_shape(cuda=False)})"
+    parser.add_argument("--shape", choices=list(SHAPES), help=text)
+
+
+def options(parser: ArgumentParser) -> None:
+    """The options of `bench`."""
+    _add_shape(parser)
+    add = parser.add_argument
+    add("--chains", type=int, help="synthetic chains, a tenth of them for validation (1000 on a GPU, else 60)")
+    add(
+        "--max_batch_tokens",
+        type=int,
+        default=8192,
+        help="most tokens in one forward pass, padding included (%(default)s)",
+    )
+    add("--repeats", type=int, default=3, help="of each pass, of which the median counts (%(default)s)")
+    add("--offline_chains", type=int, default=20, help="chains on which the offline way is measured (%(default)s)")
+    add("--offline_epochs", type=int, default=5, help="epochs of the offline way; one is measured (%(default)s)")
+    add("--peer", choices=["probelab"], help="another package to measure, where it is installed")
+    add("--json", type=Path, metavar="FILE", help="where to write every number, with the hardware and the versions")
+
+
+def watching_options(parser: ArgumentParser) -> None:
+    """The options of `bench watching`."""
+    _add_shape(parser)
+    add = parser.add_argument
+    add("--tokens", type=int, default=100, help="tokens to write (%(default)s)")
+    add("--rounds", type=int, default=5, help="timed rounds (%(default)s)")
+    add("--cpu_time", action="store_true", help="seconds of this process on the CPU, of all its threads")
+
+
+def bench(given: Namespace) -> None:
+    """Measures what training costs, and writes the numbers that --json asks for."""
+    import torch
+
+    from streamprobe.bench import training_cost
+
+    cuda = torch.cuda.is_available()
+    chains = (1000 if cuda else 60) if given.chains is None else given.chains
+    own = {name: value for name, value in vars(given).items() if name != "json"}
+    asked = training_cost.Options(**own | {"shape": given.shape or default_shape(cuda), "chains": chains})
+    check_file(given.json, "json")
+    result = training_cost.measure_training(asked, torch.device("cuda" if cuda else "cpu"))
+    if given.json:
+        write_output(given.json, (json.dumps(result, indent=1, default=str) + "\n").encode(), "json")
+    say(training_cost.table(result))
+
+
+def watching(given: Namespace) -> None:
+    """Measures what watching costs."""
+    import torch
+
+    from streamprobe.bench.monitor_cost import measure_watching
+
+    cuda = torch.cuda.is_available()
+    shape, device = given.shape or default_shape(cuda), torch.device("cuda" if cuda else "cpu")
+    say(measure_watching(shape, device, tokens=given.tokens, rounds=given.rounds, cpu_time=given.cpu_time))

@@ -1,0 +1,67 @@
+"""Which of a run's probes is meant where the user does not say it all."""
+
+from pathlib import Path
+
+from streamprobe.errors import InputError
+from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.verdict import probe_of_verdict
+from streamprobe.lags import Column
+from streamprobe.probes.base import Probes
+from streamprobe.system.csv_files import read_csv
+
+PLACE = ("layer", "lag", "label", "target")
+
+
+def choose_probe(
+    folder: Path,
+    probes: Probes,
+    *,
+    layer: int | None = None,
+    lag: int | None = None,
+    label: str | None = None,
+    target: str | None = None,
+) -> tuple[int, int]:
+    """Where a probe of the run in `folder` lies among its probes, (l, k).
+
+    Of those that have what is given it is the one that the run's verdict names: see `probe_of_verdict`.  Without a
+    label it is one of the first label, and with a layer and a lag but no target one of the first target.  Raises InputError for a probe that the run has not, and where its results.csv
+    is needed and cannot be read.
+    """
+    real = [column for column in probes.columns if not column.control]
+    label = real[0].label if label is None else label
+    like = [c for c in real if c.label == label and target in (None, c.target)]
+    some = like[0].lag if like and lag is None else lag or 0
+    found = probes.place(probes.layers[0] if layer is None else layer, some, label, target or _having(like, some))
+    if layer is not None and lag is not None:
+        return found
+    asked = {"layer": layer, "lag": lag, "label": label, "target": target}
+    given = {name: value for name, value in asked.items() if value is not None}
+    rows = [row for row in _rows_of(folder, probes) if given.items() <= row.items()]
+    if not rows:
+        raise InputError(
+            f"results.csv in {folder} without the probes of {given}", "one that the run wrote", "give --layer and --lag"
+        )
+    best = probe_of_verdict(rows)
+    return probes.place(best["layer"], best["lag"], best["label"], best["target"])
+
+
+def _having(columns: list[Column], lag: int) -> str | None:
+    """The first target that has a column of this lag."""
+    return next((column.target for column in columns if column.lag == lag), None)
+
+
+def _rows_of(folder: Path, probes: Probes) -> list[Row]:
+    """The rows of results.csv of probes of this solver, as far as the choice needs them."""
+    fix = "give --layer, --lag, --label and --target"
+    names = ("solver", *PLACE, "control", "auroc", "lift_low_corrected")
+    rows = []
+    for line in read_csv(folder / "results.csv", names, fix):
+        if line["control"] or line["solver"] != probes.solver:
+            continue
+        try:
+            numbers = {name: int(line[name]) for name in ("layer", "lag")}
+            scores = {name: float(line[name] or "nan") for name in ("auroc", "lift_low_corrected")}
+        except ValueError as error:
+            raise InputError(f"results.csv in {folder} ({error})", "one that a run wrote", fix) from error
+        rows.append({"label": line["label"], "target": line["target"], **numbers, **scores})
+    return rows

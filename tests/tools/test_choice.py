@@ -1,0 +1,56 @@
+"""Which probe is meant where the user does not say: that of the verdict, and what he does say counts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamprobe.errors import InputError
+from streamprobe.evaluation.rows import FIELDS
+from streamprobe.lags import Column
+from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.sites import layer_sites
+from streamprobe.tools.choice import choose_probe
+
+COLUMNS = [Column("a", "token", 0), Column("a", "token", 8), Column("a", "onset", 8), Column("b", "token", 16)]
+BANK = ProbeBank(layer_sites([1, 3]), COLUMNS, torch.zeros(2, 4, 5), torch.zeros(2, 4), solver="newton")
+
+
+def write(folder: Path, rows: list[tuple[int, Column, float, str]]) -> Path:
+    """results.csv of rows (layer, column, AUROC, corrected low end), and of a control that is better than all."""
+    lines = [",".join(FIELDS)]
+    for layer, column, area, low in rows:
+        cells = {"solver": "newton", "layer": layer, "label": column.label, "target": column.target, "lag": column.lag}
+        cells |= {"auroc": area, "lift_low_corrected": low}
+        for control in ("", "text"):
+            lines.append(",".join(str((cells | {"control": control}).get(name, "")) for name in FIELDS))
+    (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def chosen(folder: Path, **given) -> tuple[int, Column]:
+    i, k = choose_probe(folder, BANK, **given)
+    return BANK.layers[i], BANK.columns[k]
+
+
+def test_it_is_the_probe_that_the_verdict_names(tmp_path):
+    token, ahead, onset, other = COLUMNS
+    rows = [(1, token, 0.9, "0.2"), (3, ahead, 0.8, "0.02"), (1, onset, 0.7, "0.03"), (3, onset, 0.95, "-0.1")]
+    folder = write(tmp_path, [*rows, (1, other, 0.99, "0.3")])
+    assert chosen(folder) == (1, onset)
+    assert chosen(folder, target="token") == (3, ahead) and chosen(folder, lag=0) == (1, token)
+    assert chosen(folder, label="b") == (1, other) and chosen(folder, layer=3) == (3, ahead)
+
+
+def test_without_a_verdict_it_is_the_best_at_the_lag_nearest_to_0(tmp_path):
+    token, ahead, *_ = COLUMNS
+    folder = write(tmp_path, [(1, token, 0.6, "nan"), (3, token, 0.7, "-0.1"), (1, ahead, 0.9, "nan")])
+    assert chosen(folder) == (3, token)
+
+
+def test_a_layer_and_a_lag_need_no_results(tmp_path):
+    assert chosen(tmp_path, layer=3, lag=8) == (3, COLUMNS[1])
+    with pytest.raises(InputError, match=r"results\.csv, which cannot be read .*; fix: give --layer"):
+        chosen(tmp_path)
+    with pytest.raises(InputError, match="lag 5; expected one of 0 8"):
+        chosen(tmp_path, lag=5)
