@@ -50,6 +50,23 @@ class Characters(NamedTuple):
     section: np.ndarray  # [characters, C] int64: the number of each label's section, or -1
 
 
+class Rendered(NamedTuple):
+    """A record as the model reads it: the text, and its tokens with the characters start .. end that each covers."""
+
+    text: str
+    ids: list[int]  # [T]
+    offsets: list[tuple[int, int]]  # [T] into `text`; (0, 0) for a token that stands for none of it
+    head: int  # characters before the response
+    marker: str  # with which the prompt ends and the response begins; it was left out of the prompt
+
+
+def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Rendered:
+    """The text of a record with its prompt, and its tokens.  Raises InputError as `prompts.open_response` does."""
+    head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
+    text = head + record.response
+    return Rendered(text, *encode(text, options.prompt, tokenizer, options.bos), len(head), marker)
+
+
 def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: TextOptions = AS_TEXT) -> Chain:
     """One record as token ids and label codes for each of `labels`.
 
@@ -58,10 +75,8 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
     (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
     (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.
     """
-    head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
-    text = head + record.response
-    ids, offsets = encode(text, options.prompt, tokenizer, options.bos)
-    characters = _label_characters(record, len(head), labels, options)
+    text, ids, offsets, head, marker = render(record, tokenizer, options)
+    characters = _label_characters(record, head, labels, options)
     special = special_ids(tokenizer)
     codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
     sample = np.zeros(len(ids), dtype=bool)
@@ -70,7 +85,7 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
         if token in special or start >= end:
             continue
         last = start + (len(text[start:end].rstrip()) or end - start) - 1
-        if last >= len(head):
+        if last >= head:
             first = min(first, t)
         elif options.support == "response":
             continue

@@ -24,8 +24,8 @@ def choose_probe(
     """Where a probe of the run in `folder` lies among its probes, (l, k).
 
     Of those that have what is given it is the one that the run's verdict names: see `probe_of_verdict`.  Without a
-    label it is one of the first label, and with a layer and a lag but no target one of the first target.  Raises InputError for a probe that the run has not, and where its results.csv
-    is needed and cannot be read.
+    label it is one of the first label, and with a layer and a lag but no target one of the first target.  Raises
+    InputError for a probe that the run has not, and where its results.csv is needed and cannot be read.
     """
     real = [column for column in probes.columns if not column.control]
     label = real[0].label if label is None else label
