@@ -73,7 +73,7 @@ def setup_of(argv: Sequence[str]) -> Any:
 def make_record(problem: str, response: str, sections: Sequence[Any] = (), id: str = "x") -> Any:
     """A record with these sections, (label, start, end) each."""
     from streamprobe.data.annotations import Annotation, Section
-    from streamprobe.data.formats import Record
+    from streamprobe.data.records import Record
 
     return Record(response, Annotation([Section(*section) for section in sections]), problem, id)
 
@@ -90,11 +90,12 @@ def load_chains(
 ) -> tuple[Any, Any]:
     """The splits and the counts of rows in the format `annotated`: `fields` are its FormatOptions."""
     from streamprobe.data.dataset import make_dataset
-    from streamprobe.data.formats import FORMATS, FormatOptions
+    from streamprobe.data.detect import Found
+    from streamprobe.data.formats import FormatOptions
     from streamprobe.data.sources import RowSource, read_records
 
     fields = fields or FormatOptions()
-    records = read_records(RowSource(rows, FORMATS["annotated"], fields, most=most))
+    records = read_records(RowSource(rows, Found("annotated", fields), most=most))
     partial = most is not None and most < len(rows)
     names = {} if partial else fields.label_names
     dataset = make_dataset(records, tokenizer, labels, context=context, label_names=names, **options)

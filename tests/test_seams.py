@@ -19,8 +19,10 @@ from streamprobe import load_probes
 from streamprobe.cli import main, train
 from streamprobe.controls.table import CONTROLS, Control
 from streamprobe.data.annotations import Annotation, Section
+from streamprobe.data.columns import Role, is_text, never
 from streamprobe.data.dataset import make_dataset
-from streamprobe.data.formats import FORMATS, Format, FormatOptions, Record, Row, annotated
+from streamprobe.data.formats import FORMATS, Format, FormatOptions, annotated
+from streamprobe.data.records import Record, Row
 from streamprobe.data.sources import read_records
 from streamprobe.evaluation.results import TestResults
 from streamprobe.lags import Column
@@ -42,7 +44,7 @@ def capitals(row: Row, _options: FormatOptions) -> Record:
     return Record(row["text"], Annotation(sections), row["question"])
 
 
-CAPITALS = Format(capitals, lambda options: ["text", "question"], "sections in capitals")
+CAPITALS = Format(capitals, "sections in capitals", Role("a text", ["text"], is_text, never))
 
 
 # A control: whether the number of the token is even.
@@ -127,7 +129,7 @@ def test_they_are_in_help_and_the_docs_are_found_to_lack_them(capsys) -> None:
 def test_a_run_fails_without_their_rows(data, model_dir, tmp_path, capsys) -> None:
     argv = ["--model", model_dir, "--data", data, "--output_dir", str(tmp_path / "run"), *KEYS]
     assert train([*argv, "--format", "capitals"]) == 2
-    assert "format capitals; expected one of annotated; fix: correct --format" in capsys.readouterr().err
+    assert "format capitals; expected one of auto, annotated, spans, " in capsys.readouterr().err
     assert train([*argv, "--controls", "evenness"]) == 2
     assert "controls evenness; expected one of embed, text, position" in capsys.readouterr().err
 

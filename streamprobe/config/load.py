@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
+from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.keys import require
-from streamprobe.config.schema import DataConfig, ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
+from streamprobe.config.schema import ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.formats import FORMATS
+from streamprobe.data.label_rules import SCOPES
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
 from streamprobe.solvers.table import SOLVERS
@@ -22,7 +24,7 @@ from streamprobe.system.privacy import FILES, TOKENS
 from streamprobe.system.shipped import shipped_configs
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
-PAIRS = ("label_names",)  # keys of a list of NAME=VALUE, which a file may write as a mapping
+PAIRS = ("label_names", "label_rules")  # keys of a list of NAME=VALUE, which a file may write as a mapping
 DEFAULT = "demo"
 
 
@@ -105,7 +107,7 @@ def full_help(help: str) -> str:
     for name, table in (("<controls>", CONTROLS), ("<formats>", FORMATS), ("<solvers>", SOLVERS)):
         rows: Mapping[str, Any] = table
         help = help.replace(name, "; ".join(f"{row} ({each.about})".replace("%", "%%") for row, each in rows.items()))
-    return help
+    return help.replace("<scopes>", ", ".join(f"{scope} ({about})" for scope, about in SCOPES.items()))
 
 
 def _check_order(argv: Sequence[str], actions: Mapping[str, Action], command: str) -> None:
@@ -233,12 +235,21 @@ def _no_config(path: Path) -> InputError:
 def _as_written(node: yaml.Node, pairs: bool = False) -> Any:
     """The text of a node, of each one in its list, or of its `pairs` (NAME=VALUE); None for null."""
     if pairs and isinstance(node, yaml.MappingNode):
-        return [f"{_as_written(name)}={_as_written(value) or ''}" for name, value in node.value] or None
+        return [f"{_as_written(name)}={_scoped(value)}" for name, value in node.value] or None
     if isinstance(node, yaml.SequenceNode):
         return [_as_written(each) if isinstance(each, yaml.ScalarNode) else {} for each in node.value]
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
     return {}
+
+
+def _scoped(node: yaml.Node) -> str:
+    """The text behind NAME=; of a mapping with a `scope` and a `pattern` SCOPE:PATTERN."""
+    if isinstance(node, yaml.MappingNode):
+        inside = {_as_written(name): _as_written(value) for name, value in node.value}
+        known = inside.keys() <= {"scope", "pattern"}
+        return f"{inside.get('scope', 'match')}:{inside.get('pattern') or ''}" if known else ""
+    return _as_written(node) or ""
 
 
 def _unknown(word: str, keys: list[str], where: str) -> InputError:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
-from streamprobe.config.keys import is_day, key, require
+from streamprobe.config.keys import key, require
 from streamprobe.controls.table import CONTROLS
-from streamprobe.data.formats import FORMATS
 from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
@@ -61,109 +60,6 @@ class ModelConfig:
     def code(self) -> dict[str, Any]:
         """What says which code builds it."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-
-@dataclass
-class DataConfig:
-    """The annotated chains."""
-
-    _argument_group_name = "data"
-
-    data: str = key("", "JSON, JSON-lines or parquet file, a URL of one, or the id of a data set on the hub.")
-    data_sha256: str | None = key(None, "SHA-256 that the data file must have.")
-    format: str = key("annotated", "How labels lie in the data: <formats>.")
-    data_split: str = key("train", "Split of a data set on the hub.")
-    problem_column: str = key("problem", "Column with the problem.")
-    response_column: str = key("reasoning_chain", "Column with the text that the model wrote.")
-    annotation_column: str = key("annotated_chain", 'Column with that text in ["label"]...["end-section"] sections.')
-    id_column: str = key("task_id", "Column with the chain's name.")
-    prompt: str = key(
-        r"{problem}\n\n",
-        r"Text before the response: a string that holds {problem} (\n is a line end), or chat for the chat template.",
-    )
-    chat_date: str | None = key(
-        None, "Day that a chat template writes, YYYY-MM-DD; none is the day on which the run begins."
-    )
-    support: Literal["response", "all"] = key(
-        "response", "Tokens that count: the response's, or all, with the problem as negatives."
-    )
-    unlabelled: Literal["ignore", "negative"] = key(
-        "ignore", "Response text in no section: left out (a text without any is refused), or negative."
-    )
-    response: Literal["original", "rejoined"] = key(
-        "original", "The response as it was written, or the annotated sections alone, joined by spaces."
-    )
-    bad_chains: Literal["refuse", "skip"] = key(
-        "refuse",
-        "A chain with an activation that is infinite or not a number: end in a line that names it, or read all chains "
-        "once more at the start and leave such chains out.",
-    )
-    label_names: list[str] | None = key(
-        None, "Labels to call otherwise, each as NAME=LABEL, such as '5. backtracking=backtracking'."
-    )
-    bos: bool = key(True, "Begin every chain with the beginning-of-sequence (BOS) token, where the tokenizer has one.")
-    category_column: str | None = key(None, "Column with the kind of problem; none is the id without its number.")
-    max_chains: int | None = key(None, "Use only so many chains, evenly spaced over the data; none is all.")
-    test_share: float = key(0.2, "Share of all problems held out for results.csv.")
-    validation_share: float = key(0.1, "Share of the other problems that stops training and picks thresholds.")
-    split_seed: int = key(42, "Seed of the split.")
-    split_by: Literal["problem", "chain"] = key(
-        "problem",
-        "What is drawn: problems, each with all of its chains; or chains, as in the original experiment, where another "
-        "chain of a test problem is left out.",
-    )
-    split: Literal["random", "category"] = key(
-        "random", "Test chains are a random test_share, or those of test_categories: does a probe transfer?"
-    )
-    test_categories: list[str] | None = key(None, "With split category: the kinds of problem that are held out.")
-    validation: Literal["own", "test"] = key(
-        "own", "Chains that stop training and pick thresholds: a validation_share, or the test chains (which flatters)."
-    )
-
-    def __post_init__(self) -> None:
-        require(self.format in FORMATS, f"format {self.format}", f"one of {', '.join(FORMATS)}", "correct --format")
-        require(0 <= self.split_seed < 2**32, f"split_seed {self.split_seed}", "0 .. 2**32 - 1", "correct --split_seed")
-        for name in ("test_share", "validation_share"):
-            share = getattr(self, name)
-            require(0 < share < 1, f"{name} {share}", "a share between 0 and 1", "try 0.2")
-        require(
-            self.prompt == "chat" or "{problem}" in self.prompt,
-            f"prompt {self.prompt!r}",
-            "chat or a string that holds {problem}",
-            "write {problem} where the problem goes",
-        )
-        self.prompt = self.prompt.replace(r"\n", "\n")
-        require(
-            self.chat_date is None or is_day(self.chat_date),
-            f"chat_date {self.chat_date}",
-            "a day of the form YYYY-MM-DD",
-            "try 2026-01-31",
-        )
-        require(
-            (self.split == "category") == bool(self.test_categories),
-            f"split {self.split} with test_categories {' '.join(self.test_categories or ['none'])}",
-            "split category with test_categories, or neither",
-            "give both --split category and --test_categories, or drop both",
-        )
-        require(
-            self.max_chains is None or self.max_chains > 0, f"max_chains {self.max_chains}", "at least 1", "drop it"
-        )
-        for pair in self.label_names or []:
-            name, _, label = pair.rpartition("=")
-            require(
-                bool(name.strip() and label.strip()) and pair.isprintable(),
-                f"label_names {pair!r}",
-                "a name and what to call it, as in Backtracking=backtracking",
-                "correct --label_names",
-            )
-        names = [pair.rpartition("=")[0] for pair in self.label_names or []]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"label_names with {twice} twice", "each name once", "drop one in --label_names")
-
-    @property
-    def names(self) -> dict[str, str]:
-        """`label_names` as name -> label."""
-        return {name: label for name, _, label in (pair.rpartition("=") for pair in self.label_names or [])}
 
 
 @dataclass

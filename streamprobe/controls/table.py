@@ -45,6 +45,7 @@ class Control:
     features: Callable[[Chain, int], Tensor] | None = None  # [T, P] of a chain with codes of C labels
     relabel: Callable[[Tensor, Tensor, Any], Tensor] | None = None  # see `permuted`
     embedded: Callable[[Any, Tensor, int], Tensor] | None = None  # a layer made of embeddings: see `embedding`
+    within: bool = False  # whether it is made of how labels change within a text: where they do not, it knows them
 
 
 CONTROLS = {
@@ -67,11 +68,13 @@ CONTROLS = {
         "v",
         applies=ahead_only,
         features=later("persistence", "persistence_features"),
+        within=True,
     ),
     "permuted": Control(
         "the probed layer, for labels turned around the circle of each chain by a random number of tokens: what the "
         "chain as a whole gives",
         "x",
         relabel=later("permuted", "permute_labels"),
+        within=True,
     ),
 }

@@ -54,6 +54,7 @@ class Annotation(NamedTuple):
     unbalanced: int = 0  # tags without their partner
     names: Sequence[str] = ()  # what the tags name, before `label_names`
     strange: Sequence[str] = ()  # what looks like a tag of a form that is not understood
+    missing: Sequence[str] = ()  # text that was marked and is not in the text
 
     @property
     def asked(self) -> int:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from streamprobe.data.annotations import NAMES, check_names
-from streamprobe.data.formats import Record, Refused
+from streamprobe.data.annotations import NAMES, Section, check_names
 from streamprobe.data.prompts import is_unicode
+from streamprobe.data.records import Record, Refused, Unusable
 from streamprobe.data.splits import split_chains
 from streamprobe.data.tokenize import AS_TEXT, Chain, TextOptions, tokenize
 from streamprobe.errors import InputError
-from streamprobe.lags import Column, LagBuffer
+from streamprobe.lags import INSIDE, OUTSIDE, Column, LagBuffer
 from streamprobe.system.console import shows_progress
 
 
@@ -40,6 +40,7 @@ class Counts:
     labels: Counter[str] = field(default_factory=Counter)  # label -> sections
     label_chains: Counter[str] = field(default_factory=Counter)  # label -> chains
     strange_tags: Counter[str] = field(default_factory=Counter)  # a tag whose form is not understood -> how often
+    missing_spans: Counter[str] = field(default_factory=Counter)  # text that was marked and is not there -> how often
     characters: int = 0
     labelled_characters: int = 0
 
@@ -66,12 +67,28 @@ class Counts:
         self.labels.update(s.label for s in found.sections)
         self.label_chains.update({s.label for s in found.sections})
         self.strange_tags.update(map(in_any_file, found.strange))
+        self.missing_spans.update(map(in_any_file, found.missing))
         self.characters += len(record.response)
-        self.labelled_characters += sum(end - start for start, end in {(s.start, s.end) for s in found.sections})
+        self.labelled_characters += len(record.response) if record.complete else _covered(found.sections)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain numbers and dicts."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+
+def _constant(codes: Tensor) -> bool:
+    """Whether each label [T, C] of a chain is known to be there at all of its labelled tokens, or at none."""
+    inside, outside = (codes >= INSIDE).any(0), (codes == OUTSIDE).any(0)
+    return not bool((inside & outside).any())
+
+
+def _covered(sections: Sequence[Section]) -> int:
+    """Characters that are in one of the sections, which are in the order of the text."""
+    covered = end = 0
+    for section in sections:
+        covered += max(0, section.end - max(end, section.start))
+        end = max(end, section.end)
+    return covered
 
 
 def in_any_file(text: str) -> str:
@@ -114,6 +131,11 @@ class Dataset:
     def chains(self) -> list[Chain]:
         """Every chain once, split by split: the validation chains may be the test chains."""
         return list({chain.row: chain for split in self.splits.values() for chain in split}.values())
+
+    @property
+    def one_label_a_text(self) -> bool:
+        """Whether no label changes within a chain, as where whole texts are labelled."""
+        return all(_constant(chain.codes) for chain in self.chains())
 
     def lengths(self) -> list[int]:
         """Tokens of every chain."""
@@ -161,9 +183,10 @@ def make_dataset(
         if reason or isinstance(record, Refused):
             counts.refuse(reason, record.id)
             continue
-        chain = tokenize(record, tokenizer, labels, text)
-        if len(chain.ids) > context:
-            counts.refuse(f"longer than the model's context of {context:,} tokens", record.id)
+        try:
+            chain = _fitting(tokenize(record, tokenizer, labels, text), context, text)
+        except Unusable as why:
+            counts.refuse(str(why), record.id)
             continue
         counts.use(record, chain.marker)
         named.update(record.annotation.names)
@@ -174,10 +197,19 @@ def make_dataset(
     return Dataset(splits, list(labels), counts)
 
 
+def _fitting(chain: Chain, context: int, text: TextOptions) -> Chain:
+    """The chain, if it fits the model's context and has tokens that count.  Raises Unusable otherwise."""
+    if len(chain.ids) > context:
+        raise Unusable(f"longer than the model's context of {context:,} tokens")
+    if text.region != "all" and not chain.support.any():
+        raise Unusable(f"without a token in the region {text.region}")
+    return chain
+
+
 def _why_unused(record: Record | Refused, bad: Collection[int], text: TextOptions) -> str:
     """The reason why a record is not used, as far as its text tells; nothing where it is.
 
-    A text without a section is one of negatives (`unlabelled: negative`), unless its sections were lost.
+    A text without a section is one of negatives where text in no section is, unless its sections were lost.
     """
     if record.row in bad:
         return NOT_FINITE
@@ -189,7 +221,8 @@ def _why_unused(record: Record | Refused, bad: Collection[int], text: TextOption
         return ""
     if record.annotation.lost:
         return "none of whose sections is found in the response"
-    return "without a section" if text.unlabelled == "ignore" or not record.response else ""
+    known = text.unlabelled == "negative" or (text.unlabelled == "auto" and record.complete) or record.everywhere
+    return "" if known and record.response else "without a section"
 
 
 def _divide(records: Sequence[Record | Refused], division: Division) -> list[str]:

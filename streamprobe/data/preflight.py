@@ -135,6 +135,9 @@ def _notes(counts: Counts) -> list[str]:
 def describe_tags(counts: Counts, labels: Sequence[str]) -> list[str]:
     """Lines on what is odd about the annotator's tags: their form, nearly equal names, names in a single chain."""
     lines = []
+    if counts.missing_spans:
+        named = _listed([repr(text[:60]) for text, _ in counts.missing_spans.most_common()])
+        lines.append(f"spans     {counts.missing_spans.total():,} not found in their text: {named}")
     if counts.strange_tags:
         forms = counts.strange_tags.most_common()
         (commonest, _), *_ = forms

@@ -53,26 +53,34 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
 
 def _render(problem: str, tokenizer: Any, day: str | None) -> str:
     """The chat template's text for one turn of a user, up to where the answer begins."""
+    return render_chat([{"role": "user", "content": problem}], tokenizer, day, add_generation_prompt=True)
+
+
+def render_chat(messages: Sequence[Any], tokenizer: Any, day: str | None = None, **options: Any) -> str:
+    """The chat template's text for some turns; `options` are more that it is given, such as its tools.
+
+    A template that writes the date writes `day` (YYYY-MM-DD), or today.  Raises InputError for a template that is
+    missing or cannot be rendered.
+    """
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise InputError(
-            "prompt: chat with a tokenizer that has no chat template",
+            "a chat with a tokenizer that has no chat template",
             "a tokenizer with one",
-            "use --prompt '{problem}\\n\\n' or another format string",
+            "use a model that was trained to chat, or data of another format with --prompt '{problem}\\n\\n'",
         )
-    turn, options = [{"role": "user", "content": problem}], dict[str, Any]()
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             chosen = date.fromisoformat(day) if day else date.today()
-            options = {"chat_template": CLOCK + template, "chat_day": _codes(chosen)}
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **options)
+            options |= {"chat_template": CLOCK + template, "chat_day": _codes(chosen)}
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (TemplateError, *TEMPLATE_RAISES) as error:
         raise InputError(
             f"a chat template that cannot be rendered ({type(error).__name__}: {first_line(error)})",
-            "one that takes a user's turn",
-            "fix the tokenizer's chat template, or use --prompt '{problem}\\n\\n' or another format string",
+            f"one that takes turns of {' and '.join(sorted({turn['role'] for turn in messages}))}",
+            "fix the tokenizer's chat template or the data; --prompt '{problem}\\n\\n' needs none",
         ) from error
 
 

@@ -10,9 +10,12 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from streamprobe.data.detect import Asked, Found, find_format
 from streamprobe.data.files import Rows, read_rows
-from streamprobe.data.formats import FORMATS, Format, FormatOptions, Record, Refused, read_row
+from streamprobe.data.formats import FORMATS, FormatOptions, read_row
+from streamprobe.data.records import Record, Refused
 from streamprobe.system.console import shows_progress
+from streamprobe.system.privacy import clean_url
 
 
 class Source(Protocol):
@@ -36,18 +39,25 @@ class Source(Protocol):
 class RowSource:
     """The rows of a file or data set, each read by one of `formats.FORMATS`."""
 
-    def __init__(self, rows: Rows, format: Format, options: FormatOptions, *, most: int | None = None, place: int = 0):
+    def __init__(
+        self,
+        rows: Rows,
+        found: Found,
+        *,
+        most: int | None = None,
+        place: int = 0,
+    ):
         """At most `most` of the rows, evenly spaced (None: all); begins with the row at `place` of these."""
         self.partial = most is not None and most < len(rows)
         self.rows = (
             [rows[i] for i in np.linspace(0, len(rows) - 1, most).astype(int)] if self.partial and most else rows
         )
-        self.format, self.options, self.place = format, options, place
+        self.found, self.place = found, place
 
     def __iter__(self) -> Iterator[Record | Refused]:
         while self.place < len(self.rows):
             self.place += 1
-            yield read_row(self.rows[self.place - 1], self.place - 1, self.format, self.options)
+            yield read_row(self.rows[self.place - 1], self.place - 1, FORMATS[self.found.name], self.found.options)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,21 +69,22 @@ class RowSource:
 
 def open_source(
     data: str,
-    format: str,
+    asked: Asked,
     options: FormatOptions,
     *,
     split: str = "train",
     sha256: str | None = None,
     most: int | None = None,
-) -> Source:
+) -> RowSource:
     """The records of a JSON, JSON-lines or parquet file, a URL of one, or a data set on the hub.
 
-    `split` is that of a data set on the hub, `sha256` what a file must have, `most` as in `RowSource`.  Raises
-    InputError where the data cannot be read or a column that the format needs is missing.
+    `asked` says what is known of its format and columns, `options` how they are read, `split` is that of a data set on
+    the hub, `sha256` what a file must have, `most` as in `RowSource`.  Raises InputError where the data cannot be read,
+    and where they have no format that is known.
     """
-    chosen = FORMATS[format]
-    columns = [*chosen.columns(options), *([options.category] if options.category else [])]
-    return RowSource(read_rows(data, split, columns, sha256), chosen, options, most=most)
+    rows = read_rows(data, split, (), sha256)
+    found = find_format(rows, clean_url(data), asked, options)
+    return RowSource(rows, found, most=most)
 
 
 def read_records(source: Source) -> list[Record | Refused]:

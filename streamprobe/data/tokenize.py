@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamprobe.data.formats import Record
+from streamprobe.data.chat import Placed, place_chat
 from streamprobe.data.prompts import encode, open_response, special_ids
+from streamprobe.data.records import Record
+from streamprobe.data.regions import KNOWN, Markers, thinking
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
 
@@ -20,10 +22,12 @@ class TextOptions(NamedTuple):
     """How a record becomes the text that the model reads, and which of its tokens count: keys of the config."""
 
     prompt: str = "{problem}\n\n"  # see `prompts.format_prompt`
-    support: str = "response"  # see `tokenize`, as for the next one
-    unlabelled: str = "ignore"
+    support: str = "assistant"  # see `tokenize`, as for the next two
+    unlabelled: str = "auto"
     bos: bool = True  # whether a chain begins with the BOS token
     day: str | None = None  # that a chat template writes, YYYY-MM-DD; none is today
+    region: str = "all"  # see `tokenize`
+    markers: Sequence[Markers] = KNOWN  # of the regions
 
 
 AS_TEXT = TextOptions()
@@ -46,7 +50,9 @@ class Chain:
 class Characters(NamedTuple):
     """What is known of every character of a text."""
 
-    known: np.ndarray  # [characters] bool: whether its labels are known
+    support: np.ndarray  # [characters] bool: whether a token that ends there may be a sample
+    response: np.ndarray  # [characters] bool: whether the model wrote it
+    known: np.ndarray  # [characters, C] bool: whether a label is known there
     section: np.ndarray  # [characters, C] int64: the number of each label's section, or -1
 
 
@@ -56,15 +62,26 @@ class Rendered(NamedTuple):
     text: str
     ids: list[int]  # [T]
     offsets: list[tuple[int, int]]  # [T] into `text`; (0, 0) for a token that stands for none of it
-    head: int  # characters before the response
+    head: int  # characters before the response; 0 in a chat
     marker: str  # with which the prompt ends and the response begins; it was left out of the prompt
+    place: np.ndarray  # [len(response)] int64: where in `text` each character of the response is, or -1
+    pieces: Sequence[Placed]  # of `text` that the model wrote: one, or in a chat one for each turn of the assistant's
 
 
 def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Rendered:
-    """The text of a record with its prompt, and its tokens.  Raises InputError as `prompts.open_response` does."""
+    """The text of a record with its prompt, and its tokens.
+
+    Raises InputError as `prompts.open_response` does, and Unusable for turns that a chat template does not take.
+    """
+    if record.chat:
+        text, place, pieces = place_chat(record.chat, record.response, tokenizer, options.day)
+        return Rendered(text, *encode(text, "chat", tokenizer, options.bos), 0, "", place, pieces)
     head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
     text = head + record.response
-    return Rendered(text, *encode(text, options.prompt, tokenizer, options.bos), len(head), marker)
+    front = head.rfind(record.problem) + len(record.problem) if record.problem in head else 0
+    place = np.arange(len(head), len(text))
+    pieces = [Placed(0, front, len(head), len(text))]
+    return Rendered(text, *encode(text, options.prompt, tokenizer, options.bos), len(head), marker, place, pieces)
 
 
 def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: TextOptions = AS_TEXT) -> Chain:
@@ -72,47 +89,72 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
 
     A token takes the labels of the sections that hold its last character that is not white space (its last character,
     where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
-    (`unlabelled: ignore`) or OUTSIDE (`negative`).  The problem's tokens are neither samples nor labelled
-    (`support: response`), or samples labelled OUTSIDE (`all`).  Special tokens are never either.
+    (`unlabelled: ignore`) or OUTSIDE (`negative`), or which of them the format says (`auto`).  Tokens that the model
+    did not write are neither samples nor labelled, nor are those outside of the `region`, and of a chat those of the
+    assistant's earlier turns (`support: last_assistant`); with `all`, those that the model did not write are samples
+    labelled OUTSIDE.  Special tokens are never either.
     """
-    text, ids, offsets, head, marker = render(record, tokenizer, options)
-    characters = _label_characters(record, head, labels, options)
-    special = special_ids(tokenizer)
-    codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
-    sample = np.zeros(len(ids), dtype=bool)
-    seen, first = [-1] * len(labels), len(ids)
-    for t, (token, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
+    rendered = render(record, tokenizer, options)
+    characters = _label_characters(record, rendered, labels, options)
+    special, text = special_ids(tokenizer), rendered.text
+    codes = np.full((len(rendered.ids), len(labels)), UNKNOWN, dtype=np.int8)
+    sample = np.zeros(len(rendered.ids), dtype=bool)
+    seen, first = [-1] * len(labels), len(rendered.ids)
+    for t, (token, (start, end)) in enumerate(zip(rendered.ids, rendered.offsets, strict=True)):
         if token in special or start >= end:
             continue
         last = start + (len(text[start:end].rstrip()) or end - start) - 1
-        if last >= head:
+        if characters.response[last]:
             first = min(first, t)
-        elif options.support == "response":
-            continue
-        sample[t] = True
-        if characters.known[last]:
-            codes[t] = _codes_at(characters.section[last].tolist(), seen)
-    tensors = torch.tensor(ids), torch.from_numpy(codes), torch.from_numpy(sample)
-    return Chain(record.id, *tensors, first, record.category, record.row, marker)
+        if characters.support[last]:
+            sample[t] = True
+            codes[t] = _codes_at(characters.section[last].tolist(), characters.known[last].tolist(), seen)
+    tensors = torch.tensor(rendered.ids), torch.from_numpy(codes), torch.from_numpy(sample)
+    return Chain(record.id, *tensors, first, record.category, record.row, rendered.marker)
 
 
-def _label_characters(record: Record, head: int, labels: Sequence[str], options: TextOptions) -> Characters:
-    """The labels of the characters of a prompt of `head` characters and the response behind it."""
-    size = head + len(record.response)
-    known = np.full(size, options.unlabelled == "negative")
-    known[:head] = options.support == "all"
+def _label_characters(record: Record, rendered: Rendered, labels: Sequence[str], options: TextOptions) -> Characters:
+    """The labels of the characters of a text, and which of them count."""
+    size = len(rendered.text)
+    response = np.zeros(size, dtype=bool)
+    response[rendered.place[rendered.place >= 0]] = True
+    support = response & _in_region(rendered, options)
+    complete = options.unlabelled == "negative" or (options.unlabelled == "auto" and record.complete)
+    known = np.repeat(support[:, None] & [complete or label in record.everywhere for label in labels], 1, axis=1)
     section = np.full((size, len(labels)), -1, dtype=np.int64)
     for number, (label, begin, stop) in enumerate(record.sections):
-        known[head + begin : head + stop] = True
+        inside = rendered.place[begin:stop]
+        inside = inside[inside >= 0]
+        if label not in record.everywhere:
+            known[inside] = True
         if label in labels:
-            section[head + begin : head + stop, labels.index(label)] = number
-    return Characters(known, section)
+            section[inside, labels.index(label)] = number
+    if options.support == "all":
+        support |= ~response
+        known |= ~response[:, None]
+    return Characters(support, response, known, section)
 
 
-def _codes_at(numbers: Sequence[int], seen: list[int]) -> list[int]:
+def _in_region(rendered: Rendered, options: TextOptions) -> np.ndarray:
+    """For each character of a text whether it is in the region and the turns that count: bool [characters]."""
+    inside = np.zeros(len(rendered.text), dtype=bool)
+    last = max((piece.turn for piece in rendered.pieces), default=0)
+    for turn, front, start, end in rendered.pieces:
+        if options.support == "last_assistant" and turn < last:
+            continue
+        if options.region == "all":
+            inside[start:end] = True
+        else:
+            thought, answered = thinking(rendered.text[front:end], options.markers)
+            inside[start:end] = (thought if options.region == "think" else answered)[start - front :]
+    return inside
+
+
+def _codes_at(numbers: Sequence[int], known: Sequence[bool], seen: list[int]) -> list[int]:
     """The code of each label [C] at a token in the sections `numbers`; `seen` are the last ones, brought up to date."""
     codes = []
     for c, number in enumerate(numbers):
-        codes.append(OUTSIDE if number < 0 else INSIDE if number == seen[c] else ONSET)
+        code = OUTSIDE if number < 0 else INSIDE if number == seen[c] else ONSET
+        codes.append(code if known[c] else UNKNOWN)
         seen[c] = number if number >= 0 else seen[c]
     return codes

@@ -7,15 +7,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.load import RunConfig
 from streamprobe.controls.chosen import ChosenControls
 from streamprobe.controls.permuted import relabel, relabelled_columns
+from streamprobe.controls.table import CONTROLS
 from streamprobe.data import preflight
 from streamprobe.data.dataset import Census, Dataset, Division, make_dataset
-from streamprobe.data.formats import FormatOptions, Record, Refused
+from streamprobe.data.formats import FormatOptions
 from streamprobe.data.prompts import resolve_day
-from streamprobe.data.sources import open_source, read_records
+from streamprobe.data.records import Record, Refused
+from streamprobe.data.regions import own_markers
+from streamprobe.data.sources import RowSource, open_source, read_records
 from streamprobe.data.tokenize import TextOptions
+from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.model.blocks import check_layers, check_vocabulary, context, depth, resolve_layers
 from streamprobe.model.chunks import check_chunks
@@ -39,24 +44,39 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     model_config = read_config(model.model, **model.source)
     check_layers(model_config, [])
     layers: Any = resolve_layers(config.probes.layers, depth(model_config))
-    options = FormatOptions(
-        id=data.id_column,
-        problem=data.problem_column,
-        response=data.response_column,
-        annotation=data.annotation_column,
-        category=data.category_column,
-        rejoined=data.response == "rejoined",
-        label_names=data.names,
-    )
-    source = open_source(
-        data.data, data.format, options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains
-    )
+    source = open_data(data)
+    say(f"format    {source.found}")
     tokenizer = load_tokenizer(model.model, **model.source)
-    day = resolve_day(data.prompt, data.chat_date, tokenizer)
+    prompt = "chat" if source.found.name == "messages" else data.prompt
+    day = resolve_day(prompt, data.chat_date, tokenizer)
     if day:
         say(f"prompt    the chat template writes the date: {day} (--chat_date)")
-    settled = replace(config, data=replace(data, chat_date=day), probes=replace(config.probes, layers=layers))
+    known = replace(data, chat_date=day, prompt=prompt, **source.found.keys)
+    settled = replace(config, data=known, probes=replace(config.probes, layers=layers))
     return Texts(read_records(source), source.partial, tokenizer, model_config), settled
+
+
+def open_data(data: DataConfig, labelled: bool = True) -> RowSource:
+    """Where the records of a config's data come from; `labelled`: whether they need labels.
+
+    Raises InputError for data that cannot be read.
+    """
+    options = FormatOptions(rejoined=data.response == "rejoined", label_names=data.names, rules=data.rules)
+    asked = data.asked._replace(labelled=labelled)
+    return open_source(data.data, asked, options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains)
+
+
+def text_options(data: DataConfig) -> TextOptions:
+    """How a record becomes the text that the model reads, and which of its tokens count."""
+    return TextOptions(
+        data.prompt,
+        data.support,
+        data.unlabelled,
+        data.bos,
+        day=data.chat_date,
+        region=data.region,
+        markers=own_markers(data.region_markers),
+    )
 
 
 def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Dataset:
@@ -67,7 +87,7 @@ def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Dat
         texts.tokenizer,
         config.probes.labels,
         context=context(texts.model_config),
-        text=TextOptions(data.prompt, data.support, data.unlabelled, data.bos, data.chat_date),
+        text=text_options(data),
         division=Division(
             test_share=data.test_share,
             validation_share=data.validation_share,
@@ -112,7 +132,7 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     probes, training = config.probes, config.training
     plain = chains_of(config, texts, bad)
     preflight.check_splits(plain, probes.labels)
-    controls = ChosenControls(probes.controls, len(probes.labels))
+    controls = ChosenControls(_fair_controls(config, plain), len(probes.labels))
     real = make_columns(probes.labels, probes.targets, probes.lags)
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     columns = relabelled_columns(real, list(controls.relabelled), training.seeds)
@@ -129,6 +149,24 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)
     return Inputs(dataset, plain.fingerprint(), columns, census, controls, described)
+
+
+def _fair_controls(config: RunConfig, dataset: Dataset) -> list[str]:
+    """The controls of a run that do not know its labels.
+
+    Raises InputError for onsets of labels that begin in no text.
+    """
+    probes = config.probes
+    if not dataset.one_label_a_text:
+        return probes.controls
+    if probes.targets != ["token"]:
+        raise InputError(
+            f"targets {' '.join(probes.targets)} with one label a text", "token alone", "give --targets token"
+        )
+    left_out = [name for name in probes.controls if name in CONTROLS and CONTROLS[name].within]
+    if left_out:
+        say(f"controls  {', '.join(left_out)} left out: a text has one label, which they would know")
+    return [name for name in probes.controls if name not in left_out] or ["none"]
 
 
 def must_chunk(config: RunConfig, dataset: Dataset) -> bool:

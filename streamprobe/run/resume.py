@@ -48,7 +48,7 @@ def find_earlier(config: RunConfig, folder: Path) -> tuple[Earlier, RunConfig]:
         now = without_secrets(config.flat())
         if not all(isinstance(layer, int) for layer in config.probes.layers):
             del now["layers"]  # which they are is known once the model's config is
-        check_same_run(now, then)
+        check_same_run({name: value for name, value in now.items() if name not in config.data.open_keys}, then)
     if not checkpoint:
         say(f"nothing to resume in {folder}: starting at the first pass")
     return Earlier(checkpoint, then), config

@@ -6,7 +6,6 @@ the problem is solved.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ import regex
 
 from streamprobe.demo import behaviour
 from streamprobe.errors import InputError
+from streamprobe.system.patterns import compile_pattern, find_matches
 
 MARKER = r"\b(?:wait|hmm|actually|no(?=,))\b"  # `no` counts where a comma follows
-PATIENCE = 1.0  # seconds in which a marker must be through with one response
 RESAMPLES = 1000
-MOST_REPEATS = 10_000  # that a marker may count: compiling more takes seconds and more
 Judge = Callable[[str, str], dict[str, int]]  # prompt and response -> counts, `events` among them
 
 
@@ -67,7 +65,7 @@ def judge(marker: str | None, texts: Sequence[str]) -> Judge:
     """
     if marker is None and all(map(behaviour.is_problem, texts)):
         return lambda prompt, text: behaviour.read_response(behaviour.read_problem(prompt), text)
-    pattern = _compile(MARKER if marker is None else marker)
+    pattern = compile_pattern(MARKER if marker is None else marker, "marker", any_case=True)
     if _count(pattern, ""):
         raise InputError(
             f"marker {marker!r}, which matches no text at all", "a marker of some letters", "correct --marker"
@@ -75,25 +73,5 @@ def judge(marker: str | None, texts: Sequence[str]) -> Judge:
     return lambda _prompt, text: {"events": _count(pattern, text)}
 
 
-def _compile(marker: str) -> regex.Pattern:
-    """The marker's pattern.  Raises InputError for what is none, and for one that would take long to compile."""
-    repeated = math.prod(int(n) for n in re.findall(r"\{,?(\d+)", marker))
-    if repeated > MOST_REPEATS:
-        raise InputError(f"marker {marker!r}", f"at most {MOST_REPEATS:,} repetitions in all", "correct --marker")
-    try:
-        return regex.compile(marker, regex.IGNORECASE)
-    except (regex.error, RecursionError) as error:
-        raise InputError(f"marker {marker!r} ({error})", "a regular expression of Python", "correct --marker") from None
-
-
 def _count(pattern: regex.Pattern, text: str) -> int:
-    """How often the pattern matches.  Raises InputError where that takes longer than PATIENCE."""
-    try:
-        return sum(1 for _ in pattern.finditer(text, timeout=PATIENCE))
-    except (TimeoutError, MemoryError):
-        raise InputError(
-            f"marker {pattern.pattern!r}, which takes more than {PATIENCE:g} s or all memory on a response of "
-            f"{len(text):,} characters",
-            "a regular expression without repetitions of repetitions, such as (a+)+",
-            "correct --marker",
-        ) from None
+    return sum(1 for _ in find_matches(pattern, text, "marker"))

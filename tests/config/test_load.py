@@ -16,8 +16,8 @@ import transformers
 import yaml
 
 from streamprobe.cli import train as main
+from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.load import load_config
-from streamprobe.config.schema import DataConfig
 from streamprobe.errors import InputError
 from streamprobe.run import pipeline
 

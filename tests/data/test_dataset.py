@@ -19,8 +19,9 @@ from tqdm import tqdm
 from streamprobe.data.annotations import Section, annotate
 from streamprobe.data.dataset import Division
 from streamprobe.data.files import read_rows
-from streamprobe.data.formats import FormatOptions, Record, annotated, category_of
+from streamprobe.data.formats import FormatOptions, annotated, category_of
 from streamprobe.data.prompts import format_prompt
+from streamprobe.data.records import Record
 from streamprobe.data.splits import split_chains
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
@@ -285,6 +286,7 @@ def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
         "labels": 0,
         "label_chains": 0,
         "strange_tags": {},
+        "missing_spans": {},
         "characters": 0,
         "labelled_characters": 0,
     }

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 
 from streamprobe.demo import behaviour, task
 from streamprobe.errors import InputError
+from streamprobe.system import patterns
 from streamprobe.tools import events
 
 
@@ -75,7 +76,7 @@ ENDLESS = "(a|aa)+$"
 
 
 def test_a_marker_that_would_not_end_is_refused(monkeypatch):
-    monkeypatch.setattr(events, "PATIENCE", 0.2)
+    monkeypatch.setattr(patterns, "PATIENCE", 0.2)
     count = events.judge(ENDLESS, ["which box?"])
     assert count("", "aaa") == {"events": 1}
     with pytest.raises(InputError, match="takes more than 0.2 s or all memory on a response of 81 characters") as error:

@@ -1,0 +1,110 @@
+"""Which format a data set has, and which of its columns hold what."""
+
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+from streamprobe.data.columns import Role, Table, listed
+from streamprobe.data.formats import FORMATS, ID, PROBLEM, Format, FormatOptions
+from streamprobe.data.records import Row
+from streamprobe.errors import InputError
+
+AUTO = "auto"
+
+
+class Asked(NamedTuple):
+    """What the user says of a data set: None is what is to be found."""
+
+    format: str = AUTO
+    id: str | None = None
+    problem: str | None = None
+    response: str | None = None
+    annotation: str | None = None
+    category: str | None = None
+    labelled: bool = True  # whether labels are needed; else a text alone will do
+
+
+class Found(NamedTuple):
+    """The format of a data set, with the columns that hold what."""
+
+    name: str
+    options: FormatOptions
+
+    def __str__(self) -> str:
+        o = self.options
+        columns = {"text": o.response, "labels": o.annotation, "problem": o.problem, "id": o.id}
+        return f"{self.name}: " + ", ".join(f"{what} in {name!r}" for what, name in columns.items() if name)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of a config that say so."""
+        names = ("id", "problem", "response", "annotation")
+        return {"format": self.name, **{f"{name}_column": getattr(self.options, name) for name in names}}
+
+
+class _Fit(NamedTuple):
+    """How far a format fits a table."""
+
+    text: str | None
+    labels: str | None
+    missing: list[Role]
+
+
+def find_format(rows: Sequence[Row], shown: str, asked: Asked, options: FormatOptions) -> Found:
+    """The first format of FORMATS whose columns the rows have, or the one that is asked for, and the columns.
+
+    `shown` names the data in errors.  Raises InputError where a column that is named is not there, and where no format
+    fits; it says which columns there are and which format is the nearest.
+    """
+    table = Table(rows)
+    for key in ("id", "problem", "response", "annotation", "category"):
+        name = getattr(asked, key)
+        if name is not None and name not in table:
+            raise InputError(
+                f"data {shown} without the column {name!r}",
+                f"one of {listed(map(repr, table.values))}",
+                f"correct --{key}_column",
+            )
+    id = table.find(ID, asked.id, [asked.problem, asked.response, asked.annotation])
+    named = (id, asked.problem, asked.category)
+    usable = list(FORMATS) if asked.format == AUTO else [asked.format]
+    trials = {name: _fit(FORMATS[name], table, asked, named) for name in usable}
+    needed = asked.labelled and not options.rules
+    ok = [name for name, fit in trials.items() if not fit.missing and (FORMATS[name].labelled or not needed)]
+    if not ok:
+        raise _no_format(table, shown, trials, asked)
+    fit = trials[ok[0]]
+    problem = table.find(PROBLEM, asked.problem, (id, fit.text, fit.labels))
+    assert fit.text is not None
+    found = options._replace(id=id, problem=problem, response=fit.text, annotation=fit.labels, category=asked.category)
+    return Found(ok[0], found)
+
+
+def _fit(format: Format, table: Table, asked: Asked, named: Sequence[str | None]) -> _Fit:
+    """The columns of a format in a table; those `named` hold something else."""
+    labels = format.labels and table.find(format.labels, asked.annotation, (*named, asked.response))
+    text = table.find(format.text, asked.response, (*named, asked.annotation, labels))
+    missing = [format.text] if text is None else []
+    if format.labels and format.labels.required and labels is None:
+        missing.append(format.labels)
+    return _Fit(text, labels, missing)
+
+
+def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: Asked) -> InputError:
+    """What is reported where no format fits: the columns, and the format that lacks least."""
+    name = min(trials, key=lambda name: (len(trials[name].missing), -_likeness(table, trials[name].missing)))
+    missing = trials[name].missing
+    lacks = " and ".join(f"{role.about} (a column such as {role.names[0]!r})" for role in missing) or "label_rules"
+    return InputError(
+        f"data {shown} with the columns {listed(map(repr, table.values))}",
+        f"those of format {name}, which lacks {lacks}"
+        if asked.format != AUTO
+        else f"those of one of the formats {', '.join(FORMATS)}, of which {name} is the nearest: it lacks {lacks}",
+        "name the columns with --response_column and --annotation_column, or give --label_rules",
+    )
+
+
+def _likeness(table: Table, missing: Sequence[Role]) -> float:
+    """How like a name that is looked for the names of the columns are, from 0 to 1."""
+    pairs = [(name.lower(), other) for role in missing for other in role.names for name in table.values]
+    return max((SequenceMatcher(None, *pair).ratio() for pair in pairs), default=0.0)
