@@ -129,3 +129,27 @@ def make_tokenizer(adds: str = "<s> $A", bos: bool = True, chat_template: str | 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def make_letters(model: str = "bpe", chat_template: str | None = None) -> Any:
+    """A tokenizer like SentencePiece's, of single letters, that writes the bytes of unknown ones.
+
+    It writes `▁` for a blank, and before a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz.,:>()#SW"]
+    entries = ["<unk>", "<s>", "</s>", *letters, *(f"<0x{b:02X}>" for b in range(256))]
+    if model == "bpe":
+        vocab = {entry: i for i, entry in enumerate(entries)}
+        core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    else:
+        scored = [(entry, -1.0 if entry in letters else -9.0) for entry in entries]
+        core = Tokenizer(models.Unigram(scored, 0, byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=model == "unigram")
+    core.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.ByteFallback()])
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )

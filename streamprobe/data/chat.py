@@ -102,8 +102,9 @@ def _between_stand_ins(text: str, said: Sequence[_Said], chat: Chat, render: Any
         if not stand_in:  # the template leaves this one out
             return None
         behind = pattern.partition(STAND_IN.format(number + 1))[0]
-        end = next((cursor + len(c) for c in _written(each.text) if text.startswith(c + behind, cursor)), None)
-        if end is None:
+        changed = text.find(behind, cursor) if behind else -1
+        end = next((cursor + len(c) for c in _written(each.text) if text.startswith(c + behind, cursor)), changed)
+        if end < 0:
             return None
         found.append((cursor, end))
         cursor = end
@@ -148,4 +149,5 @@ def _places(said: str, written: str, start: int) -> np.ndarray:
         places[left : left + len(written)] = start + np.arange(len(written))
         return places
     first, _ = align(said, written)
-    return np.where(first >= 0, start + first, -1)
+    alike = 2 * int((first >= 0).sum()) >= len("".join(written.split()))
+    return np.where((first >= 0) & alike, start + first, -1)

@@ -10,6 +10,7 @@ from streamprobe.data.records import Row
 from streamprobe.errors import InputError
 
 AUTO = "auto"
+LIKE = 0.6  # likeness of names, from 0 to 1, from which on one is taken for a slip of the other
 
 
 class Asked(NamedTuple):
@@ -66,15 +67,17 @@ def find_format(rows: Sequence[Row], shown: str, asked: Asked, options: FormatOp
                 f"correct --{key}_column",
             )
     id = table.find(ID, asked.id, [asked.problem, asked.response, asked.annotation])
-    named = (id, asked.problem, asked.category)
-    usable = list(FORMATS) if asked.format == AUTO else [asked.format]
-    trials = {name: _fit(FORMATS[name], table, asked, named) for name in usable}
+    usable = [name for name in FORMATS if asked.format in (AUTO, name)]
     needed = asked.labelled and not options.rules
-    ok = [name for name, fit in trials.items() if not fit.missing and (FORMATS[name].labelled or not needed)]
-    if not ok:
+    named = table.find(PROBLEM, asked.problem, (id, asked.response, asked.annotation))
+    for problem in (named, asked.problem):  # where there is no other, what is called the problem may be the text
+        trials = {name: _fit(FORMATS[name], table, asked, (id, problem, asked.category)) for name in usable}
+        ok = [name for name, fit in trials.items() if not fit.missing and (FORMATS[name].labelled or not needed)]
+        if ok:
+            break
+    else:
         raise _no_format(table, shown, trials, asked)
     fit = trials[ok[0]]
-    problem = table.find(PROBLEM, asked.problem, (id, fit.text, fit.labels))
     assert fit.text is not None
     found = options._replace(id=id, problem=problem, response=fit.text, annotation=fit.labels, category=asked.category)
     return Found(ok[0], found)
@@ -92,7 +95,7 @@ def _fit(format: Format, table: Table, asked: Asked, named: Sequence[str | None]
 
 def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: Asked) -> InputError:
     """What is reported where no format fits: the columns, and the format that lacks least."""
-    name = min(trials, key=lambda name: (len(trials[name].missing), -_likeness(table, trials[name].missing)))
+    name = min(trials, key=lambda name: (len(trials[name].missing) or 1, -_likeness(table, trials[name].missing)))
     missing = trials[name].missing
     lacks = " and ".join(f"{role.about} (a column such as {role.names[0]!r})" for role in missing) or "label_rules"
     return InputError(
@@ -107,4 +110,4 @@ def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: Aske
 def _likeness(table: Table, missing: Sequence[Role]) -> float:
     """How like a name that is looked for the names of the columns are, from 0 to 1."""
     pairs = [(name.lower(), other) for role in missing for other in role.names for name in table.values]
-    return max((SequenceMatcher(None, *pair).ratio() for pair in pairs), default=0.0)
+    return max((SequenceMatcher(None, *pair).ratio() for pair in pairs), default=LIKE)

@@ -107,7 +107,7 @@ def sentences(row: Row, options: FormatOptions) -> Record:
         labels = [None if isinstance(each, str) else _first(each, SENTENCE_LABEL) for each in given]
     if not columns.is_list_of_labels(labels):
         raise Unusable("with labels that are no list")
-    return _joined(row, options, _spaced(pieces), labels)
+    return _joined(row, options, _spaced(pieces), labels, apart=True)
 
 
 def text(row: Row, options: FormatOptions) -> Record:
@@ -157,8 +157,10 @@ def _spaced(pieces: Sequence[str]) -> list[str]:
     return [f"{' ' if i else ''}{piece}" for i, piece in enumerate(pieces)]
 
 
-def _joined(row: Row, options: FormatOptions, pieces: Sequence[str], labels: Sequence[Any]) -> Record:
-    """A record of the pieces, of which each has a label: neighbours of one label are one section."""
+def _joined(
+    row: Row, options: FormatOptions, pieces: Sequence[str], labels: Sequence[Any], *, apart: bool = False
+) -> Record:
+    """A record of the pieces, of which each has a label: neighbours of one label are one section, or stay apart."""
     if len(labels) != len(pieces):
         raise Unusable(f"with {len(labels)} labels for {len(pieces)} pieces of text")
     problem = row.get(options.problem) if options.problem else None
@@ -176,7 +178,7 @@ def _joined(row: Row, options: FormatOptions, pieces: Sequence[str], labels: Seq
             continue
         tag = BIO.fullmatch(label) if bio and isinstance(label, str) else None
         raw = tag[2] if tag else str(label)
-        if before == raw and not (tag and tag[1] in "BUS"):
+        if before == raw and not (apart or (tag and tag[1] in "BUS")):
             found[-1] = found[-1]._replace(end=place)
         else:
             found.append(Section(options.label_names.get(raw, raw), start, place))
