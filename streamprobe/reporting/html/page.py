@@ -1,20 +1,17 @@
 """report.html: one page that holds all it shows and asks the network for nothing.  Text from the data is escaped."""
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import Row, place
 from streamprobe.reporting.html.charts import lag_curves, metric_map
+from streamprobe.reporting.html.document import document, own_file
 from streamprobe.reporting.terminal import Grid, grids
 
-HERE = Path(__file__).parent
 KINDS = {
     "hit": ("Best hits", "sections, or their beginnings, with the highest mean probability"),
     "miss": ("Worst misses", "those whose highest probability is the lowest"),
@@ -28,33 +25,19 @@ NUMBERS = (
 
 def render(name: str, rows: Sequence[Row], run: Mapping[str, Any], transcripts: Mapping[str, Any]) -> str:
     """The page of a run: its rows, the `run` part of its summary.json, and its transcripts.json."""
-    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    allowed = f"style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
-    held = json.dumps(transcripts, separators=(",", ":"))
-    for character in "<>&":
-        held = held.replace(character, f"\\u{ord(character):04x}")
     families = grids(rows)
     links = [f"<a href='#family{i}'>{escape(_title(family))}</a>" for i, family in enumerate(families)]
-    return "\n".join(
-        [
-            "<!doctype html><html lang=en><head><meta charset=utf-8>",
-            f'<meta http-equiv=Content-Security-Policy content="{policy}">',
-            "<meta name=viewport content='width=device-width'>",
-            f"<title>streamprobe: {escape(name)}</title><style>{style}</style></head><body>",
-            f"<h1>{escape(name)}</h1>",
-            *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
-            f"<p class=note>{NUMBERS}</p>",
-            f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
-            "<a href='#run'>The run</a></nav>",
-            *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
-            _chains(transcripts),
-            _table(rows),
-            _run(run),
-            f"<script type=application/json id=transcripts>{held}</script><script>{script}</script></body></html>",
-        ]
-    )
+    body = [
+        *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
+        f"<p class=note>{NUMBERS}</p>",
+        f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
+        "<a href='#run'>The run</a></nav>",
+        *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
+        _chains(transcripts),
+        _table(rows),
+        _run(run),
+    ]
+    return document(name, body, style=own_file("page.css"), script=own_file("page.js"), held=transcripts)
 
 
 def _title(family: tuple[str, str, str]) -> str:
