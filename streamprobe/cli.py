@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
 import streamprobe
-from streamprobe.commands import bench, folders, shared, steer, training, watch
+from streamprobe.commands import bench, folders, preview, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
 
@@ -36,6 +36,7 @@ class Command(NamedTuple):
     options: Callable[[ArgumentParser], None]
     work: Callable[[Namespace], None]
     smaller: str = "free some"
+    takes_keys: bool = False  # a config and its keys, too: they are given to `work` as `keys`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,11 +65,12 @@ def _guard_training(work: Callable[[], object]) -> int:
 
 
 def make_parser(name: str) -> ArgumentParser:
-    """The parser of a command of COMMANDS; what those of TRAINING take is parsed by config/load.py."""
+    """The parser of a command of COMMANDS; a config and its keys are parsed by config/load.py."""
     command = COMMANDS[name]
+    keys = "\n\nCONFIG and every --key are those of streamprobe train, whose --help lists them" * command.takes_keys
     parser = Parser(
         prog=f"streamprobe {name}",
-        description=command.about,
+        description=command.about + keys,
         epilog=f"example:\n  streamprobe {name} {command.example}".rstrip(),
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -77,8 +79,16 @@ def make_parser(name: str) -> ArgumentParser:
     return parser
 
 
+def parse(name: str, argv: Sequence[str]) -> Namespace:
+    """What a command of COMMANDS is given.  Raises InputError for what it does not take."""
+    if not COMMANDS[name].takes_keys:
+        return make_parser(name).parse_args(argv)
+    given, keys = make_parser(name).parse_known_args(argv)
+    return Namespace(**vars(given), keys=keys)
+
+
 def _run(name: str, argv: Sequence[str]) -> None:
-    COMMANDS[name].work(make_parser(name).parse_args(argv))
+    COMMANDS[name].work(parse(name, argv))
 
 
 def _answer(words: Sequence[str]) -> None:
@@ -119,6 +129,13 @@ TRAINING = {  # what takes the keys of a config
     "demo": "train the probes of the demo: a small model that comes with the package, no network",
 }
 COMMANDS = {
+    "preview": Command(
+        "show what a config would feed, token by token with its labels, before any model is loaded",
+        "demo --html preview.html",
+        preview.options,
+        preview.preview,
+        takes_keys=True,
+    ),
     "watch": Command(
         "let the model of a run write, and mark each token by the probability that a probe gives",
         'runs/demo --prompt "reach 27 with 15 13 14 ?" --lag 8',

@@ -55,13 +55,15 @@ def test_the_help_of_a_command_has_an_example_that_parses(capsys, name):
     if name in cli.TRAINING:
         assert load_config(rest if name == "train" else ["demo", *rest]).probes.lags == [0, 8, 24]
     else:
-        cli.make_parser(name).parse_args(rest)
+        given = cli.parse(name, rest)
+        assert not cli.COMMANDS[name].takes_keys or load_config(given.keys)
         assert cli.COMMANDS[name].about in text
 
 
 def test_an_example_fails_without_options_that_exist(capsys):
-    for name in cli.COMMANDS:
-        assert "--nothing" in printed(capsys, [*name.split(), *shlex.split(cli.COMMANDS[name].example), "--nothing"])
+    for name, command in cli.COMMANDS.items():
+        said = printed(capsys, [*name.split(), *shlex.split(command.example), "--nothing"])
+        assert ("unknown key 'nothing'" if command.takes_keys else "--nothing") in said
 
 
 def test_help_of_every_command_needs_no_torch():
@@ -137,13 +139,21 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
         (["wacth", "runs/demo"], "unknown command 'wacth'; expected watch, the nearest command"),
         (["trian"], "expected train"),
         (["configs/demo.yaml"], "unknown command"),
-        (["xyz"], "expected one of train, demo, watch, steer, report, push, bench, bench watching, configs"),
+        (["xyz"], "expected one of train, demo, preview, watch, steer, report, push, bench, bench watching, configs"),
         (["--nothing"], "unknown command '--nothing'"),
         (["train", "--layer", "1"], "--layers, the nearest key"),
         (["train", "--layers", "one"], "--layers"),
         (["train", "gone.yaml"], "gone.yaml, which is no file"),
         (["train", "--layers", "1", "x.yaml"], "fix: streamprobe train x.yaml ..."),
         (["demo", "--seeds", "0"], "seeds 0"),
+        (["preview", "gone"], "gone, which is no file"),
+        (["preview", "demo", "--layer", "1"], "--layers, the nearest key"),
+        (["preview", "demo", "--chains", "3"], "chains 3 without a page; expected --html FILE"),
+        (["preview", "--html", "x.html", "--chains", "0"], "chains 0; expected at least 1"),
+        (["preview", "--html", "gone/x.html"], "html gone/x.html, which cannot be written"),
+        (["preview", "--html", "."], "html ., which cannot be written"),
+        (["preview", "--html", "x.html", "--labels", "waiting"], "label 'waiting', which never occurs"),
+        (["preview", "--html"], "argument --html: expected one argument"),
         (["watch"], "RUN"),
         (["watch", "gone", "--prompt", "x"], "gone, which is no folder"),
         (["watch", "gone", "--prompt", "x", "--top_p", "2"], "top_p 2.0"),

@@ -19,8 +19,9 @@ from streamprobe.reporting.files import FILES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
-COMMANDS = ("train", "demo", "watch", "steer", "report", "push", "bench", "configs")
+COMMANDS = ("train", "demo", "preview", "watch", "steer", "report", "push", "bench", "configs")
 FOR_RUNS = ("docs/probes.md", "docs/cost.md")  # whose options are those of commands that take no config
+OF_PREVIEW = ("--html", "--chains")  # its own options, beside the keys
 KEYS = {field.name for group in GROUPS for field in fields(group)}
 LONGEST = 90  # lines of README: two screens
 
@@ -103,7 +104,10 @@ def faults(words: list[str]) -> list[str]:
     command, *rest = rest
     if command not in COMMANDS:
         return [command]
-    return faults_of_training(rest, by_name=command == "train") if command in ("train", "demo") else []
+    if command == "preview":
+        rest = [word for word in rest if word not in OF_PREVIEW]
+    by_name = command in ("train", "preview")
+    return faults_of_training(rest, by_name) if command in ("train", "demo", "preview") else []
 
 
 def faults_of_training(words: list[str], by_name: bool) -> list[str]:
@@ -200,6 +204,7 @@ def test_commands_are_found_wherever_a_page_shows_them():
         ("streamprobe train nothing", "nothing"),
         ("streamprobe train llama-3.1-8b --layer 3", "--layer"),
         ("streamprobe demo --pass=3", "--pass=3"),
+        ("streamprobe preview demo --html x.html --htm x", "--htm"),
         ("streamprobe monitor runs/demo", "monitor"),
         ("python -m streamprobe monitor runs/demo", "monitor"),
         ("python -m streamprobe.monitor runs/demo", "streamprobe.monitor"),

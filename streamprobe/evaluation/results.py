@@ -155,6 +155,7 @@ class TestResults:
     cost: Callable[[], Mapping[str, Any]]  # what the run has taken up to the call
     resamples: int
     seed: int  # of the resamples
+    texts: Sequence[Row] = ()  # whole texts, where the data have one label a text: see `evaluation.texts`
 
     @property
     def rows(self) -> list[Row]:

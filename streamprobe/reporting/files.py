@@ -18,6 +18,7 @@ from streamprobe.config.schema import LAUNCH_KEYS
 from streamprobe.errors import InputError
 from streamprobe.evaluation.results import TestResults, by_category, differences, reliability
 from streamprobe.evaluation.rows import FIELDS, Row, place
+from streamprobe.evaluation.texts import TEXT_FIELDS
 from streamprobe.probes.storage import pack_probes
 from streamprobe.reporting.html.page import render
 from streamprobe.reporting.transcripts import collect
@@ -25,9 +26,9 @@ from streamprobe.system.csv_files import broken_file, cell, read_csv
 from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import for_others
 
-WORDS = ("solver", "label", "target", "control", "split", "best_control")  # fields of results.csv that are text,
+WORDS = ("solver", "label", "target", "control", "split", "best_control", "pooling")  # fields that are text,
 BOUNDED = ("auroc", "average_precision", "lift", "f1", "tpr", "brier", "base_rate")  # that are drawn, about 1 at most,
-COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass")  # and whole numbers
+COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass", "n_texts")  # and whole numbers
 
 
 class OutputFile(NamedTuple):
@@ -56,6 +57,11 @@ def differences_csv(results: TestResults) -> bytes | None:
 def reliability_csv(results: TestResults) -> bytes | None:
     """What probes say, and what is true."""
     return _pack_all(reliability(results.probes))
+
+
+def texts_csv(results: TestResults) -> bytes | None:
+    """Whole texts, where the data have one label a text."""
+    return pack_rows(results.texts, TEXT_FIELDS) if results.texts else None
 
 
 def probes_safetensors(results: TestResults) -> bytes:
@@ -98,6 +104,7 @@ FILES = {  # in the order in which they are written; the report is drawn of othe
     "categories.csv": OutputFile(categories_csv, "the rows of results.csv within each category of problems"),
     "differences.csv": OutputFile(differences_csv, "paired differences of AUROC between layers and between lags"),
     "reliability.csv": OutputFile(reliability_csv, "mean probability and share of positives, in ten bins of tokens"),
+    "texts.csv": OutputFile(texts_csv, "a row per probe, control and pooling, where each text has one label"),
     "summary.json": OutputFile(summary_json, "the results nested, with cost, counts, versions and fingerprints"),
     "report.html": OutputFile(report_html, "one self-contained page"),
 }
@@ -127,18 +134,19 @@ def _pack_all(rows: Sequence[Row]) -> bytes | None:
 
 
 def draw_report(folder: Path) -> bytes:
-    """The content of report.html, from the folder's results.csv, summary.json and transcripts.json.
+    """The content of report.html, from the folder's results.csv, summary.json, transcripts.json and, if any, texts.csv.
 
-    Raises InputError where one of them is missing or broken.
+    Raises InputError where one of the others is missing, or any is broken.
     """
     if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
-    rows = _read_rows(folder / "results.csv")
+    rows = _read_rows(folder / "results.csv", FIELDS)
+    texts = _read_rows(folder / "texts.csv", TEXT_FIELDS) if (folder / "texts.csv").exists() else []
     run = _read_json(folder / "summary.json", "run")["run"]
     transcripts = _read_json(folder / "transcripts.json", "chains", "labels", "probes", "reference", "picked_by")
     _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
     try:
-        page = render(folder.resolve().name, rows, run, transcripts)
+        page = render(folder.resolve().name, rows, run, transcripts, texts=texts)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
     return page.encode(errors="replace")
@@ -178,15 +186,15 @@ def _require(path: Path, found: Any, *names: str) -> None:
         raise _broken(path, f"no {missing[0]} in it")
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path, fields: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
-    for line in read_csv(path, FIELDS):
+    for line in read_csv(path, fields):
         try:
-            row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in FIELDS}
-            wide = [name for name in FIELDS if name.startswith(BOUNDED) and abs(row[name]) > 1e6]
+            row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in fields}
+            wide = [name for name in fields if name.startswith(BOUNDED) and abs(row[name]) > 1e6]
             if wide:
                 raise ValueError(f"{wide[0]} {line[wide[0]]}")
-            whole = {name: int(row[name]) for name in COUNTS}
+            whole = {name: int(row[name]) for name in COUNTS if name in row}
             rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
         except (ValueError, OverflowError) as error:
             raise _broken(path, f"row {len(rows) + 1}: {error}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprobe.evaluation.rows import Row, place
+from streamprobe.evaluation.texts import POOLINGS, best_text_rows
 
 Family = tuple[str, str, str]  # solver, label, target
 Grid = dict[str, dict[int, Row]]  # by place, then by lag
@@ -110,6 +111,29 @@ def _or_blank(value: float, form: str) -> str:
 def _interval(row: Row, name: str, sign: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return "" if math.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """For each solver, label and pooling of whole texts: its best layer, beside its best control."""
+    lines: list[str] = []
+    for probe, control in best_text_rows(rows):
+        if probe["pooling"] == POOLINGS[0]:
+            named = f"{probe['label']}, solver {probe['solver']}, lag {probe['lag']:+d}"
+            counts = f"{probe['n_positive']:,} of {probe['n_texts']:,} positive"
+            lines += [
+                *([""] if lines else []),
+                f"whole texts   {named}: {counts}   (the best layer and the best control; TPR at 1% and 5% FPR)",
+                "",
+                f"{'pooling':<9}{'layer':>5}{'AUROC':>8}   {'95% interval':<16}{'TPR at 1%':>10}   {'95% interval':<16}"
+                f"{'TPR at 5%':>10}   {'95% interval':<16}   {'control':<12}{'AUROC':>6}",
+            ]
+        cells = "".join(
+            f"{probe[name]:>{width}.3f}   {_interval(probe, name, ''):<16}"
+            for name, width in (("auroc", 8), ("tpr_at_1fpr", 10), ("tpr_at_5fpr", 10))
+        )
+        beside = f"   {control['control']:<12}{control['auroc']:>6.3f}" if control else ""
+        lines.append(f"{probe['pooling']:<9}{probe['layer']:>5}{cells}{beside}".rstrip())
+    return "\n".join(lines)
 
 
 def headline(rows: Sequence[Row]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from streamprobe.config.load import RunConfig
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
 from streamprobe.evaluation.scores import evaluate
+from streamprobe.evaluation.texts import text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.base import Probes
 from streamprobe.reporting import terminal
@@ -198,6 +199,7 @@ def judge_held_out(
         cost=cost,
         resamples=training.bootstrap,
         seed=training.seed,
+        texts=text_rows(probes, len(chains), training.bootstrap, training.seed),
     )
 
 
@@ -258,7 +260,8 @@ def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
 def finish(results: TestResults, tracker: Tracker) -> None:
     """What a run ends with in the terminal and in TensorBoard."""
     said = terminal.table(results.rows, results.described["verdicts"])
-    printed = f"{said}\n{terminal.describe_cost(results.cost())}"
+    texts = f"{terminal.text_table(results.texts)}\n\n" if results.texts else ""
+    printed = f"{said}\n{texts}{terminal.describe_cost(results.cost())}"
     say(f"\n{printed}\n{terminal.describe_files(results.folder)}")
     tracker.text("1 verdict", printed)
     tracker.outcome(results.facts["config"], terminal.headline(results.rows))

@@ -1,5 +1,6 @@
 """The results of a run over chains that say what an attacker would, and the events of another."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
 from streamprobe.evaluation.rows import Judged, Row
+from streamprobe.evaluation.texts import POOLINGS, TEXT_FIELDS
 from streamprobe.reporting import files
 from streamprobe.reporting.tensorboard.writer import Tracker
 from streamprobe.reporting.transcripts import collect
@@ -67,6 +69,15 @@ def results(
         resamples=20,
         seed=0,
     )
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[Row]:
+    """Rows of whole texts, of a layer and a control, with a label that is hostile."""
+    places = [{"layer": 3, "control": "", "auroc": 0.8}, {"layer": "", "control": "embed", "auroc": 0.6}]
+    common: Row = dict.fromkeys(TEXT_FIELDS, 0.25) | {"solver": "newton", "label": LABEL, "target": "token", "lag": 0}
+    common |= {"split": "test", "n_texts": 1234, "n_positive": 17, "tpr_at_1fpr_low": math.nan}
+    return [{**common, **place, "pooling": pooling} for pooling in POOLINGS for place in places]
 
 
 @pytest.fixture

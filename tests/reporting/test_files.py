@@ -1,13 +1,18 @@
 """A run's files make its report anew, and those that cannot be read are refused in a line."""
 
 import shutil
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scored_chains import HOSTILE
 
 from streamprobe.cli import main
-from streamprobe.evaluation.rows import FIELDS
+from streamprobe.evaluation.results import TestResults
+from streamprobe.evaluation.rows import FIELDS, Row
+from streamprobe.evaluation.texts import POOLINGS
 from streamprobe.reporting import files
 
 
@@ -25,6 +30,37 @@ def edit(folder: Path, name: str, old: str, new: str) -> None:
     text = (folder / name).read_text()
     assert old in text
     (folder / name).write_text(text.replace(old, new, 1))
+
+
+def with_texts(folder: Path, results: TestResults, texts: list[Row]) -> None:
+    """Adds the file of whole texts to a run's files."""
+    (folder / "texts.csv").write_bytes(files.FILES["texts.csv"].make(replace(results, texts=texts)) or b"")
+
+
+def test_whole_texts_have_a_file_and_a_table_in_the_report(
+    folder: Path, results: TestResults, texts: list[Row]
+) -> None:
+    assert files.FILES["texts.csv"].make(results) is None, "of data with sections"
+    without = files.draw_report(folder).decode()
+    with_texts(folder, results, texts)
+    page = files.draw_report(folder).decode()
+    assert "Whole texts" not in without and "<h2 id=texts>Whole texts</h2>" in page
+    table = page[page.index("<h2 id=texts>") : page.index("<h2 id=run>")]
+    assert table.count("<tr") == 1 + len(texts) and table.count("<tr class=control>") == len(POOLINGS)
+    for shown in (*POOLINGS, "layer03", "embed", "0.800", "0.250 to 0.250", "1234", "17"):
+        assert f"<td>{shown}</td>" in table
+    assert HOSTILE not in table and escape(HOSTILE) in table
+
+
+def test_a_broken_file_of_whole_texts_is_refused_in_a_line(
+    folder: Path, results: TestResults, texts: list[Row], capsys: Any
+) -> None:
+    for old, new in ((",0.8,", ",x,"), (",0.8,", ",1e300,"), ("pooling", "pooled"), (",1234,", ",inf,")):
+        with_texts(folder, results, texts)
+        edit(folder, "texts.csv", old, new)
+        assert main(["report", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert "texts.csv, which cannot be read" in error and error.count("\n") == 1
 
 
 BROKEN = {

@@ -9,7 +9,7 @@ from scored_chains import HOSTILE
 from streamprobe.evaluation.results import ScoredProbes, judge
 from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.verdict import verdicts
-from streamprobe.reporting.terminal import describe_files, headline, table
+from streamprobe.reporting.terminal import describe_files, headline, table, text_table
 
 
 def test_the_table_is_compact_and_ends_in_its_verdict(groups: list[ScoredProbes], rows: list[Row]) -> None:
@@ -47,3 +47,16 @@ def test_files_are_listed_with_their_sizes(folder: Path) -> None:
         "checkpoint/ 2.5 MB" in text
         and f"results.csv {round((folder / 'results.csv').stat().st_size / 1e3)} kB" in text
     )
+
+
+def test_whole_texts_have_a_line_for_each_pooling(texts: list[Row]) -> None:
+    head, blank, names, *lines = text_table(texts).splitlines()
+    assert HOSTILE in head and "17 of 1,234 positive" in head and not blank
+    assert names.split()[:3] == ["pooling", "layer", "AUROC"] and max(len(line) for line in (names, *lines)) <= 120
+    for line, pooling in zip(lines, ("mean", "max", "last"), strict=True):
+        assert line.split()[:3] == [pooling, "3", "0.800"] and line.split()[-2:] == ["embed", "0.600"]
+        assert "0.250 to 0.250" in line and "nan" not in line
+    alone = text_table([row for row in texts if not row["control"]])
+    assert "embed" not in alone and alone.splitlines()[-1].startswith("last")
+    both = text_table([*texts, *({**row, "solver": "adam"} for row in texts)])
+    assert both.count("whole texts") == 2 and both.count("\nmean") == 2

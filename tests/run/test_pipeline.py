@@ -550,3 +550,24 @@ def test_the_time_that_is_printed_is_that_of_the_summary(config, capsys):
     assert main([config]) == 0
     seconds = json.loads(Path("runs/tiny/summary.json").read_text())["run"]["seconds"]
     assert f"time      {seconds:,} s for 3 passes" in capsys.readouterr().out
+
+
+def test_data_with_one_label_a_text_are_judged_by_texts_too(config, tmp_path, capsys):
+    """And data with sections are not."""
+    rows = json.loads(Path(yaml.safe_load(Path(config).read_text())["data"]).read_text())
+    for number, row in enumerate(rows):
+        label = "false" if number % 3 == 0 else "true"
+        row["annotated_chain"] = f'["{label}"]{row["reasoning_chain"]}["end-section"]'
+    (tmp_path / "pooled.json").write_text(json.dumps(rows))
+    keys = ["--targets", "token", "--lags", "0", "4", "--controls", "embed", "position", "--bootstrap", "20"]
+    assert main([config, "--data", str(tmp_path / "pooled.json"), "--labels", "false", *keys]) == 0
+    printed = capsys.readouterr().out
+    run = Path("runs") / Path(config).stem
+    texts = list(csv.DictReader((run / "texts.csv").open()))
+    assert len(texts) == 2 * (2 + 2) * 2 * 3 and {row["pooling"] for row in texts} == {"mean", "max", "last"}
+    n, n_positive = (int(texts[0][name]) for name in ("n_texts", "n_positive"))
+    assert n == 12 and 0 < n_positive < n
+    assert f"whole texts   false, solver newton, lag +0: {n_positive} of {n} positive" in printed
+    assert "Whole texts" in (run / "report.html").read_text() and "texts.csv" in printed
+    assert main([config, *keys]) == 0
+    assert "whole texts" not in capsys.readouterr().out and not (Path(f"{run}-2") / "texts.csv").exists()

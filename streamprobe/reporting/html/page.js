@@ -1,5 +1,5 @@
 "use strict";
-const data = JSON.parse(document.getElementById("transcripts").textContent);
+const data = JSON.parse(document.getElementById("held").textContent);
 const levels = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-";
 const names = ["solver", "label", "target", "layer", "lag"];
 const chooser = document.getElementById("chooser");

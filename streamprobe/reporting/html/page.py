@@ -1,20 +1,17 @@
 """report.html: one page that holds all it shows and asks the network for nothing.  Text from the data is escaped."""
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import Row, place
 from streamprobe.reporting.html.charts import lag_curves, metric_map
+from streamprobe.reporting.html.document import document, own_file
 from streamprobe.reporting.terminal import Grid, grids
 
-HERE = Path(__file__).parent
 KINDS = {
     "hit": ("Best hits", "sections, or their beginnings, with the highest mean probability"),
     "miss": ("Worst misses", "those whose highest probability is the lowest"),
@@ -25,36 +22,37 @@ NUMBERS = (
     "t predicts the label at token t + k, so a positive lag looks ahead. Lift: AUROC above that of the best control."
 )
 
+SORTS = "A click on a column's name sorts."
+TEXTS = (
+    "A text's score is the mean, the maximum or the last of the probabilities at its tokens; intervals are over "
+    "resampled texts. TPR at 1% FPR: the share of positive texts above a threshold that at most 1% of the others reach."
+)
 
-def render(name: str, rows: Sequence[Row], run: Mapping[str, Any], transcripts: Mapping[str, Any]) -> str:
-    """The page of a run: its rows, the `run` part of its summary.json, and its transcripts.json."""
-    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    allowed = f"style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
-    held = json.dumps(transcripts, separators=(",", ":"))
-    for character in "<>&":
-        held = held.replace(character, f"\\u{ord(character):04x}")
+
+def render(
+    name: str,
+    rows: Sequence[Row],
+    run: Mapping[str, Any],
+    transcripts: Mapping[str, Any],
+    *,
+    texts: Sequence[Row] = (),
+) -> str:
+    """The page of a run: its rows, the `run` part of its summary.json, its transcripts.json and its rows of texts."""
     families = grids(rows)
     links = [f"<a href='#family{i}'>{escape(_title(family))}</a>" for i, family in enumerate(families)]
-    return "\n".join(
-        [
-            "<!doctype html><html lang=en><head><meta charset=utf-8>",
-            f'<meta http-equiv=Content-Security-Policy content="{policy}">',
-            "<meta name=viewport content='width=device-width'>",
-            f"<title>streamprobe: {escape(name)}</title><style>{style}</style></head><body>",
-            f"<h1>{escape(name)}</h1>",
-            *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
-            f"<p class=note>{NUMBERS}</p>",
-            f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
-            "<a href='#run'>The run</a></nav>",
-            *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
-            _chains(transcripts),
-            _table(rows),
-            _run(run),
-            f"<script type=application/json id=transcripts>{held}</script><script>{script}</script></body></html>",
-        ]
-    )
+    body = [
+        *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
+        f"<p class=note>{NUMBERS}</p>",
+        f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
+        + "<a href='#texts'>Whole texts</a>" * bool(texts)
+        + "<a href='#run'>The run</a></nav>",
+        *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
+        _chains(transcripts),
+        f"<h2 id=all>All probes and controls</h2><p class=note>{SORTS}</p>{_table(TABLE, rows)}",
+        f"<h2 id=texts>Whole texts</h2><p class=note>{TEXTS} {SORTS}</p>{_table(TEXT_TABLE, texts)}" if texts else "",
+        _run(run),
+    ]
+    return document(name, body, style=own_file("page.css"), script=own_file("page.js"), held=transcripts)
 
 
 def _title(family: tuple[str, str, str]) -> str:
@@ -117,7 +115,8 @@ def _chains(transcripts: Mapping[str, Any]) -> str:
     return "".join(elements)
 
 
-TABLE: Sequence[tuple[str, Callable[[Row], str]]] = [  # the name of each column, and its cell of a row
+Table = Sequence[tuple[str, Callable[[Row], str]]]  # the name of each column, and its cell of a row
+TABLE: Table = [
     ("solver", lambda row: row["solver"]),
     ("label", lambda row: row["label"]),
     ("target", lambda row: row["target"]),
@@ -138,17 +137,28 @@ TABLE: Sequence[tuple[str, Callable[[Row], str]]] = [  # the name of each column
 ]
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """Every row of results.csv, to be sorted."""
-    head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name, _ in TABLE)
+TEXT_TABLE: Table = [
+    *TABLE[:2],
+    *TABLE[3:5],
+    ("pooling", lambda row: row["pooling"]),
+    *TABLE[5:7],
+    ("TPR at 1% FPR", lambda row: _number(row["tpr_at_1fpr"])),
+    ("95% interval", lambda row: _interval(row, "tpr_at_1fpr")),
+    ("TPR at 5% FPR", lambda row: _number(row["tpr_at_5fpr"])),
+    ("95% interval", lambda row: _interval(row, "tpr_at_5fpr")),
+    ("texts", lambda row: str(row["n_texts"])),
+    ("positive", lambda row: str(row["n_positive"])),
+]
+
+
+def _table(columns: Table, rows: Sequence[Row]) -> str:
+    """Every row, to be sorted."""
+    head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name, _ in columns)
     body = []
     for row in rows:
-        cells = "".join(f"<td>{escape(text(row))}</td>" for _, text in TABLE)
+        cells = "".join(f"<td>{escape(text(row))}</td>" for _, text in columns)
         body.append(f"<tr{' class=control' if row['control'] else ''}>{cells}</tr>")
-    return (
-        f"<h2 id=all>All probes and controls</h2><p class=note>A click on a column's name sorts.</p><div class=scroll>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
 
 def _number(x: float) -> str:
