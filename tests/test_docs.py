@@ -14,6 +14,10 @@ import streamprobe
 from streamprobe.config.load import GROUPS
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.controls.table import CONTROLS
+from streamprobe.data.detect import Asked, find_format
+from streamprobe.data.formats import FORMATS, FormatOptions, read_row
+from streamprobe.data.label_rules import parse_rule
+from streamprobe.data.records import Record
 from streamprobe.reporting.files import FILES
 
 ROOT = Path(__file__).parents[1]
@@ -283,9 +287,40 @@ def test_the_reference_has_a_row_for_every_key():
 
 
 def test_the_row_of_data_is_one_of_the_demos():
-    (row,) = re.findall(r"```json\n(.*?)```", read("README.md"), re.DOTALL)
+    (row,) = re.findall(r"```json\n(.*?)```", read("docs/demo.md"), re.DOTALL)
     chains = json.loads((ROOT / "streamprobe/demo/chains.json").read_text(encoding="utf-8"))
     assert json.loads(row) in chains
+
+
+def rows_of_formats(text: str) -> list[tuple[str, str]]:
+    """The rows of data that a page shows, each with the format that it is said to have."""
+    below_headings = re.findall(r"^### (\w+)$(?:(?!^##).)*?^```json\n(.*?)\n```", text, re.MULTILINE | re.DOTALL)
+    return below_headings or re.findall(r"^(\w+) +({.*})", text, re.MULTILINE)
+
+
+def misread(rows: list[tuple[str, str]]) -> list[str]:
+    """The formats of rows that are read as another one, or cannot be."""
+    options = FormatOptions(rules=[parse_rule("backtracking=(?i)wait")])
+    found = {name: find_format([json.loads(row)], name, Asked(), options) for name, row in rows}
+    read_as = {name: read_row(json.loads(row), 0, FORMATS[name], found[name].options) for name, row in rows}
+    return [name for name in found if found[name].name != name or not isinstance(read_as[name], Record)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_a_row_of_each_format_is_shown_and_read_as_such(page):
+    rows = rows_of_formats(read(page))
+    assert [name for name, _ in rows] == list(FORMATS) and misread(rows) == []
+    labels = {"annotated", "spans", "messages", "tokens", "sentences", "text"}
+    options = FormatOptions(rules=[parse_rule("backtracking=(?i)wait")])
+    for name, row in rows:
+        record = read_row(
+            json.loads(row), 0, FORMATS[name], find_format([json.loads(row)], "", Asked(), options).options
+        )
+        assert isinstance(record, Record) and ("backtracking" in {s.label for s in record.sections}) == (name in labels)
+
+
+def test_the_check_of_rows_fails_without_the_columns_of_their_format():
+    assert misread([("spans", '{"text": "a", "label": "b"}')]) == ["spans"]
 
 
 def test_the_citation_names_this_version():
