@@ -137,7 +137,7 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
         (["wacth", "runs/demo"], "unknown command 'wacth'; expected watch, the nearest command"),
         (["trian"], "expected train"),
         (["configs/demo.yaml"], "unknown command"),
-        (["xyz"], "expected one of train, demo, watch, steer, report, push, bench, bench watching, configs"),
+        (["xyz"], "expected one of train, demo, score, watch, steer, report, push, bench, bench watching, configs"),
         (["--nothing"], "unknown command '--nothing'"),
         (["train", "--layer", "1"], "--layers, the nearest key"),
         (["train", "--layers", "one"], "--layers"),

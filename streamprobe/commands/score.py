@@ -1,0 +1,137 @@
+"""`streamprobe score`: the probes of a run look on while its model reads texts."""
+
+import hashlib
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamprobe.commands.shared import add_probe, add_run, check_file, open_probes, place_of
+from streamprobe.errors import InputError
+from streamprobe.system.console import say
+
+if TYPE_CHECKING:
+    from streamprobe.data.formats import Record, Refused
+    from streamprobe.run.opened import OpenedRun
+    from streamprobe.tools.score_tables import Layout
+    from streamprobe.tools.score_windows import Scorer
+
+
+def options(parser: ArgumentParser) -> None:
+    """The options of `score`."""
+    add_run(parser)
+    add = parser.add_argument
+    texts = "JSON, JSON-lines or parquet file, URL of one, or data set on the hub; needs no labels"
+    add("texts", metavar="TEXTS", help=texts)
+    add("--out", type=Path, metavar="FILE", help="a row a token: .parquet, .csv, .jsonl, .csv.gz or .jsonl.gz")
+    add("--resume", action="store_true", help="go on with an --out that was interrupted")
+    add("--probes", choices=["one", "all"], default="one", help="the one probe, or all that have what is given below")
+    add_probe(parser)
+    most = "most tokens in one forward pass, padding included (default: as in the run)"
+    add("--max_batch_tokens", type=int, help=most)
+
+
+def score(given: Namespace) -> None:
+    """Scores every token of the texts, into the file that --out names or as a summary in the terminal."""
+    _check(given)
+    from streamprobe.run import opened
+    from streamprobe.tools import choice
+    from streamprobe.tools.score_tables import layout_of
+    from streamprobe.tools.watch import alarm_threshold
+
+    run = open_probes(given)
+    if given.probes == "all":
+        bank = choice.choose_all(run.probes, layer=given.layer, lag=given.lag, label=given.label, target=given.target)
+    else:
+        i, k = place_of(given, run)
+        bank = choice.narrow(run.probes, [i], [k])
+    run = run._replace(probes=bank)
+    records = _read(given.texts, run)
+    layout = layout_of(bank, alarm_threshold(bank, (0, 0)) if given.probes == "one" else None)
+
+    def load() -> "Scorer":
+        from streamprobe.data.tokenize import TextOptions
+        from streamprobe.tools.score_windows import Scorer
+
+        model, tokenizer = opened.load_cut(run)
+        data = run.config.data
+        text = TextOptions(data.prompt, data.support, data.unlabelled, data.bos, data.chat_date)
+        return Scorer(model, tokenizer, bank, text, given.max_batch_tokens or run.config.model.max_batch_tokens)
+
+    if given.out:
+        _write(given, run, records, layout=layout, load=load)
+    else:
+        _summarise(records, layout, load)
+
+
+def _check(given: Namespace) -> None:
+    """Raises InputError for options that do not go together, and for a file that cannot be written."""
+    from streamprobe.tools.score_tables import table_of
+
+    if given.max_batch_tokens is not None and given.max_batch_tokens < 1:
+        raise InputError(f"max_batch_tokens {given.max_batch_tokens}", "at least 1", "correct --max_batch_tokens")
+    if given.out:
+        table_of(given.out)
+        check_file(given.out, "out", given.run)
+    else:
+        for name, asked in (("resume", given.resume), ("probes all", given.probes == "all")):
+            if asked:
+                raise InputError(f"--{name} without --out", "a file for every token", "give --out scores.csv")
+
+
+def _read(texts: str, run: "OpenedRun") -> "list[Record | Refused]":
+    from streamprobe.data.formats import FormatOptions
+    from streamprobe.data.texts import read_texts_to_score
+
+    data = run.config.data
+    columns = FormatOptions(
+        id=data.id_column,
+        problem=data.problem_column,
+        response=data.response_column,
+        annotation=data.annotation_column,
+        rejoined=data.response == "rejoined",
+        label_names=data.names,
+    )
+    return read_texts_to_score(texts, columns, data.data_split)
+
+
+def _write(given: Namespace, run: "OpenedRun", records: Any, *, layout: "Layout", load: Any) -> None:
+    """Writes a row for each token; killed, the same command with --resume goes on behind the last whole window."""
+    from streamprobe.data.texts import fingerprint
+    from streamprobe.probes.storage import find_probes
+    from streamprobe.system.growing import grow
+    from streamprobe.tools.score_tables import table_of
+    from streamprobe.tools.score_windows import Tally, score_records
+
+    config = run.config
+    facts = {
+        "texts": fingerprint(records),
+        "probes": hashlib.sha256(find_probes(given.run).read_bytes()).hexdigest(),
+        "columns": layout.columns,
+        "solver": run.probes.solver,
+        "model": config.model.model,
+        "max_batch_tokens": given.max_batch_tokens or config.model.max_batch_tokens,
+    }
+    table = table_of(given.out)
+    with grow(given.out, "out", facts, given.resume) as file:
+        tally = Tally(**(file.state or {}))
+        scorer = load()
+        for window in score_records(records, scorer, tally):
+            head = b"" if file.size else table.head(layout)
+            file.add(head + table.rows(layout, window), tally.as_dict())
+        file.finish(table.convert)
+    say("\n".join([*tally.lines(config.data.prompt), f"wrote {given.out}"]))
+
+
+def _summarise(records: Any, layout: "Layout", load: Any) -> None:
+    """Prints where the probe gives the highest probabilities."""
+    from streamprobe.tools.score_windows import Summary, Tally, score_records
+
+    assert layout.alarm is not None
+    scorer, tally, summary = load(), Tally(), Summary(layout.alarm)
+    for window in score_records(records, scorer, tally):
+        for scored in window:
+            summary.add(scored)
+    counted, *rest = tally.lines(scorer.options.prompt)
+    say(f"{layout.probes[0]}, {scorer.probes.solver}; alarm (▲) from a probability of {layout.alarm:.3f} on\n")
+    say("\n".join([*summary.lines(), "", f"{counted}; an alarm in {summary.alarmed:,} texts", *rest]))
+    say("every token's probability: give --out scores.csv, .jsonl or .parquet; all probes: --probes all, too")
