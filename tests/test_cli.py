@@ -144,6 +144,8 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
         (["train", "gone.yaml"], "gone.yaml, which is no file"),
         (["train", "--layers", "1", "x.yaml"], "fix: streamprobe train x.yaml ..."),
         (["demo", "--seeds", "0"], "seeds 0"),
+        (["score"], "RUN, TEXTS"),
+        (["score", "gone", "texts.json"], "gone, which is no folder"),
         (["watch"], "RUN"),
         (["watch", "gone", "--prompt", "x"], "gone, which is no folder"),
         (["watch", "gone", "--prompt", "x", "--top_p", "2"], "top_p 2.0"),

@@ -2,6 +2,7 @@
 
 import hashlib
 from argparse import ArgumentParser, Namespace
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,6 @@ def options(parser: ArgumentParser) -> None:
 def score(given: Namespace) -> None:
     """Scores every token of the texts, into the file that --out names or as a summary in the terminal."""
     _check(given)
-    from streamprobe.run import opened
     from streamprobe.tools import choice
     from streamprobe.tools.score_tables import layout_of
     from streamprobe.tools.watch import alarm_threshold
@@ -48,19 +48,26 @@ def score(given: Namespace) -> None:
     records = _read(given.texts, run)
     layout = layout_of(bank, alarm_threshold(bank, (0, 0)) if given.probes == "one" else None)
 
-    def load() -> "Scorer":
-        from streamprobe.data.tokenize import TextOptions
-        from streamprobe.tools.score_windows import Scorer
-
-        model, tokenizer = opened.load_cut(run)
-        data = run.config.data
-        text = TextOptions(data.prompt, data.support, data.unlabelled, data.bos, data.chat_date)
-        return Scorer(model, tokenizer, bank, text, given.max_batch_tokens or run.config.model.max_batch_tokens)
-
     if given.out:
-        _write(given, run, records, layout=layout, load=load)
+        _write(given, run, records, layout)
     else:
-        _summarise(records, layout, load)
+        _summarise(given, run, records, layout)
+
+
+def _load(given: Namespace, run: "OpenedRun") -> "Scorer":
+    """What scores the texts, with the model in memory."""
+    from streamprobe.data.tokenize import TextOptions
+    from streamprobe.run.opened import load_cut
+    from streamprobe.tools.score_windows import Scorer
+
+    model, tokenizer = load_cut(run)
+    data = run.config.data
+    text = TextOptions(data.prompt, data.support, data.unlabelled, data.bos, data.chat_date)
+    return Scorer(model, tokenizer, run.probes, text, _most(given, run))
+
+
+def _most(given: Namespace, run: "OpenedRun") -> int:
+    return given.max_batch_tokens or run.config.model.max_batch_tokens
 
 
 def _check(given: Namespace) -> None:
@@ -94,7 +101,7 @@ def _read(texts: str, run: "OpenedRun") -> "list[Record | Refused]":
     return read_texts_to_score(texts, columns, data.data_split)
 
 
-def _write(given: Namespace, run: "OpenedRun", records: Any, *, layout: "Layout", load: Any) -> None:
+def _write(given: Namespace, run: "OpenedRun", records: Any, layout: "Layout") -> None:
     """Writes a row for each token; killed, the same command with --resume goes on behind the last whole window."""
     from streamprobe.data.texts import fingerprint
     from streamprobe.probes.storage import find_probes
@@ -109,12 +116,12 @@ def _write(given: Namespace, run: "OpenedRun", records: Any, *, layout: "Layout"
         "columns": layout.columns,
         "solver": run.probes.solver,
         "model": config.model.model,
-        "max_batch_tokens": given.max_batch_tokens or config.model.max_batch_tokens,
+        "max_batch_tokens": _most(given, run),
     }
     table = table_of(given.out)
     with grow(given.out, "out", facts, given.resume) as file:
         tally = Tally(**(file.state or {}))
-        scorer = load()
+        scorer = _load(given, run)
         for window in score_records(records, scorer, tally):
             head = b"" if file.size else table.head(layout)
             file.add(head + table.rows(layout, window), tally.as_dict())
@@ -122,16 +129,19 @@ def _write(given: Namespace, run: "OpenedRun", records: Any, *, layout: "Layout"
     say("\n".join([*tally.lines(config.data.prompt), f"wrote {given.out}"]))
 
 
-def _summarise(records: Any, layout: "Layout", load: Any) -> None:
+def _summarise(given: Namespace, run: "OpenedRun", records: Any, layout: "Layout") -> None:
     """Prints where the probe gives the highest probabilities."""
     from streamprobe.tools.score_windows import Summary, Tally, score_records
 
     assert layout.alarm is not None
-    scorer, tally, summary = load(), Tally(), Summary(layout.alarm)
+    scorer, tally, summary = _load(given, run), Tally(), Summary(layout.alarm)
     for window in score_records(records, scorer, tally):
         for scored in window:
             summary.add(scored)
     counted, *rest = tally.lines(scorer.options.prompt)
-    say(f"{layout.probes[0]}, {scorer.probes.solver}; alarm (▲) from a probability of {layout.alarm:.3f} on\n")
+    alarm = f"alarm from a probability of {layout.alarm:.3f} on"
+    if isnan(layout.alarm):
+        alarm = "no alarm, since validation had no class to choose a threshold by"
+    say(f"{layout.probes[0]}, {scorer.probes.solver}; {alarm}\n")
     say("\n".join([*summary.lines(), "", f"{counted}; an alarm in {summary.alarmed:,} texts", *rest]))
     say("every token's probability: give --out scores.csv, .jsonl or .parquet; all probes: --probes all, too")

@@ -27,7 +27,7 @@ def read_texts_to_score(data: str, options: FormatOptions, split: str = "train")
     response = next((name for name in candidates if name in there), None)
     if response is None:
         raise InputError(
-            f"texts {clean_url(data)} with the columns {', '.join(map(repr, there))}",
+            f"texts {clean_url(data)} with the columns {', '.join(map(repr, sorted(there)[:20]))}",
             f"one of {', '.join(map(repr, candidates))}",
             "rename the column of the texts",
         )
@@ -38,7 +38,7 @@ def read_texts_to_score(data: str, options: FormatOptions, split: str = "train")
     if all(isinstance(record, Refused) for record in records):
         reason = next(record.reason for record in records if isinstance(record, Refused))
         raise InputError(
-            f"texts {clean_url(data)}, of which none can be read (the first one is a row {reason})",
+            f"texts {clean_url(data)}, of which none can be read (the first one: {reason})",
             f"text in the column {response!r}",
             "check the file's content",
         )
@@ -54,7 +54,7 @@ def _text_alone(row: Row, options: FormatOptions) -> Record:
     if not is_unicode(problem + response):
         raise Unusable("with text that is not Unicode")
     if not response.strip():
-        raise Unusable("with an empty text")
+        raise Unusable("without any text")
     return Record(response, Annotation([]), problem)
 
 

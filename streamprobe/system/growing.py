@@ -92,8 +92,6 @@ def grow(path: Path, name: str, facts: Mapping[str, Any], resume: bool) -> Itera
     `facts`, and one that cannot be written.
     """
     check_output(path, name)
-    if os.path.lexists(path):
-        raise InputError(f"{name} {path}, which exists", "a new file", f"remove it, or give another --{name}")
     file, held = GrowingFile(path, facts), None
     lock_path = path.with_name(path.name + ".lock")
     try:
@@ -106,6 +104,9 @@ def grow(path: Path, name: str, facts: Mapping[str, Any], resume: bool) -> Itera
         got = f"{name} {path}, beside which no file can be made ({reason(error)})"
         raise InputError(got, "a folder to write to", f"give another --{name}") from error
     try:
+        if os.path.lexists(path):
+            what = "is whole" if resume else "exists"
+            raise InputError(f"{name} {path}, which {what}", "a new file", f"remove it, or give another --{name}")
         if os.path.lexists(file.part) and not resume:
             raise InputError(
                 f"{file.part}, the beginning of a file that was interrupted",

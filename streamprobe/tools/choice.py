@@ -62,10 +62,12 @@ def choose_all(
     columns = [k for k, c in enumerate(probes.columns) if not c.control and given.items() <= c._asdict().items()]
     layers = [i for i, number in enumerate(probes.layers) if layer in (None, number)]
     if not (columns and layers):
-        held = sorted({(c.label, c.target, c.lag) for c in probes.columns if not c.control})
+        asked["layer"], held = layer, [str(column) for column in probes.columns if not column.control]
+        more = f" and {len(held) - 8:,} more" if len(held) > 8 else ""
+        wanted = " ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         raise InputError(
-            f"no probe of {given | ({} if layer is None else {'layer': layer})}",
-            f"layers {' '.join(map(str, probes.layers))} and columns such as {held[0]}",
+            f"{wanted}, which no probe has",
+            f"layers {' '.join(map(str, probes.layers))} and columns of {', '.join(held[:8])}{more}",
             "choose others with --layer, --lag, --label and --target",
         )
     return narrow(probes, layers, columns)

@@ -71,7 +71,7 @@ def score(
         try:
             encoded.append(encode(record, readable, options, context(model.config)))
         except Unusable as why:
-            raise InputError(f"text {number}, a text {why}", "text that can be scored", "leave it out") from None
+            raise InputError(f"text {number}, one {why}", "text that can be scored", "leave it out") from None
     scored = score_encoded(encoded, model, probes, max_batch_tokens)
     return scored if several else scored[0]
 
@@ -92,7 +92,9 @@ def _record_of(text: Any, options: TextOptions) -> tuple[Record, TextOptions]:
     if isinstance(text, str):
         return Record(text, Annotation([])), options._replace(prompt="")
     if not (isinstance(text, tuple) and len(text) == 2 and all(isinstance(each, str) for each in text)):
-        raise InputError(f"a text of type {type(text).__name__}", "a str, or a pair (problem, response) of them", "fix")
+        raise InputError(
+            f"a text of type {type(text).__name__}", "a str, or a tuple (problem, response) of two", "give such"
+        )
     problem, response = text
     return Record(response, Annotation([]), problem), options
 
@@ -106,7 +108,7 @@ def encode(record: Record, tokenizer: Any, options: TextOptions, most: int) -> E
     if not is_unicode(record.problem + record.response):
         raise Unusable("with text that is not Unicode")
     if not record.response.strip():
-        raise Unusable("with an empty text")
+        raise Unusable("without any text")
     text, ids, covered, head, _ = render(record, tokenizer, options)
     if len(ids) > most:
         raise Unusable(f"longer than the model's context of {most:,} tokens")

@@ -62,12 +62,12 @@ class Tally:
     def lines(self, prompt: str) -> list[str]:
         """In words: how many texts and tokens, and which texts are not scored and why."""
         said = [f"{self.scored:,} of {self.read:,} texts scored, {self.tokens:,} tokens"]
+        if self.without_problem and (prompt == "chat" or "{problem}" in prompt):
+            said.append(f"{self.without_problem:,} of these have no problem: the prompt stands around an empty one")
         for reason, names in self.left_out.items():
             n = self.n_left_out[reason]
             more = f" and {n - len(names):,} more" if n > len(names) else ""
-            said.append(f"not scored: {n:,} {reason}: {', '.join(names)}{more}")
-        if self.without_problem and (prompt == "chat" or "{problem}" in prompt):
-            said.append(f"{self.without_problem:,} of them without a problem, which the model reads as an empty one")
+            said.append(f"not scored: {n:,} {'text' if n == 1 else 'texts'} {reason}: {', '.join(names)}{more}")
         return said
 
 
@@ -148,7 +148,7 @@ class Summary:
         peaks = sorted(self.peaks, reverse=True)
         names = [" ".join(peak.id.split())[:AROUND] for peak in peaks]
         width = max([len("text"), *map(len, names)])
-        head = f"{'text':<{width}}  tokens  highest  alarms  where it is highest"
+        head = f"{'text':<{width}}  tokens  highest  alarms  ▲ where it is highest"
         return [head] + [
             f"{name:<{width}}  {peak.tokens:>6,}  {peak.highest:>7.3f}  {peak.alarms:>6,}  {peak.where}"
             for name, peak in zip(names, peaks, strict=True)
