@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_probes", "push_to_hub", "steer", "tap", "watch"]
+__all__ = ["load_probes", "push_to_hub", "score", "steer", "tap", "watch"]
 
 HOME = {
     "load_probes": "probes.storage",
     "push_to_hub": "tools.hub",
+    "score": "tools.score",
     "steer": "model.hooks",
     "tap": "model.hooks",
     "watch": "tools.watch",

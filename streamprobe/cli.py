@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
 import streamprobe
-from streamprobe.commands import bench, folders, preview, shared, steer, training, watch
+from streamprobe.commands import bench, folders, preview, score, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
 
@@ -29,7 +29,7 @@ class Parser(ArgumentParser):
 
 
 class Command(NamedTuple):
-    """One subcommand: what is said of it, what it takes, what it does, and what helps where memory runs out."""
+    """One subcommand: what is said of it, what it takes and does, what helps without memory, and after Ctrl-C."""
 
     about: str
     example: str
@@ -37,6 +37,7 @@ class Command(NamedTuple):
     work: Callable[[Namespace], None]
     smaller: str = "free some"
     takes_keys: bool = False  # a config and its keys, too: they are given to `work` as `keys`
+    interrupted: str = "interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((name for name in longest_first if words[: len(name.split())] == name.split()), None)
     if name is None:
         return guard(lambda: _answer(words))
-    return guard(lambda: _run(name, words[len(name.split()) :]), COMMANDS[name].smaller)
+    command = COMMANDS[name]
+    return guard(lambda: _run(name, words[len(name.split()) :]), command.smaller, command.interrupted)
 
 
 def train(argv: Sequence[str] | None = None, command: str = "run.py") -> int:
@@ -135,6 +137,14 @@ COMMANDS = {
         preview.options,
         preview.preview,
         takes_keys=True,
+    ),
+    "score": Command(
+        "give every token of any texts the probability of a run's probes",
+        "runs/demo texts.jsonl --out scores.csv",
+        score.options,
+        score.score,
+        "lower --max_batch_tokens, or use --device_map cpu",
+        interrupted="interrupted; with --out, the same command with --resume goes on",
     ),
     "watch": Command(
         "let the model of a run write, and mark each token by the probability that a probe gives",

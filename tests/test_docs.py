@@ -23,7 +23,7 @@ from streamprobe.reporting.files import FILES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
-COMMANDS = ("train", "demo", "preview", "watch", "steer", "report", "push", "bench", "configs")
+COMMANDS = ("train", "demo", "preview", "score", "watch", "steer", "report", "push", "bench", "configs")
 FOR_RUNS = ("docs/probes.md", "docs/cost.md")  # whose options are those of commands that take no config
 OF_PREVIEW = ("--html", "--chains")  # its own options, beside the keys
 KEYS = {field.name for group in GROUPS for field in fields(group)}

@@ -4,17 +4,13 @@ Shapes: N tokens, L sites, D hidden size.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.activations.stream import stream
+from streamprobe.activations.stream import stream_samples
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
-from streamprobe.lags import Column
 from streamprobe.probes.sites import Site
 
 
@@ -47,13 +43,10 @@ def find_bad_chains(
 ) -> list[Chain]:
     """Those of the chains that have an activation that is infinite or not a number at a sample, whatever its label.
 
-    The other arguments are those of `stream`.
+    The other arguments are those of `stream_samples`.
     """
-    labelled = [replace(c, codes=torch.zeros(len(c.ids), 1, dtype=torch.int8)) for c in chains]
-    every = Column("any", "token", 0)
     bad: set[int] = set()
-    options: dict[str, Any] = {"labels": [every.label], "max_batch_tokens": max_batch_tokens, "on_forward": on_forward}
-    for batch in stream(labelled, backbone, layers, [every], **options):
+    for batch in stream_samples(chains, backbone, layers, max_batch_tokens, on_forward=on_forward):
         if not batch.acts.sum(2).isfinite().all():
             wrong = ~batch.acts.isfinite().flatten(1).all(1)
             bad |= set(batch.chain[wrong.to(batch.chain.device)].tolist())

@@ -4,6 +4,7 @@ Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns,
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -99,6 +100,21 @@ def stream(
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
                 acts = [taken[layer] for layer in layers]
                 yield pairing.label({i: chains[i] for i in batch}, part, acts)
+
+
+def stream_samples(
+    chains: Sequence[Chain],
+    backbone: nn.Module,
+    layers: Sequence[int],
+    max_batch_tokens: int,
+    *,
+    on_forward: Callable[[int, int], None] | None = None,
+) -> Iterator[TokenBatch]:
+    """One trip over `chains`: every token that may be a sample, whatever its label, by length.  See `stream`."""
+    every = Column("any", "token", 0)
+    labelled = [replace(c, codes=torch.zeros(len(c.ids), 1, dtype=torch.int8)) for c in chains]
+    options: dict[str, Any] = {"labels": [every.label], "max_batch_tokens": max_batch_tokens, "on_forward": on_forward}
+    return stream(labelled, backbone, layers, [every], **options)
 
 
 def _plan_batches(

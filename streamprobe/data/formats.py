@@ -277,7 +277,10 @@ def read_row(row: Row, number: int, format: Format, options: FormatOptions) -> R
     try:
         if not is_unicode(id + category):
             raise Unusable("with an id or a category that is not Unicode")
-        record = apply_rules(format.read(row, options), options.rules)
+        record = format.read(row, options)
+        if not is_unicode(record.problem + record.response):
+            raise Unusable("with text that is not Unicode")
+        record = apply_rules(record, options.rules)
         return replace(record, id=record.id or id, category=record.category or category)
     except Unusable as why:
         return Refused(str(why), row.get(options.problem) if options.problem else None, id, category)

@@ -120,7 +120,7 @@ def _label_characters(record: Record, rendered: Rendered, labels: Sequence[str],
     response[rendered.place[rendered.place >= 0]] = True
     support = response & _in_region(rendered, options)
     complete = options.unlabelled == "negative" or (options.unlabelled == "auto" and record.complete)
-    known = np.repeat(support[:, None] & [complete or label in record.everywhere for label in labels], 1, axis=1)
+    known = support[:, None] & np.array([complete or label in record.everywhere for label in labels], dtype=bool)
     section = np.full((size, len(labels)), -1, dtype=np.int64)
     for number, (label, begin, stop) in enumerate(record.sections):
         inside = rendered.place[begin:stop]

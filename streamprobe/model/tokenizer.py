@@ -1,6 +1,7 @@
 """The model's tokenizer, with the characters that each token covers."""
 
 import json
+from copy import deepcopy
 from typing import Any
 
 from streamprobe.errors import InputError, first_line
@@ -26,14 +27,29 @@ def load_tokenizer(model: str, **where: Any) -> Any:
                 "the tokenizer's files as they were saved",
                 "check tokenizer.json and tokenizer_config.json",
             ) from error
+    _check_offsets(tokenizer, f"model {model} with the tokenizer")
+    keep_white_space(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def with_white_space(tokenizer: Any) -> Any:
+    """A tokenizer that someone else has loaded, or a copy of it, as `load_tokenizer` would give it."""
+    _check_offsets(tokenizer, "the tokenizer")
+    behind = tokenizer.backend_tokenizer.post_processor
+    if behind is None or b'"trim_offsets":true' not in behind.__getstate__():
+        return tokenizer
+    own = deepcopy(tokenizer)
+    keep_white_space(own.backend_tokenizer)
+    return own
+
+
+def _check_offsets(tokenizer: Any, whose: str) -> None:
     if not tokenizer.is_fast:
         raise InputError(
-            f"model {model} with the tokenizer {type(tokenizer).__name__}, which has no offset mapping",
+            f"{whose} {type(tokenizer).__name__}, which has no offset mapping",
             "a fast tokenizer (it says which characters each token covers)",
             "use a model with a tokenizer.json",
         )
-    keep_white_space(tokenizer.backend_tokenizer)
-    return tokenizer
 
 
 def keep_white_space(backend: Any) -> None:

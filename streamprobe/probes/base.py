@@ -3,6 +3,7 @@
 Shapes: N tokens, L sites, K columns, D features.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Probes(Protocol):
     bias: Tensor  # [L, K]
     threshold: Tensor | None  # [L, K] the logit from which on a probe says yes; None until validation chose it
     solver: str
+    about: Mapping[str, Any]  # what the file that they were in says of them; nothing if they were in none
 
     @property
     def layers(self) -> list[int]:

@@ -3,8 +3,8 @@
 Shapes: N tokens, L sites, K columns, D features.  One probe per (site, column), in raw activation space.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
+from streamprobe.probes.describe import describe
 from streamprobe.probes.sites import Site
 
 
-@dataclass
+@dataclass(repr=False)
 class ProbeBank:
     """The L x K linear probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
 
@@ -25,7 +26,11 @@ class ProbeBank:
     bias: Tensor  # [L, K] float32
     threshold: Tensor | None = None  # [L, K] the logit from which on a probe says yes; None until validation chose it
     solver: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the file that they were in says: see `load_probes`
     kind = "linear"
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     @property
     def layers(self) -> list[int]:
@@ -46,6 +51,12 @@ class ProbeBank:
     def probabilities(self, acts: Tensor) -> Tensor:
         """Probabilities [N, L, K], float32, of activations [N, L, D]: see `scores`."""
         return self.scores(acts).sigmoid()
+
+    def score(self, model: Any, tokenizer: Any, texts: Any, **options: Any) -> Any:
+        """Probabilities at every token of texts: `streamprobe.score` of these probes."""
+        import streamprobe  # by the package's front door: what lets a model read lies above this folder
+
+        return streamprobe.score(self, model, tokenizer, texts, **options)
 
     def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:
         """Where a probe lies: (l, k), so that `bank.weight[l, k]` [D] is its direction, `scores[:, l, k]` its logits.

@@ -69,7 +69,8 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
     """The probes of a run: `source` is its folder, its `probes.safetensors`, or `user/name` on the Hugging Face hub.
 
     `solver` picks one of several, `revision` a branch, tag or commit on the hub, which is asked only where no file or
-    folder has that name.  Nothing is unpickled.  Raises InputError for what is not there or holds no probes.
+    folder has that name.  Their `about` is what `pack_probes` put into the file, and the `source`.  Nothing is
+    unpickled.  Raises InputError for what is not there or holds no probes.
     """
     path = find_probes(source, revision)
     about = read_about(path)
@@ -94,7 +95,7 @@ def load_probes(source: str | Path, solver: str | None = None, revision: str | N
         bank = KINDS[kind].from_tensors(layer_sites(about["layers"]), columns, tensors, name)
     except (KeyError, ValueError) as error:
         raise _broken(path, f"but {error}") from error
-    bank.threshold = threshold.double()
+    bank.threshold, bank.about = threshold.double(), about | {"source": str(source)}
     return bank
 
 

@@ -34,6 +34,7 @@ class Texts(NamedTuple):
 
     records: list[Record | Refused]
     partial: bool  # whether these are a choice of the data alone
+    format: str  # how the data lie in their rows
     tokenizer: Any
     model_config: Any
 
@@ -45,7 +46,6 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     check_layers(model_config, [])
     layers: Any = resolve_layers(config.probes.layers, depth(model_config))
     source = open_data(data)
-    say(f"format    {source.found}")
     tokenizer = load_tokenizer(model.model, **model.source)
     prompt = "chat" if source.found.name == "messages" else data.prompt
     day = resolve_day(prompt, data.chat_date, tokenizer)
@@ -53,17 +53,24 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
         say(f"prompt    the chat template writes the date: {day} (--chat_date)")
     known = replace(data, chat_date=day, prompt=prompt, **source.found.keys)
     settled = replace(config, data=known, probes=replace(config.probes, layers=layers))
-    return Texts(read_records(source), source.partial, tokenizer, model_config), settled
+    return Texts(read_records(source), source.partial, str(source.found), tokenizer, model_config), settled
 
 
-def open_data(data: DataConfig, labelled: bool = True) -> RowSource:
-    """Where the records of a config's data come from; `labelled`: whether they need labels.
+def open_data(data: DataConfig) -> RowSource:
+    """Where the records of a config's data come from.  Raises InputError for data that cannot be read."""
+    return open_source(
+        data.data,
+        data.asked,
+        format_options(data),
+        split=data.data_split,
+        sha256=data.data_sha256,
+        most=data.max_chains,
+    )
 
-    Raises InputError for data that cannot be read.
-    """
-    options = FormatOptions(rejoined=data.response == "rejoined", label_names=data.names, rules=data.rules)
-    asked = data.asked._replace(labelled=labelled)
-    return open_source(data.data, asked, options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains)
+
+def format_options(data: DataConfig) -> FormatOptions:
+    """How a format reads a row; which columns hold what is found in the data."""
+    return FormatOptions(rejoined=data.response == "rejoined", label_names=data.names, rules=data.rules)
 
 
 def text_options(data: DataConfig) -> TextOptions:
@@ -148,7 +155,7 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     check_vocabulary(texts.model_config, max(int(chain.ids.max()) for chain in dataset.chains()))
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)
-    return Inputs(dataset, plain.fingerprint(), columns, census, controls, described)
+    return Inputs(dataset, plain.fingerprint(), columns, census, controls, f"format    {texts.format}\n{described}")
 
 
 def _fair_controls(config: RunConfig, dataset: Dataset) -> list[str]:

@@ -4,7 +4,7 @@ Only this package's own folder format is read; nothing in it is executed unless 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ class OpenedRun(NamedTuple):
     probes: ProbeBank
 
 
-class WholeModel(NamedTuple):
-    """The model that was probed, with all its blocks and its LM head, frozen; and its tokenizer."""
+class OpenedModel(NamedTuple):
+    """The model that was probed, frozen, and its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -60,13 +60,22 @@ def open_run(
     return OpenedRun(folder, config, probes)
 
 
-def load_whole(run: OpenedRun) -> WholeModel:
-    """The run's whole model and its tokenizer.  Raises InputError for a model of another size than the probes'."""
+def load_whole(run: OpenedRun) -> OpenedModel:
+    """The run's model with all its blocks and its LM head.  Raises InputError for another than the probes'."""
+    return _load(run, None)
+
+
+def load_cut(run: OpenedRun) -> OpenedModel:
+    """The run's model, cut off above the deepest layer of `run.probes`.  Raises InputError as `load_whole` does."""
+    return _load(run, run.probes.layers)
+
+
+def _load(run: OpenedRun, layers: Sequence[int] | None) -> OpenedModel:
     c, probes = run.config.model, run.probes
     tokenizer = load_tokenizer(c.model, **c.source)
     model_config = read_config(c.model, **c.source)
     blocks.check_layers(model_config, probes.layers)
-    model = load_backbone(c.model, None, **c.loading)
+    model = load_backbone(c.model, layers, **c.loading)
     width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
     if probes.n_features != width:
         raise InputError(
@@ -74,7 +83,7 @@ def load_whole(run: OpenedRun) -> WholeModel:
             "the model that was probed",
             "correct --model",
         )
-    return WholeModel(model, tokenizer)
+    return OpenedModel(model, tokenizer)
 
 
 def chains_of_run(config: RunConfig) -> Dataset:

@@ -1,6 +1,8 @@
 """Which of a run's probes is meant where the user does not say it all."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from streamprobe.errors import InputError
 from streamprobe.evaluation.rows import Row
@@ -9,6 +11,7 @@ from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.system.csv_files import read_csv
 
+P = TypeVar("P", bound=Probes)
 PLACE = ("layer", "lag", "label", "target")
 
 
@@ -43,6 +46,41 @@ def choose_probe(
         )
     best = probe_of_verdict(rows)
     return probes.place(best["layer"], best["lag"], best["label"], best["target"])
+
+
+def choose_all(
+    probes: P,
+    *,
+    layer: int | None = None,
+    lag: int | None = None,
+    label: str | None = None,
+    target: str | None = None,
+) -> P:
+    """All probes that have what is given and are no controls.  Raises InputError where there are none."""
+    asked = {"lag": lag, "label": label, "target": target}
+    given = {name: value for name, value in asked.items() if value is not None}
+    columns = [k for k, c in enumerate(probes.columns) if not c.control and given.items() <= c._asdict().items()]
+    layers = [i for i, number in enumerate(probes.layers) if layer in (None, number)]
+    if not (columns and layers):
+        asked["layer"], held = layer, [str(column) for column in probes.columns if not column.control]
+        more = f" and {len(held) - 8:,} more" if len(held) > 8 else ""
+        wanted = " ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+        raise InputError(
+            f"{wanted}, which no probe has",
+            f"layers {' '.join(map(str, probes.layers))} and columns of {', '.join(held[:8])}{more}",
+            "choose others with --layer, --lag, --label and --target",
+        )
+    return narrow(probes, layers, columns)
+
+
+def narrow(probes: P, layers: Sequence[int], columns: Sequence[int]) -> P:
+    """The probes at these places l and k alone."""
+    sites, own = [probes.sites[i] for i in layers], [probes.columns[k] for k in columns]
+    tensors = {name: tensor[layers][:, columns] for name, tensor in probes.tensors().items()}
+    chosen = type(probes).from_tensors(sites, own, tensors, probes.solver)
+    assert probes.threshold is not None
+    chosen.threshold, chosen.about = probes.threshold[layers][:, columns], probes.about
+    return chosen
 
 
 def _having(columns: list[Column], lag: int) -> str | None:

@@ -32,18 +32,28 @@ CASES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     ),
     "spans in a column of any name": ({"text": "tt", "marks": [SPAN]}, ("spans", "text", "marks", None, None)),
     "spans beside a question": (
-        {"question": "q", "answer": "t", "spans": []}, ("spans", "answer", "spans", "question", None)),
+        {"question": "q", "answer": "t", "spans": []},
+        ("spans", "answer", "spans", "question", None),
+    ),
     "messages": ({"messages": TURNS, "id": 5}, ("messages", "messages", None, None, "id")),
     "messages with a label": ({"chat": TURNS, "label": 1}, ("messages", "chat", "label", None, None)),
     "messages and their answer as text": (
-        {"problem": "p", "solution": "s", "messages": TURNS}, ("messages", "messages", None, "problem", None)),
+        {"problem": "p", "solution": "s", "messages": TURNS},
+        ("messages", "messages", None, "problem", None),
+    ),
     "tokens": ({"tokens": ["a"], "ner_tags": [0]}, ("tokens", "tokens", "ner_tags", None, None)),
-    "sentences": ({"prompt": "p", "steps": [{"text": "t", "label": "a"}]}, ("sentences", "steps", None, "prompt", None)),
+    "sentences": (
+        {"prompt": "p", "steps": [{"text": "t", "label": "a"}]},
+        ("sentences", "steps", None, "prompt", None),
+    ),
     "a label": ({"prompt": "p", "response": "t", "label": "lie"}, ("pooled", "response", "label", "prompt", None)),
-    "yes or no in a column of any name": ({"statement": "t", "lies": True}, ("pooled", "statement", "lies", None, None)),
+    "yes or no in a column of any name": (
+        {"statement": "t", "lies": True},
+        ("pooled", "statement", "lies", None, None),
+    ),
     "only a prompt": ({"id": "x", "prompt": "p", "label": 0}, ("pooled", "prompt", "label", None, "id")),
     "capitals": ({"Text": "t", "Label": "a"}, ("pooled", "Text", "Label", None, None)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -38,8 +38,10 @@ def sections() -> list[tuple[int, int, str]]:
 
 COPY = " ".join(f'["{label}"]{piece}["end-section"]' if label else piece for piece, label in PIECES)
 WORDS = [(word, label if i else f"B-{label}") for piece, label in PIECES for i, word in enumerate(piece.split(" "))]
-BIO = ["O" if label.endswith("None") or label is None else label if label[1] == "-" else f"I-{label}"
-       for _, label in ((w, label or "None") for w, label in WORDS)]  # fmt: skip
+BIO = [
+    "O" if label.endswith("None") or label is None else label if label[1] == "-" else f"I-{label}"
+    for _, label in ((w, label or "None") for w, label in WORDS)
+]
 ROWS: dict[str, dict[str, Any]] = {
     "annotated": {"response": TEXT, "annotated_response": COPY},
     "spans": {"response": TEXT, "spans": [{"start": a, "end": b, "label": label} for a, b, label in sections()]},
@@ -168,8 +170,11 @@ def tokens_of(text: str, tokenizer: Any, chain: Any) -> list[tuple[int, int]]:
     from streamprobe.data.tokenize import render
 
     rendered = render(Record(text, read({"text": text, "spans": [[0, 1, "a"]]}).annotation), tokenizer, NEGATIVE)
-    return [(s - rendered.head, e - rendered.head) for (s, e), keep in
-            zip(rendered.offsets, chain.support.tolist(), strict=True) if keep]  # fmt: skip
+    return [
+        (s - rendered.head, e - rendered.head)
+        for (s, e), keep in zip(rendered.offsets, chain.support.tolist(), strict=True)
+        if keep
+    ]
 
 
 # Labels of whole texts
@@ -177,10 +182,18 @@ def tokens_of(text: str, tokenizer: Any, chain: Any) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("cell", "column", "labels"),
-    [(True, "deceptive", ["deceptive"]), (False, "deceptive", []), (1, "label", ["label"]), ("0", "label", []),
-     ("honest", "label", ["honest"]), (["a", "b"], "labels", ["a", "b"]), (1.0, "toxic", ["toxic"]), (3, "label", ["3"]),
-     ("TRUE", "is_correct", ["is_correct"])],
-)  # fmt: skip
+    [
+        (True, "deceptive", ["deceptive"]),
+        (False, "deceptive", []),
+        (1, "label", ["label"]),
+        ("0", "label", []),
+        ("honest", "label", ["honest"]),
+        (["a", "b"], "labels", ["a", "b"]),
+        (1.0, "toxic", ["toxic"]),
+        (3, "label", ["3"]),
+        ("TRUE", "is_correct", ["is_correct"]),
+    ],
+)
 def test_one_label_for_a_text(cell, column, labels):
     record = read({"text": TEXT, column: cell})
     assert [tuple(s) for s in record.sections] == [(label, 0, len(TEXT)) for label in labels] and record.complete

@@ -104,8 +104,10 @@ def test_what_the_template_leaves_out_has_no_place():
 CONTENT = st.text("as userti\n<>/think🙂漢", min_size=1, max_size=12).filter(lambda text: text.strip())
 
 
-@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3), st.sampled_from(sorted(set(TEMPLATES) - {
-    "no thoughts of earlier turns"})))  # fmt: skip
+@given(
+    st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3),
+    st.sampled_from(sorted(set(TEMPLATES) - {"no thoughts of earlier turns"})),
+)
 def test_any_words_are_found_between_the_templates_own(pairs, template):
     turns = [
         {"role": role, "content": text}
@@ -131,8 +133,12 @@ def test_words_like_the_templates_fail_without_stand_ins(monkeypatch):
 def test_turns_of_other_names_thoughts_and_parts_are_read():
     shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "so wait"}]}
     assert record_of(shared).response == "so wait" and record_of(shared).problem == "hi"
-    thought = {"role": "assistant", "reasoning_content": "hmm no", "content": "yes", "spans": [
-        {"start": 0, "end": 3, "label": "a"}, {"text": "hmm", "label": "b"}]}  # fmt: skip
+    thought = {
+        "role": "assistant",
+        "reasoning_content": "hmm no",
+        "content": "yes",
+        "spans": [{"start": 0, "end": 3, "label": "a"}, {"text": "hmm", "label": "b"}],
+    }
     record = record_of({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, thought]})
     tok = tokenizer(TEMPLATES["thoughts in a field"])
     assert (
@@ -158,13 +164,19 @@ def test_tools_and_calls_go_to_the_template():
 
 
 def test_labels_of_turns_and_of_chats():
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "one", "label": "a"},
-             {"role": "user", "content": "y"}, {"role": "assistant", "content": "two", "label": False}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "one", "label": "a"},
+        {"role": "user", "content": "y"},
+        {"role": "assistant", "content": "two", "label": False},
+    ]
     assert [tuple(s) for s in record_of({"messages": turns}).sections] == [("a", 0, 3)]
     plain = [{name: turn[name] for name in ("role", "content")} for turn in turns]
     assert [tuple(s) for s in record_of({"messages": plain, "label": "b"}).sections] == [("b", 0, 3), ("b", 3, 6)]
     assert [tuple(s) for s in record_of({"messages": plain, "deceptive": True}).sections] == [
-        ("deceptive", 0, 3), ("deceptive", 3, 6)]  # fmt: skip
+        ("deceptive", 0, 3),
+        ("deceptive", 3, 6),
+    ]
     spans = [{"message": 3, "start": 0, "end": 1, "label": "b"}, {"text": "n", "label": "a"}]
     assert [tuple(s) for s in record_of({"messages": plain, "spans": spans}).sections] == [("a", 1, 2), ("b", 3, 4)]
     assert [tuple(s) for s in record_of({"messages": plain}, ["a=t.+"]).sections] == [("a", 3, 6)]

@@ -17,8 +17,11 @@ CASES = {
     "channels": (CHANNELS, "so wait", "four"),
     "two analyses": (
         "<|channel|>analysis<|message|>a<|end|>x<|channel|>analysis<|message|>b<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>c", "ab", "xc"),
-}  # fmt: skip
+        "<|start|>assistant<|channel|>final<|message|>c",
+        "ab",
+        "xc",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -133,7 +133,10 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     "a rule without =": ([SPAN_ROW], ["--label_rules", "wait"], "LABEL=REGEX"),
     "a rule that is no pattern": ([SPAN_ROW], ["--label_rules", "a=("], "a regular expression of Python"),
     "a rule that never ends": (
-        [{"text": "a" * 60 + "!"}] * 3, ["--label_rules", r"a=(a|aa)+(a|aa)+(a|aa)+$"], "takes more than 1 s"),
+        [{"text": "a" * 60 + "!"}] * 3,
+        ["--label_rules", r"a=(a|aa)+(a|aa)+(a|aa)+$"],
+        "takes more than 1 s",
+    ),
     "a rule that counts too far": ([SPAN_ROW], ["--label_rules", "a=x{100000}"], "at most 10,000 repetitions"),
     "two rules for a label": ([SPAN_ROW], ["--label_rules", "a=x", "a=y"], "one rule a label"),
     "one marker": ([SPAN_ROW], ["--region", "think", "--region_markers", "<t>"], "two texts that differ"),
@@ -145,10 +148,12 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     "spans outside of all texts": ([SPAN_ROW | {"text": "so"}] * 9, [], "9 with a span outside of its text"),
     "a chat without a template": (
         [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "label": "a"}]}] * 9,
-        [], "has no chat template"),
+        [],
+        "has no chat template",
+    ),
     "a label that never occurs": ([SPAN_ROW] * 20, ["--labels", "joy"], "label 'joy', which never occurs"),
     "one label for all texts": ([{"text": "so", "label": "backtracking"}] * 20, [], "tokens of both classes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

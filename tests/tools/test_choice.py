@@ -1,5 +1,6 @@
 """Which probe is meant where the user does not say: that of the verdict, and what he does say counts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from streamprobe.evaluation.rows import FIELDS
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.sites import layer_sites
-from streamprobe.tools.choice import choose_probe
+from streamprobe.tools.choice import choose_all, choose_probe
 
 COLUMNS = [Column("a", "token", 0), Column("a", "token", 8), Column("a", "onset", 8), Column("b", "token", 16)]
 BANK = ProbeBank(layer_sites([1, 3]), COLUMNS, torch.zeros(2, 4, 5), torch.zeros(2, 4), solver="newton")
@@ -54,3 +55,26 @@ def test_a_layer_and_a_lag_need_no_results(tmp_path):
         chosen(tmp_path)
     with pytest.raises(InputError, match="lag 5; expected one of 0 8"):
         chosen(tmp_path, lag=5)
+
+
+def test_all_probes_are_those_that_have_what_is_given():
+    bank = replace(BANK, weight=torch.randn(2, 4, 5), bias=torch.randn(2, 4), threshold=torch.rand(2, 4).double())
+    acts = torch.randn(7, 2, 5)
+    every = choose_all(bank)
+    real = [k for k, column in enumerate(COLUMNS) if not column.control]
+    assert every.columns == [COLUMNS[k] for k in real] and every.layers == [1, 3] and every.about is bank.about
+    torch.testing.assert_close(every.scores(acts), bank.scores(acts)[..., real])
+    one = choose_all(
+        bank, layer=3, lag=COLUMNS[real[0]].lag, target=COLUMNS[real[0]].target, label=COLUMNS[real[0]].label
+    )
+    assert (
+        one.columns == [COLUMNS[real[0]]] and one.layers == [3] and one.threshold.item() == bank.threshold[1, real[0]]
+    )
+    torch.testing.assert_close(one.scores(acts[:, 1:])[:, 0, 0], bank.scores(acts)[:, 1, real[0]])
+    assert (one.scores(acts[:, :1]) - one.scores(acts[:, 1:])).abs().max() > 1e-3  # negative control: another layer
+
+
+@pytest.mark.parametrize("given", [{"layer": 2}, {"lag": 99}, {"label": "x"}, {"target": "y", "layer": 1}])
+def test_no_probes_of_what_is_given_is_refused(given):
+    with pytest.raises(ValueError, match="which no probe has; expected layers 1 3 and columns of "):
+        choose_all(BANK, **given)

@@ -1,0 +1,46 @@
+"""Probes in words: what they are, where they come from, and how to use one."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from streamprobe.probes.base import Probes
+from streamprobe.system.console import printable
+
+
+def describe(probes: Probes) -> str:
+    """Some ten lines: how many probes of what, the model and the data behind them, and a line to go on with."""
+    about, columns = probes.about, probes.columns
+    config = dict(about.get("config", {}))
+    n = len(probes.sites) * len(columns)
+    source = f" from {about['source']}" if "source" in about else ""
+    lines = [f"{n:,} {probes.kind} probes{source}, {len(probes.sites)} layers x {len(columns)} columns"]
+    rows: list[tuple[str, Any]] = [
+        ("solver", probes.solver or "none said"),
+        ("layers", _listed(site.name if site.layer is None else site.layer for site in probes.sites)),
+        ("labels", _listed(column.array for column in columns)),
+        ("targets", _listed(column.target for column in columns)),
+        ("lags", _listed(f"{column.lag:+d}" if column.lag else 0 for column in columns)),
+        ("features", f"{probes.n_features:,}, the model's hidden size"),
+    ]
+    for name in ("model", "data"):
+        if config.get(name):
+            rows.append((name, _origin(config[name], about.get(f"{name}_fingerprint"))))
+    if "prompt" in config:
+        rows.append(("reads", f"{config.get('support', 'response')} tokens behind the prompt {config['prompt']!r}"))
+    lines += [f"  {name:<9} {value}" for name, value in rows]
+    real = [column for column in columns if not column.control]
+    if real and probes.layers:
+        one = next((column for column in real if column.lag > 0), real[0])
+        label = f", label={one.label!r}" if one.label != real[0].label else ""
+        place = f"layer={probes.layers[-1]}, lag={one.lag}{label}, target={one.target!r}"
+        lines.append(f"  use       l, k = probes.place({place}); probes.weight[l, k]")
+        lines.append("            probes.score(model, tokenizer, text).probabilities[:, l, k]")
+    return "\n".join(printable(line).replace("\n", " ") for line in lines)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " ".join(str(value) for value in dict.fromkeys(values))
+
+
+def _origin(name: Any, fingerprint: Any) -> str:
+    return f"{name}, fingerprint {str(fingerprint)[:12]}" if fingerprint else str(name)
