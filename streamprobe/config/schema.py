@@ -69,10 +69,15 @@ class DataConfig:
 
     _argument_group_name = "data"
 
-    data: str = key("", "JSON, JSON-lines or parquet file, a URL of one, or the id of a data set on the hub.")
+    data: str = key(
+        "",
+        "CSV, TSV, JSON, JSON-lines, parquet or text file (also .gz, .zst), a folder or glob of these, the URL of a "
+        "file, or the id of a data set on the hub.",
+    )
     data_sha256: str | None = key(None, "SHA-256 that the data file must have.")
     format: str = key("annotated", "How labels lie in the data: <formats>.")
     data_split: str = key("train", "Split of a data set on the hub.")
+    data_config: str | None = key(None, "Configuration (subset) of a data set on the hub.")
     problem_column: str = key("problem", "Column with the problem.")
     response_column: str = key("reasoning_chain", "Column with the text that the model wrote.")
     annotation_column: str = key("annotated_chain", 'Column with that text in ["label"]...["end-section"] sections.')

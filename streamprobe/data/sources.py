@@ -3,16 +3,19 @@
 To add a source, write a class that yields records and can say where it stands: see `Source`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from streamprobe.data.files import Rows, read_rows
+from streamprobe.data.file_types import Rows
+from streamprobe.data.files import read_rows
 from streamprobe.data.formats import FORMATS, Format, FormatOptions, Record, Refused, read_row
+from streamprobe.errors import InputError
 from streamprobe.system.console import shows_progress
+from streamprobe.system.privacy import clean_url
 
 
 class Source(Protocol):
@@ -63,17 +66,31 @@ def open_source(
     options: FormatOptions,
     *,
     split: str = "train",
+    config: str | None = None,
     sha256: str | None = None,
     most: int | None = None,
 ) -> Source:
-    """The records of a JSON, JSON-lines or parquet file, a URL of one, or a data set on the hub.
+    """The records of files, of a URL of one, or of a data set on the hub: `data` is what `files.read_rows` takes.
 
-    `split` is that of a data set on the hub, `sha256` what a file must have, `most` as in `RowSource`.  Raises
-    InputError where the data cannot be read or a column that the format needs is missing.
+    `split` and `config` are those of a data set on the hub, `sha256` what a file must have, `most` as in `RowSource`.
+    Raises InputError where the data cannot be read or a column that the format needs is missing.
     """
     chosen = FORMATS[format]
     columns = [*chosen.columns(options), *([options.category] if options.category else [])]
-    return RowSource(read_rows(data, split, columns, sha256), chosen, options, most=most)
+    rows = read_rows(data, split=split, config=config, sha256=sha256)
+    check_columns(rows, columns, data)
+    return RowSource(rows, chosen, options, most=most)
+
+
+def check_columns(rows: Rows, columns: Sequence[str], data: str) -> None:
+    """Raises InputError for a column that no row has; `data` says of which data."""
+    for column in columns:
+        if not any(column in row for row in rows):
+            raise InputError(
+                f"data {clean_url(data)} without the column {column!r}",
+                f"one of {', '.join(map(repr, rows[0]))}",
+                "name the columns with --problem_column, --response_column, --annotation_column and --id_column",
+            )
 
 
 def read_records(source: Source) -> list[Record | Refused]:

@@ -49,7 +49,13 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
         label_names=data.names,
     )
     source = open_source(
-        data.data, data.format, options, split=data.data_split, sha256=data.data_sha256, most=data.max_chains
+        data.data,
+        data.format,
+        options,
+        split=data.data_split,
+        config=data.data_config,
+        sha256=data.data_sha256,
+        most=data.max_chains,
     )
     tokenizer = load_tokenizer(model.model, **model.source)
     day = resolve_day(data.prompt, data.chat_date, tokenizer)
