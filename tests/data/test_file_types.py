@@ -260,3 +260,10 @@ def test_parquet_with_two_columns_of_a_name(tmp_path):
 )
 def test_the_parts_of_a_name(path, parts):
     assert parse_name(path) == parts
+
+
+def test_every_type_is_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = "".join(line for line in page.split("## Files")[1].split("\n## ")[0].split("\n") if line.startswith("| `."))
+    assert {suffix for suffix in FILE_TYPES if f"`{suffix}`" not in table} == set()
+    assert "`.xlsx`" not in table  # negative control
