@@ -85,7 +85,12 @@ def _check_rest(rest: Sequence[str], keys: list[str], command: str) -> None:
     for word in rest:
         if word in shipped_configs():
             raise InputError(f"{word} after the keys", "the config first", f"{command} {word} ...")
-        require(word.startswith("-"), f"{word!r}, which belongs to no key", "--key value", "drop it")
+        require(
+            word.startswith("-"),
+            f"{word!r}, which belongs to no key",
+            "--key value",
+            "drop it, or put what belongs together in quotes",
+        )
         raise _unknown(word, keys, "the command line")
 
 

@@ -93,7 +93,7 @@ def read_parquet(file: BinaryIO, _name: str) -> Rows:
 
     table = ParquetFile(file if file.seekable() else io.BytesIO(file.read()), page_checksum_verification=True)
     _check_names(table.schema_arrow.names)
-    return [row for batch in table.iter_batches() for row in batch.to_pylist()]
+    return [row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist()]
 
 
 def read_text(file: BinaryIO, name: str) -> Rows:

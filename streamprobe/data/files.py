@@ -170,7 +170,9 @@ def _read_file(data: str, name: str, sha256: str | None = None) -> Rows:
         raise InputError(f"data {shown}, nested too deeply", type.about, "check the file's content") from None
     except NotUtf8 as error:
         raise InputError(
-            f"data {shown}, {error}", "UTF-8", "convert it, from Latin-1 by: iconv -f latin1 -t utf-8 OLD > NEW"
+            f"data {shown}, {error}",
+            "UTF-8",
+            "convert it, as by: iconv -f latin1 -t utf-8 OLD > NEW (latin1, or what it is in: cp1252, utf-16, ...)",
         ) from None
     except (OSError, ValueError, NotImplementedError) as error:
         said = first_line(error.__cause__ or error)
