@@ -1,6 +1,11 @@
 """What tests are made of: made-up annotated chains, a tiny tokenizer, and short ways to a run's first values."""
 
+import csv
+import gzip
+import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +48,40 @@ def make_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
         task_id = f"{CATEGORIES[i % 4]}_{i // 4}"
         rows.append({"task_id": task_id, "problem": problem, "reasoning_chain": plain, "annotated_chain": tagged})
     return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """The rows in a file of the type and the compression that its name says; returns the path."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    *_, suffix = path.name.removesuffix(".gz").removesuffix(".zst").split(".")
+    file = io.BytesIO()
+    if suffix == "parquet":
+        write_table(pyarrow.Table.from_pylist(rows), file)
+    elif suffix in ("csv", "tsv"):
+        text = io.StringIO(newline="")
+        table = csv.writer(text, delimiter={"csv": ",", "tsv": "\t"}[suffix])
+        table.writerow(rows[0])
+        table.writerows([json.dumps(v) if isinstance(v, list | dict) else v for v in row.values()] for row in rows)
+        file.write(text.getvalue().encode())
+    elif suffix in ("jsonl", "ndjson"):
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    elif suffix == "json":
+        file.write(json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    else:
+        file.write(rows[0]["text"].encode())
+    path.write_bytes(compress(file.getvalue(), path.suffix))
+    return str(path)
+
+
+def compress(content: bytes, suffix: str) -> bytes:
+    """The content as a file that ends in `suffix` holds it: .gz, .zst, or any other as it is."""
+    if suffix == ".zst":
+        import pyarrow
+
+        return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    return gzip.compress(content) if suffix == ".gz" else content
 
 
 def sites_of(names: Sequence[int | str]) -> list[Any]:

@@ -17,10 +17,15 @@ class DataConfig:
 
     _argument_group_name = "data"
 
-    data: str = key("", "JSON, JSON-lines or parquet file, a URL of one, or the id of a data set on the hub.")
+    data: str = key(
+        "",
+        "CSV, TSV, JSON, JSON-lines, parquet or text file (also .gz, .zst), a folder or glob of these, the URL of a "
+        "file, or the id of a data set on the hub.",
+    )
     data_sha256: str | None = key(None, "SHA-256 that the data file must have.")
     format: str = key("auto", "How labels lie in the data; auto looks at the columns: <formats>.")
     data_split: str = key("train", "Split of a data set on the hub.")
+    data_config: str | None = key(None, "Configuration (subset) of a data set on the hub.")
     problem_column: str | None = key(None, "Column with the problem; none is found by its name, as for the next ones.")
     response_column: str | None = key(None, "Column with what is read: the text that the model wrote, turns, tokens.")
     annotation_column: str | None = key(

@@ -20,10 +20,12 @@ from streamprobe.data.label_rules import SCOPES
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
 from streamprobe.solvers.table import SOLVERS
-from streamprobe.system.privacy import FILES, TOKENS
+from streamprobe.system.console import say
+from streamprobe.system.privacy import FILES, TOKENS, clean_url
 from streamprobe.system.shipped import shipped_configs
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
+OF_DATA = ("data_sha256", "data_split", "data_config", "format", "label_names")  # and each column: keys of one `data`
 PAIRS = ("label_names", "label_rules")  # keys of a list of NAME=VALUE, which a file may write as a mapping
 DEFAULT = "demo"
 
@@ -45,11 +47,13 @@ class RunConfig:
         return {name: value for group in groups for name, value in asdict(group).items()}
 
 
-def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]") -> RunConfig:
+def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]", *, same_data: bool = False) -> RunConfig:
     """`[CONFIG] [--key value ...]`, where the command line wins; without any, and no model or data, the demo's.
 
     CONFIG is a YAML file, or the name of one that comes with the package.  `command`: what the user typed before, and
-    what may follow.  Raises InputError for a key, a type or a value that is wrong; `--help` prints every key and exits.
+    what may follow.  Where the command line gives other data than the file, the file's keys that say how to read its
+    data are dropped, in a line; `same_data`: it is the same ones in another place.  Raises InputError for a key, a type
+    or a value that is wrong; `--help` prints every key and exits.
     """
     argv = list(argv)
     path = find_config(argv.pop(0)) if argv and not argv[0].startswith("-") else None
@@ -58,23 +62,58 @@ def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]") -> RunCon
     parser = _make_parser(command)
     actions = {a.dest: a for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")}
     _check_order(argv, actions, command.split(" [")[0])
-    given = _as_arguments(path, actions) if path else []
+    keys = _read(path, actions) if path else {}
+    dropped = [] if same_data else _of_other_data(keys, _last_value(argv, "--data"))
+    given = _as_arguments({name: value for name, value in keys.items() if name not in dropped}, path, actions)
     try:
         *groups, rest = parser.parse_args_into_dataclasses(
             [*given, *argv], return_remaining_strings=True, look_for_args_file=False
         )
     except ArgumentError as error:
         raise InputError(str(error), "a value of the key's type", "see --help") from None
-    for word in rest:
-        if word in shipped_configs():
-            raise InputError(f"{word} after the keys", "the config first", f"{command.split(' [')[0]} {word} ...")
-        require(word.startswith("-"), f"{word!r}, which belongs to no key", "--key value", "drop it")
-        raise _unknown(word, list(actions), "the command line")
+    _check_rest(rest, list(actions), command.split(" [")[0])
     config = RunConfig(path.stem if path else "run", *groups)
     for name, value in (("model", config.model.model), ("data", config.data.data)):
         require(bool(value), f"no {name}", f"the key {name!r}", f"give --{name}, or it in the config file")
     _check_text(config)
+    lost = [name for name in dropped if keys[name] not in (None, actions[name].default)]
+    if path and lost:
+        say(f"data      left out, since of the data that {path.name} names: {', '.join(lost)}")
     return config
+
+
+def _check_rest(rest: Sequence[str], keys: list[str], command: str) -> None:
+    """Raises InputError for words of the command line that no key has taken."""
+    for word in rest:
+        if word in shipped_configs():
+            raise InputError(f"{word} after the keys", "the config first", f"{command} {word} ...")
+        require(
+            word.startswith("-"),
+            f"{word!r}, which belongs to no key",
+            "--key value",
+            "drop it, or put what belongs together in quotes",
+        )
+        raise _unknown(word, keys, "the command line")
+
+
+def _of_other_data(keys: Mapping[str, Any], data: str) -> list[str]:
+    """The keys of a config file that say how to read its data, where it names other ones than the command line.
+
+    A URL that a run wrote down without its query is the same as with it.
+    """
+    if not (keys.get("data") and data) or clean_url(str(keys["data"])) == clean_url(data):
+        return []
+    return [name for name in keys if name in OF_DATA or name.endswith("_column")]
+
+
+def _last_value(argv: Sequence[str], option: str) -> str:
+    """What an option is on a command line, where the last one wins; nothing without it."""
+    found = ""
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else after
+    return found
 
 
 def find_config(name: str) -> Path:
@@ -161,10 +200,10 @@ def _check_path(name: str, text: str) -> None:
         ) from None
 
 
-def _as_arguments(path: Path, actions: Mapping[str, Action]) -> list[str]:
-    """The file's keys as command-line arguments, so that one parser gives all values their types."""
+def _as_arguments(keys: Mapping[str, Any], path: Path | None, actions: Mapping[str, Action]) -> list[str]:
+    """The keys of the file `path` as command-line arguments, so that one parser gives all values their types."""
     arguments = []
-    for name, value in _read(path, actions).items():
+    for name, value in keys.items():
         if value is None:
             continue
         many = actions[name].nargs in ("+", "*")

@@ -1,28 +1,69 @@
-"""Rows of a file, of a URL of one, or of a data set on the hub, with their text untouched."""
+"""Rows of files, of a URL of one, or of a data set on the hub, with their text untouched."""
 
+import glob
 import hashlib
-import json
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from typing import NamedTuple
+from urllib.parse import unquote
 
-from streamprobe.errors import InputError
+from streamprobe.data.file_types import COMPRESSIONS, FILE_TYPES, NotUtf8, Rows, open_file, parse_name
+from streamprobe.errors import InputError, first_line
+from streamprobe.system.console import say
 from streamprobe.system.network import hub_is_given_up, look_for_hub
 from streamprobe.system.privacy import clean_text, clean_url
 from streamprobe.system.shipped import shipped_path
 
-Rows = list[dict[str, Any]]
 SECONDS = 2.0  # for a server to take a call; there are two of them
-KINDS = (".json", ".jsonl", ".parquet")
+ON_HUB = r"\w[\w.-]*(/[\w.-]+)?"  # an id
+ENDINGS = f"{', '.join(FILE_TYPES)} (each also with {' or '.join(COMPRESSIONS)} behind it)"
+SOURCES = f"a file that ends in {ENDINGS}, a folder or glob of such files, a URL of one, or a data set on the hub"
+
+
+class Chosen(NamedTuple):
+    """Which files of a folder or glob are read."""
+
+    paths: list[str]  # in order
+    left_out: Counter[str]  # how many others there are, by their ending
+
+
+def read_rows(data: str, *, split: str, config: str | None = None, sha256: str | None = None) -> Rows:
+    """The rows of a file, a folder or glob of files, a URL of a file, or a data set on the hub.
+
+    The files of a folder or glob are read in sorted order, and `say` tells which are left out.  `split` and `config`
+    (one of its configurations) are those of a data set on the hub, which comes through `datasets`, streamed, so that no
+    converted copy is cached.  Files are read as they stand: `datasets` gives each column a type, so that one odd row,
+    or text like a number or a date, changes the text of all.  Raises InputError where the data cannot be read, hold no
+    rows, or are a file of another `sha256`.
+    """
+    shown, data = clean_url(data), shipped_path(data)
+    many = "://" not in data and _is_many(data)
+    is_file = not many and parse_name(_path_of(data)).suffix in FILE_TYPES
+    if sha256 and not is_file:
+        what = "the files of" if many else "the data set"
+        raise InputError(f"data_sha256 with {what} {shown}", "a single file to check", "drop data_sha256")
+    if config and (many or is_file):
+        raise InputError(
+            f"data_config {config} with {shown}", "data on the hub, which alone have one", "drop data_config"
+        )
+    if many:
+        rows = _read_many(data)
+    elif is_file:
+        rows = _read_file(data, parse_name(_path_of(data)).stem, sha256)
+    else:
+        rows = _read_hub(data, config, split)
+    if not rows:
+        raise InputError(f"data {shown} with no rows", "one text a row", "check the file")
+    return rows
 
 
 def fetch(data: str, sha256: str | None = None) -> str:
     """A local copy of a URL (in the `datasets` cache) or `data` itself; with `sha256`, checks the file's digest."""
     path = _download(data) if "://" in data else data
     if sha256:
-        got = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
         if got != sha256.lower():
             raise InputError(
                 f"data {clean_url(data)} with SHA-256 {got}",
@@ -49,104 +90,128 @@ def _download(url: str) -> str:
         ) from None
 
 
-def read_rows(data: str, split: str, columns: Sequence[str], sha256: str | None = None) -> Rows:
-    """The rows of a JSON, JSON-lines or parquet file, a URL of one, or a data set on the hub.
+def _path_of(data: str) -> str:
+    """A path, or that of a URL."""
+    return unquote(re.split(r"[?#]", data)[0]) if "://" in data else data
 
-    Data sets on the hub come through `datasets`, streamed, so that no converted copy is cached.  JSON is parsed as it
-    stands: `datasets` gives each column a type, so that one odd row, or text like a date, changes the text of all.
-    Raises InputError where the data cannot be read or a column of `columns` is missing.
-    """
-    shown, data = clean_url(data), shipped_path(data)
-    suffix = _suffix(data)
-    if sha256 and not suffix:
-        raise InputError(f"data_sha256 with the data set {shown}", "a file to check", "drop data_sha256")
-    if "://" not in data:
-        _check_local(data, bool(suffix))
-    elif not suffix:
-        raise InputError(f"data {shown}", f"the URL of a file that ends in {', '.join(KINDS)}", "check the URL")
-    path = fetch(data, sha256) if suffix else data
-    try:
-        rows = _parse(Path(path), suffix) if suffix else _load(data, split)
-    except RecursionError:
-        raise InputError(f"data {shown}, nested too deeply", "one chain a row", "check the file's content") from None
-    except (OSError, ValueError, NotImplementedError) as error:
-        cause = error.__cause__ or error
-        raise InputError(
-            f"data {shown}, which cannot be read ({type(cause).__name__}: {cause})",
-            "a JSON list, JSON lines or parquet file with one chain a row, a URL of one, or a data set on the hub",
-            "check the file's content, or the id and the network",
-        ) from None
-    if not rows:
-        raise InputError(f"data {shown} with no rows", "one chain a row", "check the file")
-    for column in columns:
-        if not any(column in row for row in rows):
-            raise InputError(
-                f"data {shown} without the column {column!r}",
-                f"one of {', '.join(map(repr, rows[0]))}",
-                "name the columns with --problem_column, --response_column, --annotation_column and --id_column",
-            )
+
+def _is_many(data: str) -> bool:
+    """Whether `data` is a folder or a glob; a file may have any name."""
+    return os.path.isdir(data) or (not os.path.lexists(data) and bool(re.search(r"[*?[]", data)))
+
+
+def _read_many(data: str) -> Rows:
+    """The rows of the files of a folder or glob, in sorted order."""
+    paths, left_out = choose_files(data)
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    rows = []
+    for path in paths:
+        name = os.path.relpath(os.path.join(os.path.dirname(path), parse_name(path).stem), above)
+        rows += _read_file(path, name.replace(os.sep, "/"))
+    others = "; left out: " + _counts(left_out) if left_out else ""
+    say(f"data      {len(paths)} file{'s' * (len(paths) > 1)} of {data}, {len(rows):,} rows{others}")
     return rows
 
 
-def _suffix(data: str) -> str:
-    """The ending of a file that can be read, or of the URL of one; nothing for anything else."""
-    name = re.split(r"[?#]", data)[0] if "://" in data else data
-    ending = Path(name).suffix.lower()
-    return ending if ending in KINDS else ""
+def choose_files(data: str) -> Chosen:
+    """The files of a folder or glob that are read: all of one type, each once, hidden ones left out.
+
+    Texts beside files of rows, such as README.md, are left out, and so is what no type reads.  Raises InputError where
+    no file is left, or files of several types.
+    """
+    folder = data if os.path.isdir(data) else os.path.dirname(data)
+    found = _list_files(os.path.join(glob.escape(data), "*") if folder == data else data)
+    links = sorted(found, key=lambda path: os.path.realpath(path) == os.path.abspath(path))
+    once = {os.path.realpath(path): path for path in links}  # each by its own name, where it is found by that too
+    names = {path: parse_name(path) for path in sorted(once.values())}
+    endings = Counter(name.suffix + name.compression for name in names.values())
+    readable = {name.suffix for name in names.values() if name.suffix in FILE_TYPES}
+    taken = {suffix for suffix in readable if not FILE_TYPES[suffix].is_text} or readable
+    if not taken:
+        raise InputError(
+            f"data {data} without a file that can be read ({_counts(endings) or 'no file at all'})",
+            f"files that end in {ENDINGS}",
+            f"correct the path, or give a glob for folders below it, such as {os.path.join(folder, '**', '*.jsonl')}",
+        )
+    paths = [path for path, name in names.items() if name.suffix in taken]
+    counts = Counter(names[path].suffix + names[path].compression for path in paths)
+    if len({FILE_TYPES[suffix] for suffix in taken}) > 1:
+        raise InputError(
+            f"data {data} with files of several types ({_counts(counts)})",
+            "files of one type",
+            f"give a glob for those that are meant, such as {os.path.join(folder, '*' + counts.most_common(1)[0][0])}",
+        )
+    return Chosen(paths, endings - counts + Counter({"link to another": len(found) - len(once)}))
 
 
-def _check_local(data: str, is_file: bool) -> None:
-    """Raises InputError for a file that is not there, and a path that is there and no such file."""
-    there = os.path.isfile(data) if is_file else os.path.exists(data)
-    if is_file and not there:
-        raise InputError(f"data {data}, which does not exist", "an existing file", "check the path")
-    if there and not is_file:
-        raise InputError(f"data {data}", "a file that ends in .json, .jsonl or .parquet", "rename or convert it")
+def _list_files(pattern: str) -> list[str]:
+    """The files that a glob names, in sorted order."""
+    try:
+        return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    except ValueError as error:  # a path with a null byte
+        raise InputError(f"data {pattern}: {first_line(error)}", "a folder or a glob", "correct the path") from None
 
 
-def _parse(path: Path, suffix: str) -> Rows:
-    if suffix != ".parquet":
-        return parse_json(path)
-    from pyarrow.parquet import ParquetFile
-
-    return ParquetFile(path).read().to_pylist()
+def _counts(endings: Counter[str]) -> str:
+    return ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in sorted(endings.items()))
 
 
-def _load(name: str, split: str) -> Rows:
+def _read_file(data: str, name: str, sha256: str | None = None) -> Rows:
+    """The rows of a file or of the URL of one; `name` is what a text is called."""
+    shown, parts = clean_url(data), parse_name(_path_of(data))
+    if "://" not in data and not os.path.isfile(data):
+        why = "which is no file" if os.path.lexists(data) else "which does not exist"
+        raise InputError(f"data {shown}, {why}", "an existing file", "check the path")
+    path, type = fetch(data, sha256), FILE_TYPES[parts.suffix]
+    try:
+        with open_file(path, parts.compression) as file:
+            return type.read(file, name)
+    except RecursionError:
+        raise InputError(f"data {shown}, nested too deeply", type.about, "check the file's content") from None
+    except NotUtf8 as error:
+        raise InputError(
+            f"data {shown}, {error}",
+            "UTF-8",
+            "convert it, as by: iconv -f latin1 -t utf-8 OLD > NEW (latin1, or what it is in: cp1252, utf-16, ...)",
+        ) from None
+    except (OSError, ValueError, NotImplementedError) as error:
+        said = first_line(error.__cause__ or error)
+        raise InputError(
+            f"data {shown}, which cannot be read ({said})", type.about, "check the file's content"
+        ) from None
+
+
+def _read_hub(name: str, config: str | None, split: str) -> Rows:
+    """The rows of a data set on the hub.  Raises InputError for what cannot be had, or is no id."""
+    if os.path.lexists(name) or "://" in name:
+        ending = parse_name(_path_of(name)).suffix
+        got = f"data {clean_url(name)}, which ends in {ending}" if ending else f"data {clean_url(name)}"
+        raise InputError(got, SOURCES, "rename or convert it")
+    if not re.fullmatch(ON_HUB, name):
+        raise InputError(f"data {name}, which does not exist", SOURCES, "check the path")
+    try:
+        return _load(name, config, split)
+    except (OSError, ValueError, NotImplementedError) as error:
+        cause = error.__cause__ or error
+        raise InputError(
+            f"data {name}, which cannot be read ({type(cause).__name__}: {clean_text(str(cause))})",
+            SOURCES,
+            "check the id, the network, --data_config and --data_split",
+        ) from None
+
+
+def _load(name: str, config: str | None, split: str) -> Rows:
     """A data set on the hub.  Raises ValueError for what cannot be had."""
-    from datasets import config, load_dataset, logging
+    from datasets import config as settings
+    from datasets import load_dataset, logging
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is reported by the caller, once
     look_for_hub(name)
-    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     try:
-        return list(load_dataset(name, split=split, streaming=True))
+        return list(load_dataset(name, config, split=split, streaming=True))
     except (DatasetsError, HTTPError) as error:
         raise ValueError(str(error.__cause__ or error)) from None
-
-
-def parse_json(path: Path) -> Rows:
-    """The rows of a JSON list, or of JSON lines.  Raises ValueError for anything else, with the place in the file."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or not text.lstrip().startswith("{"):  # no second object behind a first one
-            raise
-        rows = [_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not isinstance(rows, list):
-        raise ValueError("not a list of objects")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no object")
-    return rows
-
-
-def _line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error.msg} at column {error.colno}") from None

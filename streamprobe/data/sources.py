@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from streamprobe.data.detect import Asked, Found, find_format
-from streamprobe.data.files import Rows, read_rows
+from streamprobe.data.file_types import Rows
+from streamprobe.data.files import read_rows
 from streamprobe.data.formats import FORMATS, FormatOptions, read_row
 from streamprobe.data.records import Record, Refused
 from streamprobe.system.console import shows_progress
@@ -73,16 +74,17 @@ def open_source(
     options: FormatOptions,
     *,
     split: str = "train",
+    config: str | None = None,
     sha256: str | None = None,
     most: int | None = None,
 ) -> RowSource:
-    """The records of a JSON, JSON-lines or parquet file, a URL of one, or a data set on the hub.
+    """The records of files, of a URL of one, or of a data set on the hub: `data` is what `files.read_rows` takes.
 
-    `asked` says what is known of its format and columns, `options` how they are read, `split` is that of a data set on
-    the hub, `sha256` what a file must have, `most` as in `RowSource`.  Raises InputError where the data cannot be read,
+    `asked` says what is known of its format and columns, `options` how they are read; `split`, `config` and `sha256`
+    are as in `read_rows`, `most` as in `RowSource`.  Raises InputError where the data cannot be read,
     and where they have no format that is known.
     """
-    rows = read_rows(data, split, (), sha256)
+    rows = read_rows(data, split=split, config=config, sha256=sha256)
     found = find_format(rows, clean_url(data), asked, options)
     return RowSource(rows, found, most=most)
 

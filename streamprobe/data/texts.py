@@ -23,7 +23,7 @@ def read_texts_to_score(
     A column that is not `asked` for is the `usual` one, where the data have it, or else is found.  Raises InputError
     where the data cannot be read or hold no text.
     """
-    rows = read_rows(data, split, ())
+    rows = read_rows(data, split=split)
     there = {column for row in rows for column in row}
     known = {name: getattr(usual, name) for name in COLUMNS if getattr(usual, name) in there}
     chosen: dict[str, Any] = {name: getattr(asked, name) or known.get(name) for name in COLUMNS}

@@ -63,6 +63,7 @@ def open_data(data: DataConfig) -> RowSource:
         data.asked,
         format_options(data),
         split=data.data_split,
+        config=data.data_config,
         sha256=data.data_sha256,
         most=data.max_chains,
     )

@@ -40,9 +40,9 @@ def open_run(
 ) -> OpenedRun:
     """The run in `folder`, with its probes of `solver` (none: of its first one).
 
-    `changed` holds keys of its config, such as `model`, that are otherwise today (None: as in the run).  Raises
-    InputError for a folder that holds no finished run, and for a config that runs Python code of the model's where the
-    user has not `trusted` it: the folder may be a stranger's.
+    `changed` holds keys of its config, such as `model`, that are otherwise today (None: as in the run); `data` in it
+    are the run's own in another place.  Raises InputError for a folder that holds no finished run, and for a config
+    that runs Python code of the model's where the user has not `trusted` it: the folder may be a stranger's.
     """
     if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a finished run", "check the path")
@@ -50,7 +50,7 @@ def open_run(
         raise InputError(f"{folder}, a folder without config.yaml", "the folder of a finished run", "check the path")
     probes = load_probes(folder, solver)
     keys = [word for key, value in (changed or {}).items() if value is not None for word in (f"--{key}", value)]
-    config = load_config([str(folder / "config.yaml"), *keys])
+    config = load_config([str(folder / "config.yaml"), *keys], same_data=True)
     if config.model.trust_remote_code and not trusted:
         raise InputError(
             f"{folder}, whose config runs Python code that comes with {config.model.model}",

@@ -297,3 +297,63 @@ def test_a_shipped_config_behind_the_keys_and_an_endless_number_are_refused_in_a
 def test_a_day_that_is_no_text_is_refused():
     with pytest.raises(InputError, match="a day of the form YYYY-MM-DD"):
         DataConfig(chat_date=date(2026, 1, 31))
+
+
+OF_DATA = {
+    "data_sha256": "0" * 64,
+    "data_split": "test",
+    "data_config": "main",
+    "format": "annotated",
+    "problem_column": "question",
+    "id_column": "name",
+    "category_column": "kind",
+    "label_names": {"5. back": "backtracking"},
+}
+
+
+@pytest.mark.parametrize("words", [["--data", "mine.jsonl"], ["--data=mine.jsonl"], ["--data", "a", "--data", "b"]])
+def test_keys_of_a_configs_data_are_left_out_with_other_data(base, capsys, words):
+    write("own.yaml", base | OF_DATA | {"split_seed": 7})
+    plain = load_config([write("plain.yaml", base | {"split_seed": 7}), *words])
+    assert load_config(["own.yaml", *words]).data == plain.data
+    said = "data_sha256, data_split, data_config, problem_column, id_column, category_column, label_names"
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and all(name in out for name in said.split(", ")) and "own.yaml names: " in out
+    given = load_config(["own.yaml", *words, "--id_column", "key", "--data_sha256", "1" * 64]).data
+    assert (
+        given.id_column == "key" and given.data_sha256 == "1" * 64 and given.problem_column == plain.data.problem_column
+    )
+
+
+def test_keys_of_a_configs_data_stay_without_other_data(base, capsys):
+    """The negative control: none is given, the same, the same URL with its query, or the file names none."""
+    write("own.yaml", base | OF_DATA)
+    url = "https://h/x.json"
+    write("url.yaml", base | OF_DATA | {"data": url})
+    write("none.yaml", {name: value for name, value in (base | OF_DATA).items() if name != "data"})
+    for argv in (
+        ["own.yaml"],
+        ["own.yaml", "--data", base["data"]],
+        ["url.yaml", "--data", f"{url}?token=x"],
+        ["none.yaml", "--data", "mine.jsonl"],
+    ):
+        data = load_config(argv).data
+        assert (data.id_column, data.data_split, data.names) == ("name", "test", {"5. back": "backtracking"})
+    assert load_config(["own.yaml", "--data", "b.json"], same_data=True).data.id_column == "name"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.1-8b", "llama-3.1-8b-as-published"])
+def test_shipped_configs_take_own_data(name, capsys):
+    assert load_config([name]).data.data_sha256  # negative control
+    capsys.readouterr()
+    assert load_config([name, "--data", "mine.jsonl"]).data.data_sha256 is None
+    assert capsys.readouterr().out == f"data      left out, since of the data that {name}.yaml names: data_sha256\n"
+
+
+def test_help_says_nothing_of_other_data(base, capsys):
+    write("own.yaml", base | OF_DATA)
+    with pytest.raises(SystemExit):
+        load_config(["own.yaml", "--data", "b.json", "--help"])
+    assert "left out" not in capsys.readouterr().out.split("usage")[0]
+    assert "left out" not in refused(capsys, "own.yaml", "--data", "gone.json", "--sead", "1")

@@ -1,13 +1,9 @@
 """From rows to token ids and labels: the split, the token borders, the special tokens, and what is refused."""
 
-import hashlib
 import io
-import json
-import os
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +14,6 @@ from tqdm import tqdm
 
 from streamprobe.data.annotations import Section, annotate
 from streamprobe.data.dataset import Division
-from streamprobe.data.files import read_rows
 from streamprobe.data.formats import FormatOptions, annotated, category_of
 from streamprobe.data.prompts import format_prompt
 from streamprobe.data.records import Record
@@ -411,141 +406,11 @@ def test_fingerprint_sees_every_change(tokenizer):
     assert fingerprint(moved) != first
 
 
-# --- files ---
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """The rows in the format that the suffix names."""
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    else:
-        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    return str(path)
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_read_rows(tmp_path, suffix):
-    rows = make_rows(30, seed=8)
-    rows[3]["problem"] = 'é漢🙂 "quoted" \\ \n\t'
-    assert read_rows(write(tmp_path / f"x.{suffix}", rows), "train", FIELDS) == rows
-
-
-def test_read_rows_of_the_shared_file(chains_file):
-    assert read_rows(str(chains_file), "train", FIELDS) == make_rows(60, seed=7)
-
-
-def test_read_rows_caches_no_copy(tmp_path):
-    def cached() -> int:
-        cache = Path(os.environ["HF_DATASETS_CACHE"])
-        return sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
-
-    before = cached()
-    for suffix in ("json", "jsonl", "parquet"):
-        read_rows(write(tmp_path / f"y.{suffix}", make_rows(30, seed=8)), "train", FIELDS)
-    assert cached() == before
-    from datasets import load_dataset
-
-    load_dataset("json", data_files=str(tmp_path / "y.json"), split="train")  # negative control: not streamed
-    assert cached() > before
-
-
-def test_digest(tmp_path):
-    rows = make_rows(3)
-    path = write(tmp_path / "x.json", rows)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    assert read_rows(path, "train", FIELDS, digest) == rows
-    wrong = "0" * 64
-    with pytest.raises(InputError) as error:
-        read_rows(path, "train", FIELDS, wrong)
-    assert digest in str(error.value) and wrong in str(error.value)
-
-
-def test_digest_of_what_is_no_file(tmp_path):
-    """A folder stands for anything that is no single file."""
-    write(tmp_path / "x.json", make_rows(3))
-    with pytest.raises(InputError, match="data_sha256"):
-        read_rows(str(tmp_path), "train", FIELDS, "0" * 64)
-
-
-@pytest.mark.parametrize("missing", FIELDS)
-@pytest.mark.parametrize("suffix", ["json", "parquet"])
-def test_missing_column(tmp_path, missing, suffix):
-    rows = [{name: value for name, value in row.items() if name != missing} for row in make_rows(3)]
-    with pytest.raises(InputError, match=f"without the column '{missing}'"):
-        read_rows(write(tmp_path / f"x.{suffix}", rows), "train", FIELDS)
-
-
-def test_row_without_a_field_is_refused_and_not_the_file(tmp_path, tokenizer):
-    rows: list[dict[str, Any]] = [dict(r) for r in make_rows(20)]
-    order = np.random.RandomState(42).permutation(20)
-    del rows[order[10]]["annotated_chain"]
-    read = read_rows(write(tmp_path / "x.json", rows), "train", FIELDS)
-    counts = load_chains(read, tokenizer, LABELS, 512)[1]
-    name = rows[order[10]]["task_id"]
-    assert counts.refused == {"with a field that is missing or not text": [name]} and counts.used == 19
-
-
-BROKEN = {
-    "cut.json": '[{"task_id": "a", "problem": "b"',
-    "words.json": "hello",
-    "cut.jsonl": '{"task_id": "a"}\n{"task_id":',
-    "words.parquet": "hello",
-    "numbers.json": "[1, 2, 3]",
-    "none.json": "[]",
-    "nothing.json": "",
-    "nothing.jsonl": "",
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_file(tmp_path, name):
-    (tmp_path / name).write_text(BROKEN[name], encoding="utf-8")
-    with pytest.raises(InputError, match=name) as error:
-        read_rows(str(tmp_path / name), "train", FIELDS)
-    assert "\n" not in str(error.value) and "; fix: " in str(error.value)
-
-
-def test_other_encoding(tmp_path):
-    (tmp_path / "x.json").write_bytes('[{"task_id": "caf\xe9"}]'.encode("latin-1"))
-    with pytest.raises(InputError, match="cannot be read"):
-        read_rows(str(tmp_path / "x.json"), "train", FIELDS)
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_missing_file(tmp_path, suffix):
-    with pytest.raises(InputError, match=rf"nowhere\.{suffix}, which does not exist"):
-        read_rows(str(tmp_path / f"nowhere.{suffix}"), "train", FIELDS)
-
-
 def test_repaired_chains_are_used_chains(tokenizer):
     row = make_rows(1, seed=6)[0]
     row["annotated_chain"] = row["annotated_chain"].replace(".", ", so.", 1)
     counts = load_chains([row], tokenizer, LABELS, 10)[1]
     assert counts.used == 0 and counts.repaired == 0 and not counts.labels
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_one_odd_row_leaves_the_others_as_they_are(tmp_path, suffix):
-    rows = make_rows(3)
-    rows[2]["reasoning_chain"] = 3
-    assert read_rows(write(tmp_path / f"x.{suffix}", rows), "train", FIELDS)[:2] == rows[:2]
-
-
-def test_text_that_looks_like_dates_stays_text(tmp_path):
-    rows = [row | {"problem": f"2021-01-0{i + 1}"} for i, row in enumerate(make_rows(3))]
-    assert read_rows(write(tmp_path / "x.json", rows), "train", FIELDS) == rows
-
-
-def test_json_lines_with_line_separators_in_strings_and_a_byte_order_mark(tmp_path):
-    rows = [row | {"problem": "one\u2028two\u0085three"} for row in make_rows(3)]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    assert read_rows(str(tmp_path / "x.jsonl"), "train", FIELDS) == rows
 
 
 def test_a_lone_surrogate_is_refused(tokenizer):

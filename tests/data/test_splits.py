@@ -209,7 +209,7 @@ def test_the_demos_chains_and_split_stay_what_they_are(monkeypatch):
     """Its problems all differ, so that the order of problems is that of chains."""
     monkeypatch.chdir(ROOT)
     config = load_config(["configs/demo.yaml"])
-    rows = read_rows(config.data.data, "train", FIELDS)
+    rows = read_rows(config.data.data, split="train")
     assert len({same_problem(row["problem"], i) for i, row in enumerate(rows)}) == len(rows) == 500
     splits, _ = load_chains(
         rows, load_tokenizer(config.model.model), config.probes.labels, context(read_config(config.model.model))

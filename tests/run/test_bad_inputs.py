@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from streamprobe import cli
 from streamprobe.cli import train as main
 from streamprobe.config.load import load_config
-from streamprobe.data import sources as reading
+from streamprobe.data import files
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.model.loading import check_device
@@ -261,51 +261,12 @@ def test_the_factorisation_fails_without_a_lift_above_rounding(monkeypatch):
 ROW = {"task_id": "a_1", "problem": "p", "reasoning_chain": "r", "annotated_chain": "r"}
 
 
-def refused(data, *told, sha256=None):
+def refused(data, *told):
     with pytest.raises(InputError) as caught:
-        reading.read_rows(data, "train", tuple(ROW), sha256)
+        files.read_rows(data, split="train")
     text = str(caught.value)
     assert "\n" not in text and all(part in text for part in told), text
     return text
-
-
-@pytest.mark.parametrize(
-    "data", ["foo://x.json", "x" * 5000 + ".json", "a\0b.json", "http://[bad/x.json", "s4://a/b.parquet"]
-)
-def test_data_that_cannot_be_had(data):
-    refused(data, "data")
-
-
-def test_a_broken_json_line_is_told_by_its_line_in_the_file():
-    good = json.dumps(ROW)
-    Path("a.jsonl").write_text(f"{good}\n\n\n{good}\n{good[:-2]}\n{good}\n")
-    refused("a.jsonl", "line 5", "column")
-    Path("a.json").write_text(f"{good}\r\n\r\n[1]\r\n")
-    refused("a.json", "row 2")
-    Path("b.json").write_text(f"[{good},\n{good},\n{good[:-3]}]")
-    refused("b.json", "line 3", "column")
-    Path("a.jsonl").write_text(f"{good}\n\n{good}\n")
-    assert len(reading.read_rows("a.jsonl", "train", tuple(ROW))) == 2  # negative control
-
-
-def test_json_nested_100_000_deep():
-    for content in ("[" * 100_000, "[" + "[" * 100_000 + "]" * 100_000 + "]", '{"a":' * 100_000):
-        Path("deep.json").write_text(content)
-        refused("deep.json")
-
-
-def test_a_local_file_may_have_any_name(tmp_path):
-    rows = [ROW, ROW | {"problem": "q"}]
-    for name in ("wait: what?.json", "a#b?c=d.json", "*[x].JSON", "50%.json"):
-        Path(name).write_text(json.dumps(rows))
-        assert reading.read_rows(name, "train", tuple(ROW)) == rows
-    import pyarrow
-    from pyarrow.parquet import write_table
-
-    write_table(pyarrow.Table.from_pylist(rows), "a?b*[c].parquet")
-    assert reading.read_rows("a?b*[c].parquet", "train", tuple(ROW)) == rows
-    Path("bad.parquet").write_bytes(b"PAR1" + b"x" * 50)
-    refused("bad.parquet", "bad.parquet")
 
 
 def test_without_a_network_the_hub_is_given_up_within_five_seconds():
@@ -354,8 +315,8 @@ def test_a_hub_that_is_silent_forbids_no_other_server(monkeypatch):
     url = f"http://127.0.0.1:{server.server_port}/chains.json"
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     refused(url, "Offline")  # negative control: whoever asks for it himself gets it
-    monkeypatch.setattr(reading, "hub_is_given_up", lambda: True)
-    assert reading.read_rows(url, "train", tuple(ROW)) == [ROW]
+    monkeypatch.setattr(files, "hub_is_given_up", lambda: True)
+    assert files.read_rows(url, split="train") == [ROW]
     server.shutdown()
 
 
@@ -646,11 +607,11 @@ def test_a_download_that_breaks_off_is_reported(tmp_path, monkeypatch, capsys):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/chains.json"
-        assert guard(lambda: reading.read_rows(url, "train", ["problem"])) == 2
+        assert guard(lambda: files.read_rows(url, split="train")) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and "a URL that can be downloaded" in told
         Handler.sent = len(whole)
-        assert len(reading.read_rows(url, "train", ["problem"])) == 3
+        assert len(files.read_rows(url, split="train")) == 3
         server.shutdown()
 
 

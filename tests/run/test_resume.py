@@ -274,3 +274,35 @@ def test_a_single_probe_of_adams_runs_to_its_end(run: Path) -> None:
     one = ["--layers", "1", "--lags", "0", "--solvers", "adam", "--output_dir", "single"]
     assert main(["tiny.yaml", *one]) == 0
     assert main(["tiny.yaml", *one, "--resume"]) == 0
+
+
+def test_a_run_on_other_data_than_its_configs_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left out of the config file once is left out again."""
+    keys = yaml.safe_load(Path("tiny.yaml").read_text()) | {"data_sha256": "0" * 64, "problem_column": "question"}
+    Path("own.yaml").write_text(yaml.safe_dump(keys))
+    shutil.copy("chains.json", "mine.json")
+    argv = ["own.yaml", "--data", "mine.json"]
+    assert main([*argv, "--output_dir", "straight"]) == 0
+    assert main([*argv, "--output_dir", "two", "--max_passes", "1"]) == 0
+    assert main([*argv, "--output_dir", "two", "--resume"]) == 0
+    assert "left out, since of the data that own.yaml names: data_sha256, problem_column" in capsys.readouterr().out
+    assert Path("two/results.csv").read_bytes() == Path("straight/results.csv").read_bytes()
+    kept = yaml.safe_load(Path("two/config.yaml").read_text())
+    assert kept["data"] == "mine.json" and kept["data_sha256"] is None and kept["problem_column"] != "question"
+    more = ["--output_dir", "two", "--resume"]
+    assert main([*argv, *more, "--data_sha256", "1" * 64]) == 2  # negative control: another key is another run
+    assert "--resume with data_sha256" in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_on_other_data_goes_on(run: Path) -> None:
+    """The checkpoint of the first pass is there, and nothing after it."""
+    keys = yaml.safe_load(Path("tiny.yaml").read_text()) | {"data_sha256": "0" * 64}
+    Path("own.yaml").write_text(yaml.safe_dump(keys))
+    shutil.copy("chains.json", "mine.json")
+    argv = ["own.yaml", "--data", "mine.json"]
+    assert main([*argv, "--output_dir", "straight"]) == 0
+    [done] = forked([*argv, "--output_dir", "two"], prepare=killer(STATE, after=True))
+    assert done.status == -signal.SIGKILL
+    assert not Path("two/results.csv").exists()
+    assert main([*argv, "--output_dir", "two", "--resume"]) == 0
+    assert Path("two/results.csv").read_bytes() == Path("straight/results.csv").read_bytes()

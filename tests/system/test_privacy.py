@@ -190,7 +190,7 @@ def test_what_goes_wrong_with_a_url_is_told_without_its_secrets(online, served):
         served.replace("://", "://user:passw0rd@") + "?sig=no%74opsecret&k=a%20b'topsecre",
     ):  # which it refuses
         with pytest.raises(InputError) as caught:
-            read_rows(url, "train", ())
+            read_rows(url, split="train")
         assert "passw0rd" not in str(caught.value) and "opsecre" not in str(caught.value)
 
 
