@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from builders import compress, make_rows, write_rows
 
+from streamprobe.data.detect import Asked
 from streamprobe.data.files import read_rows
 from streamprobe.data.formats import FormatOptions
 from streamprobe.data.sources import open_source
@@ -301,7 +302,7 @@ def test_a_configuration_of_a_data_set_on_the_hub(monkeypatch):
         read_rows("some/name", split="test", config="easy")
     found = open_source(
         "some/name",
-        "annotated",
+        Asked("annotated"),
         FormatOptions(response="text", annotation="text", problem="text", id="text"),
         config="hard",
     )
