@@ -137,6 +137,8 @@ def parse_json(path: Path) -> Rows:
         if error.msg != "Extra data" or not text.lstrip().startswith("{"):  # no second object behind a first one
             raise
         rows = [_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if isinstance(rows, dict) and path.suffix.lower() == ".jsonl":  # of one line
+        rows = [rows]
     if not isinstance(rows, list):
         raise ValueError("not a list of objects")
     for number, row in enumerate(rows, 1):

@@ -5,7 +5,7 @@ as the marker of a role.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from itertools import groupby
 from typing import Any
@@ -41,7 +41,21 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
     A template that writes the date writes `day` (YYYY-MM-DD), or today.  Raises InputError for a template that is
     missing or cannot be rendered, and for text that is not Unicode.
     """
-    head = _render(problem, tokenizer, day) if prompt == "chat" else prompt.replace("{problem}", problem)
+    if prompt == "chat":
+        return format_chat([{"role": "user", "content": problem}], tokenizer, day)
+    return _check_unicode(prompt.replace("{problem}", problem))
+
+
+def format_chat(turns: Sequence[Mapping[str, Any]], tokenizer: Any, day: str | None = None) -> str:
+    """The chat template's text for turns (`role`, `content`), up to where the next answer begins.
+
+    Dated and refused as in `format_prompt`.
+    """
+    return _check_unicode(_render(turns, tokenizer, day))
+
+
+def _check_unicode(head: str) -> str:
+    """The text itself."""
     if not is_unicode(head):
         raise InputError(
             f"the prompt {ascii(head[:60])}, which is not Unicode",
@@ -51,8 +65,7 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
     return head
 
 
-def _render(problem: str, tokenizer: Any, day: str | None) -> str:
-    """The chat template's text for one turn of a user, up to where the answer begins."""
+def _render(turns: Sequence[Mapping[str, Any]], tokenizer: Any, day: str | None) -> str:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -61,17 +74,17 @@ def _render(problem: str, tokenizer: Any, day: str | None) -> str:
             "a tokenizer with one",
             "use --prompt '{problem}\\n\\n' or another format string",
         )
-    turn, options = [{"role": "user", "content": problem}], dict[str, Any]()
+    options = dict[str, Any]()
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             chosen = date.fromisoformat(day) if day else date.today()
             options = {"chat_template": CLOCK + template, "chat_day": _codes(chosen)}
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **options)
     except (TemplateError, *TEMPLATE_RAISES) as error:
         raise InputError(
             f"a chat template that cannot be rendered ({type(error).__name__}: {first_line(error)})",
-            "one that takes a user's turn",
+            "one that takes a user's turn" + " and those before it" * (len(turns) > 1),
             "fix the tokenizer's chat template, or use --prompt '{problem}\\n\\n' or another format string",
         ) from error
 

@@ -28,6 +28,13 @@ class OpenedRun(NamedTuple):
     probes: ProbeBank
 
 
+class Front(NamedTuple):
+    """What stands in front of a run's model, and says what it takes: its tokenizer and its config."""
+
+    tokenizer: Any
+    config: Any
+
+
 class WholeModel(NamedTuple):
     """The model that was probed, with all its blocks and its LM head, frozen; and its tokenizer."""
 
@@ -60,12 +67,24 @@ def open_run(
     return OpenedRun(folder, config, probes)
 
 
-def load_whole(run: OpenedRun) -> WholeModel:
-    """The run's whole model and its tokenizer.  Raises InputError for a model of another size than the probes'."""
+def load_front(run: OpenedRun) -> Front:
+    """What a prompt needs of the run's model, before any weight is read.
+
+    Raises InputError for a model without the probed layers.
+    """
+    c = run.config.model
+    tokenizer, config = load_tokenizer(c.model, **c.source), read_config(c.model, **c.source)
+    blocks.check_layers(config, run.probes.layers)
+    return Front(tokenizer, config)
+
+
+def load_whole(run: OpenedRun, front: Front | None = None) -> WholeModel:
+    """The run's whole model and its tokenizer; `front` is its `load_front`, if that is there already.
+
+    Raises InputError for a model of another size than the probes'.
+    """
     c, probes = run.config.model, run.probes
-    tokenizer = load_tokenizer(c.model, **c.source)
-    model_config = read_config(c.model, **c.source)
-    blocks.check_layers(model_config, probes.layers)
+    tokenizer, model_config = front or load_front(run)
     model = load_backbone(c.model, None, **c.loading)
     width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
     if probes.n_features != width:
