@@ -68,19 +68,20 @@ def watch(given: Namespace) -> None:
     front = load_front(run)
     style = PromptStyle(front.tokenizer, data.prompt, data.bos, data.chat_date, context(front.config))
     asked = _questions(given, rows, style, data)
-    turns = _turns(given) if asked is None else None
+    turns = _turns(given, style) if asked is None else None
     monitor = Monitor(*load_whole(run, front), run.probes, place, sampling, lines=given.json)
     legend, answers = legend_of(run.probes, place), list["Answer"]()
     _introduce(given, legend, style if turns else None)
     try:
         for answer in converse(turns, style, monitor.answer) if turns else map(monitor.answer, asked or ()):
-            answers.append(answer)
+            if given.html:
+                answers.append(answer)
             if answer.stopped and not turns:
                 raise KeyboardInterrupt
             if not (given.html or has_reader()):
                 break
     finally:
-        if given.html and answers:
+        if answers:
             _, k = place
             _write_page(given, f"{given.run.name}: {run.probes.columns[k]}", legend, answers)
 
@@ -116,8 +117,14 @@ def _questions(
     return questions_of(rows, style, column=data.problem_column, id_column=data.id_column)
 
 
-def _turns(given: Namespace) -> Iterator[str]:
-    """What is typed, or comes through a pipe.  Raises InputError for a pipe through which nothing comes."""
+def _turns(given: Namespace, style: "PromptStyle") -> Iterator[str]:
+    """What is typed, or comes through a pipe.
+
+    Raises InputError for a pipe through which nothing comes, and for a chat template that cannot be rendered.
+    """
+    from streamprobe.tools.conversation import users_turn
+
+    style.encode([users_turn("?")])
     lines = read_lines(SIGN, aside=given.json)
     if typed_at_terminal():
         return lines
