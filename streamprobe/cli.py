@@ -61,9 +61,14 @@ def train(argv: Sequence[str] | None = None, command: str = "run.py") -> int:
 
 
 def _guard_training(work: Callable[[], object]) -> int:
-    if not shows_progress():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the libraries too
+    _quiet_libraries()
     return guard(work, SMALLER, RESUME)
+
+
+def _quiet_libraries() -> None:
+    """Keeps the progress bars of libraries, too, from where none can be drawn."""
+    if not shows_progress():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def make_parser(name: str) -> ArgumentParser:
@@ -90,6 +95,7 @@ def parse(name: str, argv: Sequence[str]) -> Namespace:
 
 
 def _run(name: str, argv: Sequence[str]) -> None:
+    _quiet_libraries()
     COMMANDS[name].work(parse(name, argv))
 
 

@@ -23,4 +23,5 @@ class InputError(ValueError):
     """
 
     def __init__(self, got: str, expected: str, fix: str):
+        self.got, self.expected, self.fix = got, expected, fix
         super().__init__(" ".join(f"{got}; expected {expected}; fix: {fix}".split()))

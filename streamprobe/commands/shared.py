@@ -2,6 +2,7 @@
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,7 @@ def check_file(path: Path | None, name: str, run: Path | None = None) -> None:
         raise InputError(f"{name} {path}, which is a file of the run", "another file", f"give another --{name}")
 
 
-def write_file(path: Path, name: str, content: str) -> None:
-    """Writes what --`name` asked for; raises InputError where that cannot be."""
+def write_file(path: Path, name: str, content: str, tell: Callable[[str], None] = say) -> None:
+    """Writes what --`name` asked for, and tells so; raises InputError where that cannot be."""
     write_output(path, content.encode(errors="backslashreplace"), name)
-    say(f"wrote {path}")
+    tell(f"wrote {path}")

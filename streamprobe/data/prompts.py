@@ -5,7 +5,7 @@ as the marker of a role.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from itertools import groupby
 from typing import Any
@@ -41,7 +41,21 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
     A template that writes the date writes `day` (YYYY-MM-DD), or today.  Raises InputError for a template that is
     missing or cannot be rendered, and for text that is not Unicode.
     """
-    head = _render(problem, tokenizer, day) if prompt == "chat" else prompt.replace("{problem}", problem)
+    if prompt == "chat":
+        return format_chat([{"role": "user", "content": problem}], tokenizer, day)
+    return _check_unicode(prompt.replace("{problem}", problem))
+
+
+def format_chat(turns: Sequence[Mapping[str, Any]], tokenizer: Any, day: str | None = None) -> str:
+    """The chat template's text for turns (`role`, `content`), up to where the next answer begins.
+
+    Dated and refused as in `format_prompt`.
+    """
+    return _check_unicode(render_chat(turns, tokenizer, day, add_generation_prompt=True))
+
+
+def _check_unicode(head: str) -> str:
+    """The text itself."""
     if not is_unicode(head):
         raise InputError(
             f"the prompt {ascii(head[:60])}, which is not Unicode",
@@ -49,11 +63,6 @@ def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = N
             "write --prompt, or the chat template, without them",
         )
     return head
-
-
-def _render(problem: str, tokenizer: Any, day: str | None) -> str:
-    """The chat template's text for one turn of a user, up to where the answer begins."""
-    return render_chat([{"role": "user", "content": problem}], tokenizer, day, add_generation_prompt=True)
 
 
 def render_chat(messages: Sequence[Any], tokenizer: Any, day: str | None = None, **options: Any) -> str:

@@ -20,7 +20,6 @@ from streamprobe.evaluation.results import TestResults, by_category, differences
 from streamprobe.evaluation.rows import FIELDS, Row, place
 from streamprobe.evaluation.texts import TEXT_FIELDS
 from streamprobe.probes.storage import pack_probes
-from streamprobe.reporting.html.page import render
 from streamprobe.reporting.transcripts import collect
 from streamprobe.system.csv_files import broken_file, cell, read_csv
 from streamprobe.system.files import write_atomic
@@ -138,6 +137,8 @@ def draw_report(folder: Path) -> bytes:
 
     Raises InputError where one of the others is missing, or any is broken.
     """
+    from streamprobe.reporting.html.page import render  # imports matplotlib; the names in FILES are wanted without it
+
     if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
     rows = _read_rows(folder / "results.csv", FIELDS)

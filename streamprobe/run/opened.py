@@ -28,6 +28,13 @@ class OpenedRun(NamedTuple):
     probes: ProbeBank
 
 
+class Front(NamedTuple):
+    """What stands in front of a run's model, and says what it takes: its tokenizer and its config."""
+
+    tokenizer: Any
+    config: Any
+
+
 class OpenedModel(NamedTuple):
     """The model that was probed, frozen, and its tokenizer."""
 
@@ -60,21 +67,33 @@ def open_run(
     return OpenedRun(folder, config, probes)
 
 
-def load_whole(run: OpenedRun) -> OpenedModel:
-    """The run's model with all its blocks and its LM head.  Raises InputError for another than the probes'."""
-    return _load(run, None)
+def load_front(run: OpenedRun) -> Front:
+    """What a prompt needs of the run's model, before any weight is read.
+
+    Raises InputError for a model without the probed layers.
+    """
+    c = run.config.model
+    tokenizer, config = load_tokenizer(c.model, **c.source), read_config(c.model, **c.source)
+    blocks.check_layers(config, run.probes.layers)
+    return Front(tokenizer, config)
+
+
+def load_whole(run: OpenedRun, front: Front | None = None) -> OpenedModel:
+    """The run's model with all its blocks and its LM head; `front` is its `load_front`, if that is there already.
+
+    Raises InputError for another model than the probes'.
+    """
+    return _load(run, None, front or load_front(run))
 
 
 def load_cut(run: OpenedRun) -> OpenedModel:
     """The run's model, cut off above the deepest layer of `run.probes`.  Raises InputError as `load_whole` does."""
-    return _load(run, run.probes.layers)
+    return _load(run, run.probes.layers, load_front(run))
 
 
-def _load(run: OpenedRun, layers: Sequence[int] | None) -> OpenedModel:
+def _load(run: OpenedRun, layers: Sequence[int] | None, front: Front) -> OpenedModel:
     c, probes = run.config.model, run.probes
-    tokenizer = load_tokenizer(c.model, **c.source)
-    model_config = read_config(c.model, **c.source)
-    blocks.check_layers(model_config, probes.layers)
+    tokenizer, model_config = front
     model = load_backbone(c.model, layers, **c.loading)
     width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
     if probes.n_features != width:

@@ -9,6 +9,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any
 
 from streamprobe.errors import InputError, first_line, out_of_memory
@@ -41,6 +42,12 @@ def warn(text: str) -> None:
         sys.stderr.flush()
 
 
+def has_reader() -> bool:
+    """Whether what is printed may still be read: not once a pipe's other end is gone."""
+    sink = _raw(sys.stdout) if isinstance(sys.stdout, io.TextIOWrapper) else None
+    return not (isinstance(sink, _Sink) and sink.gone)
+
+
 def shows_colour() -> bool:
     """Whether standard output is a terminal that shows colours, for someone who wants them (no-color.org)."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -50,6 +57,42 @@ def shows_colour() -> bool:
 def shows_progress() -> bool:
     """Whether standard error is a terminal in which a bar can be drawn over itself."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def typed_at_terminal() -> bool:
+    """Whether standard input is a terminal, at which someone types."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def read_lines(sign: str, aside: bool = False) -> Iterator[str]:
+    """The lines of standard input as they come, up to its end or to one without text.
+
+    At a terminal each is asked for by a sign, `aside` on standard error, and Ctrl-C is the end, too.  Bytes that are no
+    text come as surrogates.
+    """
+    if sys.stdin is None:
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    terminal = typed_at_terminal()
+    if terminal:
+        with suppress(ImportError):
+            import_module("readline")  # lets `input` edit the line
+    while True:
+        if terminal and aside and sys.stderr is not None:
+            sys.stderr.write(sign)
+            sys.stderr.flush()
+        try:
+            line = input(sign if terminal and not aside else "")
+        except (EOFError, KeyboardInterrupt) as end:
+            if not terminal and isinstance(end, KeyboardInterrupt):
+                raise
+            line = ""
+            if terminal:
+                (warn if aside else say)("")  # ends the line of the sign
+        if not line.strip():
+            return
+        yield line.removesuffix("\r")
 
 
 def guard(work: Callable[[], object], smaller: str = "free some", interrupted: str = "interrupted") -> int:

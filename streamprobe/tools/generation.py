@@ -3,7 +3,7 @@
 Shapes: T tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from streamprobe.data import prompts
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
+
+Turn = Mapping[str, Any]  # its `role` and `content`, as chat templates take them
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,45 @@ def encode(problem: str, prompt: str, tokenizer: Any, with_bos: bool, *, day: st
         while ids and ids[-1] == eos:
             ids = ids[:-1]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def encode_turns(turns: Sequence[Turn], tokenizer: Any, with_bos: bool, *, day: str | None = None) -> Tensor:
+    """The token ids [T] of a conversation before its next answer, in a run whose `prompt` is `chat`."""
+    ids, _ = prompts.encode(prompts.format_chat(turns, tokenizer, day), "chat", tokenizer, with_bos)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a run writes what stands before a response: its keys `prompt`, `bos` and `chat_date`, and its tokenizer."""
+
+    tokenizer: Any
+    prompt: str
+    bos: bool
+    day: str | None
+    most: int  # tokens that the model takes
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether it can hold a conversation; a format string holds one problem."""
+        return self.prompt == "chat"
+
+    def encode(self, turns: Sequence[Turn]) -> Tensor:
+        """The token ids [T] of some turns before the next answer, or of the one problem that they are.
+
+        Raises InputError for turns that do not fit the run's `prompt`, or leave no room for an answer.
+        """
+        if self.has_turns:
+            ids = encode_turns(turns, self.tokenizer, self.bos, day=self.day)
+        elif len(turns) == 1:
+            ids = encode(turns[0]["content"], self.prompt, self.tokenizer, self.bos, day=self.day)
+        else:
+            known = "one problem, as the run's prompt is a format string"
+            raise InputError(f"{len(turns)} turns", known, "watch a run with the prompt chat")
+        if len(ids) >= self.most:
+            fewer, fix = f"fewer than the model's {self.most:,}", "shorten it" + ", or begin anew" * (len(turns) > 1)
+            raise InputError(f"a prompt of {len(ids):,} tokens", fewer, fix)
+        return ids
 
 
 def prompt_of(chain: Chain, tokenizer: Any) -> Tensor:

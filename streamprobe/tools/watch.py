@@ -1,15 +1,13 @@
-"""See a model's probes while it writes: in a library by `watch`, at a terminal by `streamprobe watch`.
+"""See a model's probes while it writes: in a library by `watch`; `streamprobe watch` shows what one of them says.
 
-Each token is coloured by the probability that one probe gives at it, and the alarm is marked: the tokens at which it is
-at or above the threshold that validation chose.
+The alarm of a probe is on at the tokens whose probability is at or above the threshold that validation chose.
 
 Shapes: B chains in a batch, T tokens of the prompt, L layers, K columns.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from html import escape
 from queue import SimpleQueue
 from threading import Event
 from typing import Any, NamedTuple
@@ -17,19 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamprobe.errors import InputError
-from streamprobe.model.blocks import context, decoder_layers
+from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.hooks import tap
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.system.console import printable, say, shows_colour, write
-from streamprobe.tools import generation
+from streamprobe.tools.generation import Pieces
 
 Found = SimpleQueue[tuple[Tensor, Tensor] | None]  # tokens [B] and their probabilities [B, L, K], as they come
 
 
 def watch(
     model: Any, probes: ProbeBank, input_ids: Tensor, max_new_tokens: int = 256, **options: Any
-) -> Iterator[tuple[Any, Tensor]]:
+) -> Generator[tuple[Any, Tensor], None, None]:
     """Generates with `model.generate` and yields (token, probabilities) as it writes.
 
     input_ids [T]: the token is an int and its probabilities are [L, K] float32.  input_ids [B, T] (padded on the left,
@@ -89,13 +85,24 @@ def _write(model: Any, bank: ProbeBank, ids: Tensor, found: Found, *, left: Even
         found.put(None)
 
 
+class Step(NamedTuple):
+    """A token that the model wrote, and what one probe says of it."""
+
+    token: int
+    text: str  # that it completes: nothing for a token that ends inside of a character
+    probability: float  # nan for the token that ends a text, which is never read
+    alarm: bool
+    lags: Mapping[int, float]  # probability at every lag, of the same layer, label and target
+
+
 class Mark(NamedTuple):
-    """What is shown of one token."""
+    """What is shown of a piece of text, most often one token."""
 
     text: str
     probability: float
     alarm: bool
-    others: str  # the same layer's probabilities at every lag
+    level: float  # see `level_of`
+    lags: Mapping[int, float]  # as in `Step`
 
 
 def alarm_threshold(bank: ProbeBank, place: tuple[int, int]) -> float:
@@ -104,107 +111,43 @@ def alarm_threshold(bank: ProbeBank, place: tuple[int, int]) -> float:
     return bank.threshold[place].sigmoid().item()
 
 
-def marks(
-    steps: Iterator[tuple[int, Tensor]], bank: ProbeBank, place: tuple[int, int], pieces: generation.Pieces
-) -> Iterator[Mark]:
-    """What is shown of each token: the text that it completes, and the highest probability since the text before."""
+def level_of(probability: float, threshold: float) -> float:
+    """Where a probability lies on a scale from 0 to 1 in which its probe's threshold is always at 0.5.
+
+    It is r / (1 + r), where r is how many times the odds of the probability are those of the threshold.
+    """
+    above, below = probability * (1 - threshold), threshold * (1 - probability)
+    return above / (above + below) if above + below else 0.5
+
+
+def read_steps(
+    written: Iterable[tuple[int, Tensor]], bank: ProbeBank, place: tuple[int, int], pieces: Pieces
+) -> Iterator[Step]:
+    """What the probe at `place` says of each token that `watch` gives: an int and its probabilities [L, K]."""
     i, k = place
-    own = bank.columns[k]
-    row = [(j, column.lag) for j, column in enumerate(bank.columns) if column._replace(lag=own.lag) == own]
-    threshold = alarm_threshold(bank, place)
-    highest, others = 0.0, ""
-    for token, probabilities in steps:
+    own, threshold = bank.columns[k], alarm_threshold(bank, place)
+    row = [(column.lag, j) for j, column in enumerate(bank.columns) if column._replace(lag=own.lag) == own]
+    for token, probabilities in written:
         of_layer = probabilities[i].tolist()
-        if not math.isnan(of_layer[k]):
-            highest = max(highest, of_layer[k])
-            others = "  ".join(f"{lag:+d}: {of_layer[j]:.2f}" for j, lag in row)
-        text = pieces.push(token)
-        if text:
-            yield Mark(text, highest, highest >= threshold, others)
-            highest, others = 0.0, ""
+        lags = {lag: of_layer[j] for lag, j in row}
+        yield Step(token, pieces.push(token), of_layer[k], of_layer[k] >= threshold, lags)
+
+
+def marks(steps: Iterable[Step], threshold: float, pieces: Pieces) -> Iterator[Mark]:
+    """What is shown of each piece of text, as it comes: the highest probability since the piece before.
+
+    `pieces` is where the text of the steps comes from; what is left in it at the end is the last piece.
+    """
+    highest, lags = 0.0, dict[int, float]()
+
+    def mark(text: str) -> Mark:
+        return Mark(text, highest, highest >= threshold, level_of(highest, threshold), lags)
+
+    for step in steps:
+        if not math.isnan(step.probability):
+            highest, lags = max(highest, step.probability), dict(step.lags)
+        if step.text:
+            yield mark(step.text)
+            highest, lags = 0.0, {}
     if text := pieces.rest():
-        yield Mark(text, highest, highest >= threshold, others)
-
-
-def shade(probability: float) -> tuple[int, int, int]:
-    """Red, green and blue of a probability: white at 0, red at 1."""
-    return 255, round(255 - 175 * probability), round(255 - 195 * probability)
-
-
-def for_terminal(mark: Mark, before: bool, colour: bool) -> str:
-    """The token with its colour, bold and underlined in an alarm; ▲ where one begins, without colour ▼ where it ends.
-
-    `before`: whether the alarm was on at the token before.
-    """
-    text = printable(mark.text)
-    word = text.lstrip()
-    text = text[: len(text) - len(word)] + ("▲" if mark.alarm and not before else "") + word
-    if not colour:
-        return ("▼" if before and not mark.alarm else "") + text
-    red, green, blue = shade(mark.probability)
-    style = f"\x1b[{'1;4;' if mark.alarm else ''}38;2;20;20;20;48;2;{red};{green};{blue}m"
-    return "\n".join(f"{style}{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
-
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>
-<meta http-equiv=Content-Security-Policy
-content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
-<title>{title}</title><style>
-body {{ font: 16px/1.8 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-pre {{ font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }}
-span {{ color: #141414; }} .alarm {{ font-weight: 700; border-bottom: 3px solid #900; }} .prompt {{ opacity: .7; }}
-</style><h1>{title}</h1><p>{legend}</p><pre><i class=prompt>{prompt}</i>
-
-{body}</pre></html>
-"""
-
-
-def page(title: str, legend: str, prompt: str, shown: Sequence[Mark]) -> str:
-    """A self-contained page of the marked text; a token's probabilities at every lag show when it is pointed at."""
-    body = "".join(
-        f"<span{' class=alarm' if m.alarm else ''} style='background:rgb{shade(m.probability)}' "
-        f"title='{escape(f'{m.probability:.3f}   {m.others}')}'>{escape(printable(m.text))}</span>"
-        for m in shown
-    )
-    return PAGE.format(
-        title=escape(printable(title)), legend=escape(printable(legend)), prompt=escape(printable(prompt)), body=body
-    )
-
-
-def legend(bank: ProbeBank, place: tuple[int, int]) -> str:
-    """Which probe is watched, and when it raises the alarm."""
-    i, k = place
-    threshold = alarm_threshold(bank, place)
-    return (
-        f"layer {bank.layers[i]}, {bank.columns[k]}, {bank.solver}; alarm (▲) from a probability of {threshold:.3f} on"
-    )
-
-
-def show(
-    model: Any,
-    tokenizer: Any,
-    bank: ProbeBank,
-    place: tuple[int, int],
-    *,
-    prompt: str,
-    ids: Tensor,
-    sampling: generation.Sampling,
-) -> list[Mark]:
-    """Lets the model go on from a prompt and prints each token as the probe at `place` marks it.
-
-    `prompt` is what is printed of the prompt, `ids` [T] what the model reads.  Returns what was shown.  Raises
-    InputError for a prompt that leaves no room for a response.
-    """
-    room = context(model.config) - len(ids)
-    if room <= 0:
-        most = f"fewer than the model's {room + len(ids):,}"
-        raise InputError(f"a prompt of {len(ids):,} tokens", most, "shorten it")
-    say(f"{legend(bank, place)}\n\n{prompt}")
-    torch.manual_seed(sampling.seed)
-    steps = watch(model, bank, ids, min(sampling.max_new_tokens, room), **sampling.options)
-    colour, shown = shows_colour(), list[Mark]()
-    for mark in marks(steps, bank, place, generation.Pieces(tokenizer, ids.tolist())):
-        write(for_terminal(mark, bool(shown) and shown[-1].alarm, colour))
-        shown.append(mark)
-    say()
-    return shown
+        yield mark(text)

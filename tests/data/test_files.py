@@ -302,8 +302,8 @@ def test_a_configuration_of_a_data_set_on_the_hub(monkeypatch):
         read_rows("some/name", split="test", config="easy")
     found = open_source(
         "some/name",
-        Asked("annotated"),
-        FormatOptions(response="text", annotation="text", problem="text", id="text"),
+        Asked("text", labelled=False),
+        FormatOptions(),
         config="hard",
     )
     assert len(found) == 1

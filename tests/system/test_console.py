@@ -3,9 +3,12 @@
 import ast
 import errno
 import io
+import json
 import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,92 @@ def test_colours_and_bars_are_for_terminals_that_want_them(monkeypatch, environm
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert console.shows_colour() is colour and console.shows_progress() is bars
+
+
+# --- what is typed ---
+
+TYPED = """
+import json, sys
+from streamprobe.system.console import guard, read_lines
+sys.exit(guard(lambda: print(json.dumps(list(read_lines("> ", aside=len(sys.argv) > 1))), flush=True)))
+"""
+
+
+def piped(content, *argv):
+    """The lines of what is piped into a process of its own, and what came on its standard error."""
+    ran = subprocess.run([sys.executable, "-c", TYPED, *argv], input=content, capture_output=True, check=True, cwd=ROOT)
+    return json.loads(ran.stdout), ran.stderr.decode()
+
+
+def typed(keys, *argv):
+    """What a terminal shows where these keys are typed, each after the sign."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", TYPED, *argv])
+    shown = b""
+    for number, key in enumerate([*keys, ""], 1):
+        while number <= len(keys) and shown.count(b"> ") < number:
+            shown += os.read(terminal, 1000)
+        os.write(terminal, key.encode())
+    with suppress(OSError):  # the end of a terminal
+        while more := os.read(terminal, 1000):
+            shown += more
+    os.close(terminal)
+    return shown.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(
+    "content, lines",
+    [
+        (b"", []),
+        (b"a\nb", ["a", "b"]),
+        (b"a\r\n\n\nb\n", ["a"]),
+        (b" \t\nb\n", []),
+        ("\u00e9 \u6f22\n".encode(), ["\u00e9 \u6f22"]),
+        (b"a\xffb\nc\n", ["a\udcffb", "c"]),
+        (b"x" * 100_000 + b"\n", ["x" * 100_000]),
+    ],
+)
+def test_lines_are_read_up_to_one_without_text(content, lines):
+    assert piped(content) == (lines, "") == piped(content, "aside")  # no sign where nobody types
+
+
+@pytest.mark.parametrize("end", ["\n", "\x04", "\x03"], ids=["an empty line", "Ctrl-D", "Ctrl-C"])
+@pytest.mark.parametrize("argv", [[], ["aside"]], ids=["sign", "sign aside"])
+def test_at_a_terminal_each_line_is_asked_for_until_someone_ends_it(end, argv):
+    shown, status = typed(["wait\n", "no\n", end], *argv)
+    assert status == 0 and shown.splitlines()[-1] == '["wait", "no"]'
+    assert shown.count("> ") == 3
+
+
+def test_lines_end_where_standard_input_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert list(console.read_lines("> ")) == [] and not console.typed_at_terminal()
+
+
+def test_a_reader_that_went_away_is_noticed(tmp_path):
+    script = """
+import sys, time
+from streamprobe.system.console import guard, has_reader, say
+def work():
+    before = has_reader()
+    sys.stdin.readline()
+    say("x")
+    print(before, has_reader(), file=sys.stderr)
+guard(work)
+"""
+    for gone in (True, False):
+        start = subprocess.Popen(
+            [sys.executable, "-c", script],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+            cwd=ROOT,
+            text=True,
+        )
+        if gone:
+            start.stdout.close()
+            start.stdout = None
+        assert start.communicate("\n")[1].split() == ["True", str(not gone)]
 
 
 # --- streams, in processes of their own (without torch, so each is quick) ---

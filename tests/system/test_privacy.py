@@ -18,7 +18,7 @@ from streamprobe.errors import InputError
 from streamprobe.probes.storage import load_probes
 from streamprobe.reporting.html import page
 from streamprobe.system.privacy import clean_url, for_others, without_secrets
-from streamprobe.tools import watch as monitor
+from streamprobe.tools import marked_text
 
 TOKEN = "hf_" + "Ab1" * 10
 URL = f"https://someone:pass@host.org:8080/a/b.json?sig=topsecret&x={TOKEN}#frag"
@@ -216,7 +216,7 @@ def test_a_models_code_is_run_only_where_the_command_line_says_so(run_folder, tm
 
 
 def test_no_page_can_be_led_elsewhere():
-    shown = monitor.page("a", "b", "c", [])
+    shown = marked_text.page("a", marked_text.Legend("b", 0.5), [])
     for policy in ("default-src 'none'", "base-uri 'none'", "form-action 'none'"):
         assert policy in shown.split("<style>")[0]
         assert policy in Path(page.__file__).read_text(encoding="utf-8")

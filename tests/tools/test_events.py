@@ -79,7 +79,7 @@ def test_a_marker_that_would_not_end_is_refused(monkeypatch):
     monkeypatch.setattr(patterns, "PATIENCE", 0.2)
     count = events.judge(ENDLESS, ["which box?"])
     assert count("", "aaa") == {"events": 1}
-    with pytest.raises(InputError, match="takes more than 0.2 s or all memory on a response of 81 characters") as error:
+    with pytest.raises(InputError, match="takes more than 0.2 s or all memory on a text of 81 characters") as error:
         count("", "a" * 80 + "!")
     assert "\n" not in str(error.value)
 

@@ -1,9 +1,7 @@
 """Watching a model write: the same tokens as without, and at each the probabilities of a plain pass over the text."""
 
 import math
-import os
 import threading
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -13,14 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from streamprobe import cli
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.lags import make_columns
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.sites import layer_sites
 from streamprobe.tools import generation
 from streamprobe.tools import watch as monitor
-from streamprobe.tools.watch import Mark, watch
+from streamprobe.tools.watch import watch
 
 N = 12
 GREEDY = {"do_sample": False}
@@ -198,161 +195,46 @@ class Letters:
         return "".join("\ufffd" if i == 12 and i == ids[-1] else "" if i == 12 else chr(ord("a") + i - 10) for i in ids)
 
 
+def marked(bank, *values):
+    pieces = generation.Pieces(Letters(), [])
+    steps = monitor.read_steps(probabilities(*values), bank, (0, 1), pieces)
+    return list(monitor.marks(steps, monitor.alarm_threshold(bank, (0, 1)), pieces))
+
+
+def test_a_step_has_the_probability_of_its_token_and_the_text_that_it_completes(bank):
+    pieces = generation.Pieces(Letters(), [])
+    steps = list(monitor.read_steps(probabilities(0.1, 0.5, 0.9, 0.2, math.nan), bank, (0, 1), pieces))
+    assert [s.token for s in steps] == [10, 11, 12, 13, 14] and [s.text for s in steps] == ["a", "b", "", "d", "e"]
+    assert [s.alarm for s in steps] == [False, True, True, False, False]  # the threshold is .5
+    assert math.isnan(steps[-1].probability) and round(steps[2].probability, 3) == 0.9
+    assert list(steps[0].lags) == [-2, 0, 4] and round(steps[0].lags[0], 3) == 0.1 and steps[0].lags[4] == 0.5
+
+
 def test_a_mark_has_the_highest_probability_of_its_tokens_and_the_alarm_of_its_threshold(bank):
-    shown = list(
-        monitor.marks(probabilities(0.1, 0.5, 0.9, 0.2, math.nan), bank, (0, 1), generation.Pieces(Letters(), []))
-    )
+    shown = marked(bank, 0.1, 0.5, 0.9, 0.2, math.nan)
     assert [m.text for m in shown] == ["a", "b", "d", "e"]
     assert [round(m.probability, 3) for m in shown] == [0.1, 0.5, 0.9, 0.0]
-    assert [m.alarm for m in shown] == [False, True, True, False]  # the threshold is .5
-    assert shown[0].others == "-2: 0.50  +0: 0.10  +4: 0.50"
+    assert [m.alarm for m in shown] == [False, True, True, False]
+    assert [round(m.level, 3) for m in shown] == [0.1, 0.5, 0.9, 0.0]
     high = ProbeBank(bank.layers, bank.columns, bank.weight, bank.bias, bank.threshold + 3)
-    assert not any(
-        m.alarm for m in monitor.marks(probabilities(0.1, 0.9), high, (0, 1), generation.Pieces(Letters(), []))
-    )
+    assert not any(m.alarm or m.level >= 0.5 for m in marked(high, 0.1, 0.9))
 
 
-def test_the_terminal_gets_no_commands_from_the_model():
-    evil = Mark(" \x1b[2Jhi\x07\u202e\n", 0.5, True, "")
-    plain, coloured = monitor.for_terminal(evil, False, False), monitor.for_terminal(evil, False, True)
-    assert plain == " \u25b2\ufffd[2Jhi\ufffd\ufffd\n" and "\x1b" not in plain
-    assert coloured.count("\x1b") == 2 and coloured.endswith("\x1b[0m\n") and "\x1b[1;4;38" in coloured
-    assert monitor.for_terminal(Mark(" a", 0.1, False, ""), True, False) == "\u25bc a"
-    assert monitor.for_terminal(Mark(" a", 0.9, True, ""), True, False) == " a"
-    red, green, blue = zip(*(monitor.shade(p / 10) for p in range(11)), strict=True)
-    assert set(red) == {255} and green == tuple(sorted(green, reverse=True)) and 0 < min(blue) and green[0] == 255
+@given(st.floats(0, 1), st.floats(1e-6, 1 - 1e-6))
+def test_the_threshold_is_in_the_middle_of_the_scale_wherever_it_is(probability, threshold):
+    level = monitor.level_of(probability, threshold)
+    assert monitor.level_of(0, threshold) == 0 and monitor.level_of(1, threshold) == 1 and 0 <= level <= 1
+    assert monitor.level_of(threshold, threshold) == 0.5
+    assert (level >= 0.5 - 1e-9) if probability >= threshold else (level <= 0.5 + 1e-9)
+    if 1e-9 < probability < 1 - 1e-9:
+        odds, alarm = probability / (1 - probability), threshold / (1 - threshold)
+        assert math.isclose(level, 1 / (1 + alarm / odds), rel_tol=1e-6)
 
 
-class Text(HTMLParser):
-    """The text of a page and its elements."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.text, self.tags = "", []
-        self.feed(page)
-
-    def handle_data(self, data):
-        self.text += data
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-
-def test_a_page_shows_text_and_runs_none():
-    evil = "<script>alert('x')</script>&amp; \" ' "
-    shown = [Mark(evil, 0.25, True, evil), Mark("ok", 0.0, False, "")]
-    page = Text(monitor.page(evil, evil, evil, shown))
-    assert evil + "ok" in page.text and not [tag for tag, _ in page.tags if tag in ("script", "link", "img")]
-    spans = [attributes for tag, attributes in page.tags if tag == "span"]
-    assert spans[0]["class"] == "alarm" and spans[0]["title"] == f"0.250   {evil}" and "class" not in spans[1]
-    unescaped = Text(f"<pre>{evil}</pre>")
-    assert [tag for tag, _ in unescaped.tags if tag == "script"]  # negative control
-
-
-def test_the_command_line_shows_what_watch_gives(run_folder, model, bank, tokenizer, capsys, tmp_path):
-    page = tmp_path / "watch.html"
-    argv = [str(run_folder), "--prompt", "which box?", "--max_new_tokens", "20", "--lag", "4", "--target", "onset"]
-    assert cli.main(["watch", *argv, "--html", str(page)]) == 0
-    out = capsys.readouterr().out
-    assert "layer 1, backtracking/onset/lag+04" in out  # the best of results.csv
-    ids = generation.encode("which box?", "{problem}\n\n", tokenizer, True)
-    assert ids.tolist() == tokenizer("which box?\n\n")["input_ids"] and ids[0] == tokenizer.bos_token_id
-    steps = list(watch(model, bank, ids, 20, **GREEDY))
-    shown = list(
-        monitor.marks(iter(steps), bank, bank.place(1, 4, target="onset"), generation.Pieces(tokenizer, ids.tolist()))
-    )
-    text = "".join(monitor.printable(m.text) for m in shown)
-    assert text in out.replace("\u25b2", "").replace("\u25bc", "") and text in Text(page.read_text()).text
-    assert any(m.alarm for m in shown) and not all(m.alarm for m in shown) and "\x1b" not in out
-    assert cli.main(["watch", *argv, "--layer", "0"]) == 0 and "layer 0, backtracking/onset" in capsys.readouterr().out
-
-
-def test_sampling_repeats_with_its_seed(run_folder, capsys):
-    def once(seed):
-        argv = [str(run_folder), "--prompt", "go", "--temperature", "2", "--top_p", "0.9", "--max_new_tokens", "15"]
-        assert cli.main(["watch", *argv, "--seed", seed]) == 0
-        return capsys.readouterr().out
-
-    assert once("1") == once("1") != once("2")
-
-
-def broken_run(kind, run_folder, tmp_path):
-    """A copy of the run that lacks something, or a path that is none."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for path in run_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    if kind == "gone":
-        return tmp_path / "gone"
-    if kind == "file":
-        return folder / "config.yaml"
-    if kind.startswith("no "):
-        (folder / kind[3:]).unlink()
-    if kind == "torn":
-        (folder / "probes.safetensors").write_bytes(b"\x00" * 100)
-    if kind == "empty":
-        (folder / "probes.safetensors").write_bytes(b"")
-    if kind == "odd results":
-        (folder / "results.csv").write_text("a,b\n1,2\n")
-    if kind == "odd config":
-        (folder / "config.yaml").write_text("layer: [1\n")
-    return folder
-
-
-OK = ["--prompt", "go"]
-CASES = {
-    "no folder": ("gone", OK, "gone"),
-    "a file": ("file", OK, "no folder"),
-    "no probes": ("no probes.safetensors", OK, "without probes.safetensors"),
-    "no config": ("no config.yaml", OK, "without config.yaml"),
-    "no results": ("no results.csv", OK, "--layer"),
-    "torn probes": ("torn", OK, "holds no probes"),
-    "empty probes": ("empty", OK, "holds no probes"),
-    "results of another kind": ("odd results", OK, "results.csv"),
-    "config that is no YAML": ("odd config", OK, "config"),
-    "layer": ("", [*OK, "--layer", "3"], "layer 3; expected one of 0 1 2"),
-    "lag": ("", [*OK, "--lag", "5"], "lag 5; expected one of -2 0 4"),
-    "lag and layer": ("", [*OK, "--lag", "5", "--layer", "7"], "layer 7"),
-    "label": ("", [*OK, "--label", "joy"], "label joy; expected one of backtracking"),
-    "target": ("", [*OK, "--target", "within"], "target within; expected one of token onset"),
-    "solver": ("", [*OK, "--solver", "adam"], "'adam'"),
-    "lag that is no number": ("", [*OK, "--lag", "soon"], "'soon'"),
-    "empty prompt": ("", ["--prompt", " \n"], "an empty prompt"),
-    "no prompt": ("", [], "--prompt"),
-    "long prompt": ("", ["--prompt", "box " * 600], "tokens"),
-    "unknown option": ("", [*OK, "--colour", "red"], "--colour"),
-    "no tokens": ("", [*OK, "--max_new_tokens", "0"], "max_new_tokens 0"),
-    "cold": ("", [*OK, "--temperature", "-1"], "temperature -1"),
-    "all but cold": ("", [*OK, "--temperature", "1e-320"], "temperature 1e-320"),
-    "temperature that is no number": ("", [*OK, "--temperature", "nan"], "temperature nan"),
-    "mass": ("", [*OK, "--top_p", "0"], "top_p 0"),
-    "seed": ("", [*OK, "--seed", "-1"], "seed -1"),
-    "page in no folder": ("", [*OK, "--html", "gone/x.html"], "gone/x.html"),
-    "page that is a folder": ("", [*OK, "--html", "."], "html ."),
-    "model that is gone": ("", [*OK, "--model", "./gone"], "./gone"),
-    "CUDA where there is none": ("", [*OK, "--device_map", "cuda:7"], "cuda:7"),
-}
-
-
-@pytest.mark.parametrize("kind, argv, told", CASES.values(), ids=CASES.keys())
-def test_what_the_user_got_wrong_is_told_in_one_line(run_folder, tmp_path, capsys, monkeypatch, kind, argv, told):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["watch", str(broken_run(kind, run_folder, tmp_path)), *argv]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("streamprobe: ") and "\n" not in error and "; expected " in error and "; fix: " in error
-    assert told in error
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_probes_of_another_width_are_refused(run_folder, tmp_path, capsys):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
-    ).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    assert cli.main(["watch", str(run_folder), *OK, "--model", str(tmp_path)]) == 2
-    assert "32 features and a model of hidden size 16" in capsys.readouterr().err
+def test_an_alarm_at_a_low_probability_is_missed_without_the_scale():
+    """Negative control: on a scale of the probability itself a low alarm is at its bottom."""
+    assert monitor.level_of(0.08, 0.06) > 0.5 > 0.08
+    assert monitor.level_of(1.0, 1.0) == monitor.level_of(0.0, 0.0) == 0.5  # the ends, at which there are no odds
 
 
 @pytest.mark.parametrize("adds", ["<s> $A", "<s> <s> $A", "$A </s>", "<s> $A </s>"])
