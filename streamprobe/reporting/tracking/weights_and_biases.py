@@ -39,7 +39,7 @@ def check_wandb() -> None:
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder called wandb is no package
         raise InputError("report_to wandb, which is not installed", "the package wandb", FIX)
-    if os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
         import wandb
 
         _start(lambda: wandb.login())
