@@ -14,7 +14,7 @@ from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.scores import Scored, evaluate
 from streamprobe.probes.base import Probes
 from streamprobe.probes.early_stopping import BestProbes
-from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.solvers.base import Solver
 
 LOG_TOKENS = 65_536  # training tokens between two points of a loss curve; a pass ends with one too
@@ -74,8 +74,9 @@ def train(
         banks = [(job.solver.bank(), job.feed) for job in live]
         for job, (bank, _), scored in zip(live, banks, evaluate(banks, validation()), strict=True):
             judge(job, bank, scored, done=Done(number, tokens), tracker=tracker)
-        tracker.maps(tokens)
+        tracker.compare(tokens)
         tracker.number("progress/pass", number, tokens)
+        tracker.number("progress/final_probes", sum(int(job.best.stopped.sum()) for job in jobs), tokens)
         tracker.write()  # what is logged lies there before the checkpoint that a resumed run goes on from
         save(Done(number, tokens))
         tracker.flush()
@@ -102,9 +103,8 @@ def judge(job: Job, bank: Probes, scored: Scored, *, done: Done, tracker: Tracke
     metrics = measure(scored.scores, scored.targets, scored.valid)
     best.update(metrics["f1_at_half"], done.passes, bank, solver.converged)
     for name in ("auroc", "average_precision", "f1", "f1_at_half"):
-        tracker.probes(f"val_{name}", solver, metrics[name], done.tokens)
+        tracker.probes(f"{name}/validation", solver, metrics[name], done.tokens)
     tracker.probes("gradient_norm", solver, solver.gradient_norm, done.tokens)
-    tracker.number(f"progress/final_probes/{job.name}", int(best.stopped.sum()), done.tokens)
 
 
 def recall(jobs: Sequence[Job], memory: ActivationMemory, first: Source, *, batch_size: int, seed: int) -> None:
@@ -120,7 +120,7 @@ def recall(jobs: Sequence[Job], memory: ActivationMemory, first: Source, *, batc
 
 
 def log_losses(tracker: Tracker, jobs: Sequence[Job], tokens: int) -> None:
-    """A point on every loss curve."""
+    """A point on the curves of the loss."""
     for job in jobs:
         tracker.probes("train_loss", job.solver, job.solver.loss(), tokens)
 

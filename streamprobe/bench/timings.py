@@ -24,7 +24,8 @@ from streamprobe.evaluation.scores import evaluate
 from streamprobe.probes.base import Probes
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import layer_sites
-from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.reporting.tracking.tensorboard import TensorBoard
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.checkpoint import Checkpoint, save_run
 from streamprobe.run.jobs import states_of
 from streamprobe.run.memory_plan import Kept
@@ -171,7 +172,7 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     memory, held = bench.memories(grid)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        tracker = Tracker(folder, [solver])
+        tracker = Tracker([TensorBoard(folder, {})], [solver])
 
         def save(done: Done) -> None:
             save_run(folder, Checkpoint(states_of([job]), {}, done.passes, done.tokens, Kept(memory.rows, True, True)))

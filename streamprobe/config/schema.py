@@ -10,7 +10,8 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
-LAUNCH_KEYS = tuple("output_dir resume dry_run max_passes memory_gb bootstrap bad_chains".split())
+LAUNCH_KEYS = tuple("output_dir resume dry_run report_to log_probes max_passes memory_gb bootstrap bad_chains".split())
+TRACKERS = ("tensorboard", "wandb")  # opened by reporting/tracking/opened.py
 
 
 @dataclass
@@ -194,7 +195,7 @@ class TrainingConfig:
 
 @dataclass
 class OutputConfig:
-    """Where the run writes."""
+    """Where the run writes, and where its curves go."""
 
     _argument_group_name = "output"
 
@@ -203,6 +204,23 @@ class OutputConfig:
     )
     resume: bool = key(False, "Go on with the run in output_dir (by default the newest of this config).")
     dry_run: bool = key(False, "Print what the run would need, train nothing.")
+    report_to: list[str] = key(
+        ["tensorboard"],
+        "Where curves go: tensorboard (an event file in output_dir), wandb (Weights & Biases; needs the extra "
+        "`wandb`), or both; or none.",
+    )
+    log_probes: Literal["best", "all"] = key(
+        "best",
+        "Curves of the best layer and the best control of each lag, with the median and the largest loss of all "
+        "probes; or those of every probe and control as well.",
+    )
 
     def __post_init__(self) -> None:
         require(not (self.resume and self.dry_run), "dry_run with resume", "one of them", "drop --dry_run or --resume")
+        given = self.report_to
+        require(
+            given == ["none"] or (0 < len(given) == len(set(given)) and set(given) <= set(TRACKERS)),
+            f"report_to {' '.join(given) or 'nothing'}",
+            f"none, or one or more of {', '.join(TRACKERS)}, each once",
+            "correct --report_to",
+        )

@@ -136,13 +136,13 @@ def text_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def headline(rows: Sequence[Row]) -> dict[str, float]:
-    """The numbers by which runs compare, by the names that TensorBoard gives them.
+def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
+    """The numbers by which runs compare, by the names that TensorBoard gives them: those of one solver, unnamed.
 
-    Of each solver, label and target the lag of its verdict, and the highest lift, AUROC and average precision.
+    Of each label and target the lag of its verdict, and the highest lift, AUROC and average precision.
     """
     found: dict[str, float] = {}
-    for family, grid in grids(rows).items():
+    for (_, *family), grid in grids(row for row in rows if row["solver"] == solver).items():
         layers, _ = lines_of(grid)
         real = [row for line in layers.values() for row in line.values()]
         clear = [row["lag"] for row in real if row["lift_low_corrected"] > 0]

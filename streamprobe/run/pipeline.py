@@ -22,7 +22,8 @@ from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.base import Probes
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
-from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.reporting.tracking.opened import check_backends, open_backends
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.checkpoint import STATE, Checkpoint, save_run
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
@@ -43,6 +44,7 @@ def run(config: RunConfig) -> Path | None:
 
     Raises InputError for what the user can fix.
     """
+    check_backends(config.output.report_to)
     if config.output.dry_run:
         describe_run(config)
         return None
@@ -65,9 +67,7 @@ def run_in(folder: Path, config: RunConfig) -> None:
     done = take_up(jobs, checkpoint)
     check_room(folder, *needed_room(jobs, folder))
     write_config(folder, setup.facts)
-    tracker = Tracker(folder, [job.solver for job in jobs], done.tokens + 1 if config.output.resume else None)
-    tracker.text("2 preflight", setup.inputs.preflight)
-    tracker.text("3 config", json.dumps(setup.facts, indent=1))
+    tracker = make_tracker(folder, setup, jobs, done)
     save = PassEnd(folder, setup.facts, plan.kept, jobs, tracker, backbone.device)
     validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
     done = train(
@@ -87,6 +87,17 @@ def run_in(folder: Path, config: RunConfig) -> None:
     results = judge_held_out(setup, folder, jobs, thresholds=thresholds, cost=cost_once)
     write_files(results)
     finish(results, tracker)
+
+
+def make_tracker(folder: Path, setup: "Setup", jobs: Sequence[Job], done: Done) -> Tracker:
+    """What logs the run, from `done` on."""
+    output = setup.config.output
+    purge_step = done.tokens + 1 if output.resume else None
+    backends = open_backends(output.report_to, folder, setup.facts["config"], purge_step)
+    tracker = Tracker(backends, [job.solver for job in jobs], every=output.log_probes == "all")
+    tracker.text("2 preflight", setup.inputs.preflight)
+    tracker.text("3 config", json.dumps(setup.facts, indent=1))
+    return tracker
 
 
 class Setup(NamedTuple):
@@ -258,11 +269,12 @@ def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
 
 
 def finish(results: TestResults, tracker: Tracker) -> None:
-    """What a run ends with in the terminal and in TensorBoard."""
-    said = terminal.table(results.rows, results.described["verdicts"])
+    """What a run ends with in the terminal and where its curves went."""
+    verdicts = results.described["verdicts"]
     texts = f"{terminal.text_table(results.texts)}\n\n" if results.texts else ""
-    printed = f"{said}\n{texts}{terminal.describe_cost(results.cost())}"
-    say(f"\n{printed}\n{terminal.describe_files(results.folder)}")
-    tracker.text("1 verdict", printed)
-    tracker.outcome(results.facts["config"], terminal.headline(results.rows))
+    printed = f"{terminal.table(results.rows, verdicts)}\n{texts}{terminal.describe_cost(results.cost())}"
+    say(f"\n{printed}")
+    first, *_ = results.facts["config"]["solvers"]
+    tracker.outcome("\n\n".join([*verdicts, printed]), terminal.headline(results.rows, first))
     tracker.close()
+    say(terminal.describe_files(results.folder))

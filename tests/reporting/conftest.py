@@ -14,7 +14,8 @@ from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
 from streamprobe.evaluation.rows import Judged, Row
 from streamprobe.evaluation.texts import POOLINGS, TEXT_FIELDS
 from streamprobe.reporting import files
-from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.reporting.tracking.tensorboard import TensorBoard
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.reporting.transcripts import collect
 from streamprobe.system.files import write_atomic
 
@@ -88,17 +89,31 @@ def folder(results: TestResults) -> Path:
     return results.folder
 
 
-@pytest.fixture(scope="session")
-def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+CONFIG = {"layers": [3, 12], "seed": 0, "problem_column": "x", "quantization": None}
+
+
+def logged(folder: Path, every: bool) -> EventAccumulator:
     """Two passes of two metrics, and the end of a run."""
-    folder = tmp_path_factory.mktemp("events")
-    tracker = Tracker(folder, GRIDS)
+    tracker = Tracker([TensorBoard(folder, CONFIG)], GRIDS, every=every)
     for step in (100, 200):
         for number, grid in enumerate(GRIDS):
-            tracker.probes("val_auroc", grid, values_of(grid, step + number), step)
-            tracker.probes("val_average_precision", grid, values_of(grid, step + number).square(), step)
-        tracker.maps(step)
+            tracker.probes("auroc/validation", grid, values_of(grid, step + number), step)
+            tracker.probes("average_precision/validation", grid, values_of(grid, step + number).square(), step)
+            tracker.probes("train_loss", grid, values_of(grid, step + number), step)
+        tracker.compare(step)
     tracker.curves(LAYERS, SCORED, AREAS, 200)
-    tracker.outcome({"layers": [3, 12], "seed": 0, "problem_column": "x", "quantization": None}, {"test/lift": 0.25})
+    tracker.outcome("at no lag\n| a | *b*", {"test/lift": 0.25})
     tracker.close()
     return EventAccumulator(str(folder), {"histograms": 0, "images": 0}).Reload()
+
+
+@pytest.fixture(scope="session")
+def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    """What is logged by default."""
+    return logged(tmp_path_factory.mktemp("events"), every=False)
+
+
+@pytest.fixture(scope="session")
+def all_events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    """What is logged with the curves of every probe."""
+    return logged(tmp_path_factory.mktemp("events"), every=True)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from streamprobe.reporting.heat_map import CELL_HEIGHT, Scale, cell_width
-from streamprobe.reporting.tensorboard import images
-from streamprobe.reporting.tensorboard.images import WIDTH, Picture, draw, short
+from streamprobe.reporting.tracking import images
+from streamprobe.reporting.tracking.images import WIDTH, Picture, draw, short
 
 SEQUENTIAL, DIVERGING = Scale("viridis", 0.5, 1.0), Scale("RdBu", -0.2, 0.2)
 VALUES, ROWS = np.array([[0.5, 0.75, 1.0], [0.625, math.nan, 2.0]]), ["layer00", "b"]

@@ -7,7 +7,7 @@ from builders import sites_of
 from probe_grids import GRIDS, LABEL, LAYERS, PERSISTENCE, REAL, TEXTS, Grid, values_of
 from torch import Tensor
 
-from streamprobe.reporting.tensorboard.metric_grid import MetricGrid, metric_grids
+from streamprobe.reporting.tracking.metric_grid import AUROC, MetricGrid, metric_grids
 
 
 def lift_by_loop(layers: Tensor, texts: Tensor, persistence: Tensor) -> list[list[float]]:
@@ -25,8 +25,8 @@ def filled() -> tuple[MetricGrid, dict[str, Tensor]]:
     """The grid of all values but those of persistence, and the values."""
     [metrics] = metric_grids(GRIDS)
     values = {"layers": values_of(LAYERS, 0), "texts": values_of(TEXTS, 1), "persistence": values_of(PERSISTENCE, 2)}
-    metrics.take("val_auroc", LAYERS, values["layers"])
-    metrics.take("val_auroc", TEXTS, values["texts"])
+    metrics.take(AUROC, LAYERS, values["layers"])
+    metrics.take(AUROC, TEXTS, values["texts"])
     return metrics, values
 
 
@@ -34,27 +34,27 @@ def test_the_lift_is_over_the_best_control() -> None:
     metrics, values = filled()
     assert np.isnan(metrics.lift()[:, 1:]).all(), "persistence is not known yet, so neither is the lift"
     assert not np.isnan(metrics.lift()[:, 0]).any()
-    metrics.take("val_auroc", PERSISTENCE, values["persistence"])
+    metrics.take(AUROC, PERSISTENCE, values["persistence"])
     np.testing.assert_allclose(metrics.lift(), lift_by_loop(**values))
 
 
 def test_the_lift_fails_to_be_that_without_the_other_controls() -> None:
     metrics, values = filled()
-    metrics.take("val_auroc", PERSISTENCE, values["persistence"])
+    metrics.take(AUROC, PERSISTENCE, values["persistence"])
     wrong = (values["layers"][:, :3] - values["texts"][0]).numpy()
     assert not np.allclose(metrics.lift(), wrong)
 
 
 def test_without_controls_there_is_no_lift_and_no_map_of_it() -> None:
     metrics = MetricGrid(f"newton/{LABEL}/token", [Grid("newton", sites_of([3]), REAL)])
-    assert np.isnan(metrics.lift()).all() and set(metrics.images()) == {"val_auroc", "val_average_precision"}
+    assert np.isnan(metrics.lift()).all() and set(metrics.images()) == {"auroc", "average_precision"}
 
 
 def test_maps_have_a_row_for_every_control_and_the_best_permuted_one(monkeypatch: Any) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr("streamprobe.reporting.tensorboard.metric_grid.draw", lambda *given: drawn.append(given))
+    monkeypatch.setattr("streamprobe.reporting.tracking.metric_grid.draw", lambda *given: drawn.append(given))
     metrics, values = filled()
-    assert list(metrics.images()) == ["val_auroc", "val_average_precision", "val_lift"]
+    assert list(metrics.images()) == ["auroc", "average_precision", "lift"]
     auroc, _, lift = drawn
     shown, rows, lags, _ = auroc
     assert rows == ["layer03", "layer12", "embed", "text", "persistence", "permuted"] and lags == ["-4", "+4", "+40"]

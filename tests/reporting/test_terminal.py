@@ -36,7 +36,17 @@ def test_a_missing_class_is_named(rows: list[Row]) -> None:
     blank = [{**row, "auroc": math.nan} if row["layer"] == 3 and not row["control"] else row for row in rows]
     assert "2 probes have nan" in table(blank, ["verdict"])
     assert "nan:" not in table(rows, ["verdict"])
-    assert headline([{**row, "auroc": math.nan, "lift": math.nan} for row in rows]).keys() < headline(rows).keys()
+    unknown = [{**row, "auroc": math.nan, "lift": math.nan} for row in rows]
+    assert headline(unknown, "newton").keys() < headline(rows, "newton").keys()
+
+
+def test_the_headline_is_of_one_solver_and_does_not_name_it(rows: list[Row]) -> None:
+    others = [{**row, "solver": "adam", "auroc": 2.0, "lift": 2.0} for row in rows]
+    found = headline([*others, *rows], "newton")
+    own = [row for row in rows if not row["control"]]
+    assert found[f"test/highest auroc/{rows[0]['label']}/token"] == max(row["auroc"] for row in own)
+    assert not [name for name in found if "newton" in name or "adam" in name]
+    assert headline([*others, *rows], "adam") != found
 
 
 def test_files_are_listed_with_their_sizes(folder: Path) -> None:

@@ -25,7 +25,9 @@ from streamprobe import cli
 from streamprobe.cli import train as main
 from streamprobe.commands import shared
 from streamprobe.errors import InputError
-from streamprobe.reporting.tensorboard import writer as tracking
+from streamprobe.reporting.tracking import event_file
+from streamprobe.reporting.tracking.tensorboard import TensorBoard
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run import folder, pipeline
 from streamprobe.run.checkpoint import STATE, load_run
 from streamprobe.run.folder import LOCK, claim_folder, file_names
@@ -424,9 +426,9 @@ def test_curves_that_find_no_room_wait_and_are_reported_at_the_flush(
         disks.append(FullDisk(path, 100))  # in the middle of an event
         return disks[-1]
 
-    monkeypatch.setattr(tracking, "open", full, raising=False)
-    monkeypatch.setattr(tracking, "SECONDS", -1)
-    tracker = tracking.Tracker(tmp_path, [])
+    monkeypatch.setattr(event_file, "open", full, raising=False)
+    monkeypatch.setattr(event_file, "SECONDS", -1)
+    tracker = Tracker([TensorBoard(tmp_path, {})], [])
     for step in range(50):
         tracker.number("a", step, step)
     with pytest.raises(InputError, match="events.out.*No space left.*make room.*--resume"):
@@ -444,7 +446,7 @@ def test_a_full_disk_under_the_curves_alone_ends_behind_the_checkpoint(
 ) -> None:
     assert main([config, "--output_dir", "straight"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "open", lambda path, *_, **__: FullDisk(path, 100), raising=False)
+        patch.setattr(event_file, "open", lambda path, *_, **__: FullDisk(path, 100), raising=False)
         assert main([config, "--output_dir", "out"]) == 2
     error = capsys.readouterr().err
     state = load_run(Path("out"))

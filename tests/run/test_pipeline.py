@@ -37,7 +37,7 @@ from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import layer_sites
 from streamprobe.probes.storage import load_probes
-from streamprobe.reporting.tensorboard.writer import Tracker
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.resume import check_same_run
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import PAIRS, NewtonSolver
@@ -248,26 +248,27 @@ def test_seeds_spread_what_is_random_and_nothing_else(config):
 
 
 def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
-    assert main([config]) == 0
+    assert main([config, "--log_probes", "all"]) == 0
     events = EventAccumulator("runs/tiny").Reload()
     scalars = events.Tags()["scalars"]
     assert {
-        "val_auroc/adam/backtracking/token/layer02/lag+04",
-        "train_loss/newton/deduction/onset/layer00/lag-02",
+        "auroc/validation/adam/backtracking/token lag+04 layer02",
+        "train_loss/newton/deduction/onset lag-02 layer00",
+        "train_loss/adam/median",
     } <= set(scalars)
-    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/final_probes/newton-layers"} <= set(scalars)
-    steps = [e.step for e in events.Scalars("val_f1/adam/backtracking/token/layer00/lag+00")]
+    assert {"progress/tokens_per_second", "progress/memory_gb", "progress/final_probes"} <= set(scalars)
+    steps = [e.step for e in events.Scalars("f1/validation/adam/backtracking/token lag+00 layer00")]
     assert len(steps) == 3 and steps == sorted(steps)
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {c.title: [k.title for k in c.chart] for c in layout.category}
-    title = "val_auroc newton backtracking token: "
+    title = "auroc validation newton backtracking token: "
     assert charts[title + "all lags, by layer"] == ["layer00", "layer02"]
     assert (
         charts[title + "all layers, by lag"]
-        == charts[title + "best layer and controls"]
+        == charts[title + "best layer and controls, by lag"]
         == ["lag-02", "lag+00", "lag+04"]
     )
     assert charts[title + "all lags, by control"] == [
@@ -447,7 +448,7 @@ def planted_chains(n, seed, permuted=False):
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tmp_path, permuted):
+def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(permuted):
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=20,
@@ -474,7 +475,7 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(tm
         memory,
         lambda number: read(splits[0], seed=number),
         lambda: read(splits[1]),
-        tracker=Tracker(tmp_path, [adam, newton]),
+        tracker=Tracker([], [adam, newton]),
         save=lambda done: None,
         max_passes=5,
         batch_size=256,

@@ -58,7 +58,8 @@ def test_backtracking_is_found_in_a_slice_of_the_real_chains_and_one_pass_is_eno
     assert float(rows[48]["auroc"]) < float(rows[24]["auroc"]) < float(rows[0]["auroc"])
     assert all(float(row["gradient_norm"]) <= 1e-4 for row in rows.values())
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("val_auroc/newton/") and "layer11/" in tag]
+    start = "auroc/validation/newton/"
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(start) and tag.endswith(" best layer")]
     curves = [[point.value for point in events.Scalars(tag)] for tag in tags]
     gains = [curve[-1] - curve[0] for curve in curves]
     assert len(gains) == 14 and len(curves[0]) > 2

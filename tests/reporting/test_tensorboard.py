@@ -1,32 +1,16 @@
 """What is written for TensorBoard is what was measured."""
 
 import io
-import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from probe_grids import GRIDS, LABEL, REAL, SCORED, TEXTS, values_of
+from probe_grids import LABEL, REAL, SCORED
 from sklearn.metrics import precision_recall_curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from streamprobe.reporting.tensorboard import writer
-from streamprobe.reporting.tensorboard.tags import place
-from streamprobe.reporting.tensorboard.writer import POINTS, Tracker
-
-
-def test_every_value_is_a_point_of_its_own_curve(events: EventAccumulator) -> None:
-    for number, grid in enumerate(GRIDS):
-        values = values_of(grid, 200 + number)
-        for i, site in enumerate(grid.sites):
-            for k, column in enumerate(grid.columns):
-                tag = f"val_auroc/newton/{LABEL}/token/{place(site, column)}/lag{column.lag:+03d}"
-                last = events.Scalars(tag)[-1]
-                assert (last.step, last.value) == (200, pytest.approx(float(values[i, k])))
+from streamprobe.reporting.tracking.tensorboard import POINTS
 
 
 def test_heat_maps_are_small_and_drawn_of_the_first_pass_and_of_the_last(events: EventAccumulator) -> None:
@@ -39,35 +23,9 @@ def test_heat_maps_are_small_and_drawn_of_the_first_pass_and_of_the_last(events:
         assert Image.open(io.BytesIO(shown.encoded_image_string)).size == (shown.width, shown.height)
 
 
-@pytest.mark.parametrize(("allowed", "steps"), [(0.01, [0, 4]), (1.0, [0, 2, 4])])
-def test_heat_maps_between_those_take_a_fraction_of_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: float, steps: list[int]
-) -> None:
-    """Passes of a second and maps of a second and a half."""
-    clock = [0.0]
-    monkeypatch.setattr(writer.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(writer, "MAPS_TIME", allowed)
-    tracker = Tracker(tmp_path, GRIDS)
-    [metrics] = tracker.grids
-    draw = metrics.images
-
-    def images() -> Any:
-        clock[0] += 1.5
-        return draw()
-
-    monkeypatch.setattr(metrics, "images", images)
-    for step in range(5):
-        tracker.maps(step)
-        clock[0] += 1.0
-    tracker.close()
-    events = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
-    for tag in events.Tags()["images"]:
-        assert [image.step for image in events.Images(tag)] == steps
-
-
 def test_precision_over_recall_is_scikit_learns(events: EventAccumulator) -> None:
     for k, i in ((0, 1), (1, 0), (2, 0)):  # the best layer of each column, where one is known
-        tag = f"precision/newton/{LABEL}/token/lag{REAL[k].lag:+03d} best layer"
+        tag = f"precision/newton/{LABEL}/token lag{REAL[k].lag:+03d} best layer"
         data = np.array(events.Tensors(tag)[0].tensor_proto.float_val).reshape(6, POINTS)
         valid = SCORED.valid[:, k]
         y, s = SCORED.targets[valid, k].numpy(), SCORED.scores[valid, i, k].numpy()
@@ -81,7 +39,7 @@ def test_precision_over_recall_is_scikit_learns(events: EventAccumulator) -> Non
 
 def test_histograms_are_of_negatives_then_positives(events: EventAccumulator) -> None:
     for k, column in enumerate(REAL):
-        tag = f"logits/newton/{LABEL}/token/lag{column.lag:+03d} best layer (0 negatives, 1 positives)"
+        tag = f"logits/newton/{LABEL}/token lag{column.lag:+03d} best layer (0 negatives, 1 positives)"
         found = {e.step: e.histogram_value for e in events.Histograms(tag)}
         valid, i = SCORED.valid[:, k], (1, 0, 0)[k]
         y, s = SCORED.targets[valid, k].numpy(), SCORED.scores[valid, i, k].numpy()
@@ -94,7 +52,7 @@ def test_histograms_are_of_negatives_then_positives(events: EventAccumulator) ->
 
 def test_histograms_fail_to_differ_without_the_classes(events: EventAccumulator) -> None:
     for column in REAL:
-        tag = f"logits/newton/{LABEL}/token/lag{column.lag:+03d} best layer (0 negatives, 1 positives)"
+        tag = f"logits/newton/{LABEL}/token lag{column.lag:+03d} best layer (0 negatives, 1 positives)"
         negatives, positives = (np.array(e.histogram_value.bucket) for e in events.Histograms(tag))
         assert np.abs(negatives - positives).max() > 0.01
 
@@ -110,10 +68,9 @@ def test_hparams_hold_what_makes_runs_differ(events: EventAccumulator) -> None:
     assert events.Scalars("test/lift")[0].value == 0.25
 
 
-def test_a_value_that_is_not_a_number_is_no_point(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, [TEXTS])
-    tracker.probes("val_auroc", TEXTS, torch.tensor([[0.5, math.nan, 1], [math.nan] * 3]), 1)
-    tracker.maps(1)
-    tracker.close()
-    scalars = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
-    assert sorted(tag.split("token/")[1] for tag in scalars) == ["control embed/lag+40", "control embed/lag-04"]
+def test_the_verdict_is_the_first_text_and_stays_as_it_is(events: EventAccumulator) -> None:
+    """Markdown shows what is indented as it stands."""
+    texts = [tag for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")]
+    assert sorted(texts)[0] == "1 verdict/text_summary"
+    [shown] = events.Tensors("1 verdict/text_summary")[0].tensor_proto.string_val
+    assert shown.decode() == "    at no lag\n    | a | *b*"

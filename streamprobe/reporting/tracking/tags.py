@@ -1,4 +1,4 @@
-"""The names of curves in TensorBoard, made so that they sort and can be chosen by a regular expression.
+"""The names of curves, made so that they sort and can be chosen by a regular expression.
 
 Shapes: L sites, K columns.
 """
@@ -30,6 +30,14 @@ def family(grid: ProbeGrid, column: Column) -> str:
     return f"{grid.name}/{column.label}/{column.target}"
 
 
-def tag(grid: ProbeGrid, site: Site, column: Column) -> str:
-    """The end of a curve's tag, after the metric: newton/backtracking/token/layer12/lag+08."""
-    return f"{family(grid, column)}/{place(site, column)}/lag{column.lag:+03d}"
+def tag(family: str, lag: int, place: str) -> str:
+    """The end of a curve's tag, after the metric: newton/backtracking/token lag+08 layer12.
+
+    TensorBoard shows what stands behind the last slash in full.
+    """
+    return f"{family} {lag_name(lag)} {place}"
+
+
+def lag_name(lag: int) -> str:
+    """A lag as it stands in a tag: lag+08."""
+    return f"lag{lag:+03d}"

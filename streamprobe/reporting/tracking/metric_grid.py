@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamprobe.reporting.heat_map import Scale
-from streamprobe.reporting.tensorboard.images import Picture, draw
-from streamprobe.reporting.tensorboard.tags import ProbeGrid, family, place
+from streamprobe.reporting.tracking.images import Picture, draw
+from streamprobe.reporting.tracking.tags import ProbeGrid, family, place
 
+AUROC = "auroc/validation"
 SCALES = {  # of the metrics that are kept
-    "val_auroc": Scale("viridis", 0.5, 1.0),
-    "val_average_precision": Scale("viridis", 0.0, 1.0),
+    AUROC: Scale("viridis", 0.5, 1.0),
+    "average_precision/validation": Scale("viridis", 0.0, 1.0),
 }
 LIFT_SCALE = Scale("RdBu", -0.2, 0.2)
 
@@ -52,7 +53,7 @@ class MetricGrid:
 
     def lift(self) -> NDArray[np.float64]:
         """AUROC of each layer less that of its best control [layers, C]; NaN where one of them is not known."""
-        values = np.where(self.asked, self.values["val_auroc"], -np.inf)
+        values = np.where(self.asked, self.values[AUROC], -np.inf)
         layers, aside, _ = np.split(values, np.cumsum([self.n_layers, self.n_aside]))
         controls = [*aside, *(values[rows] for rows in self.relabelled.values())]
         best = np.full(layers.shape, -np.inf)
@@ -61,11 +62,15 @@ class MetricGrid:
         lift = np.where(np.isinf(best), np.nan, layers - np.where(np.isinf(best), 0, best))
         return np.where(np.isinf(lift), np.nan, lift)
 
-    def highest(self, metric: str) -> dict[str, NDArray[np.float64]]:
-        """Best layer, and the best of all layers of a control that relabels, by lag [C]."""
-        values = self.values[metric]
-        best = {"best layer": np.fmax.reduce(values[: self.n_layers])}
-        return best | {f"control {name}": np.fmax.reduce(values[rows]) for name, rows in self.relabelled.items()}
+    def best(self, metric: str) -> dict[str, NDArray[np.float64]]:
+        """The highest value of all layers, and of all controls if there are any, by lag [C]."""
+        layers, controls = np.split(self.values[metric], [self.n_layers])
+        sides = {"best layer": layers, "best control": controls}
+        return {name: np.fmax.reduce(values) for name, values in sides.items() if len(values)}
+
+    def best_relabelled(self, metric: str) -> dict[str, NDArray[np.float64]]:
+        """The highest value of all layers of each control that relabels, by lag [C]."""
+        return {name: np.fmax.reduce(self.values[metric][rows]) for name, rows in self.relabelled.items()}
 
     def images(self) -> dict[str, Picture]:
         """Heat maps by name: AUROC and average precision with a row for each control, and the lift if there are any.
@@ -76,11 +81,10 @@ class MetricGrid:
         names, pictures = [name.removeprefix("control ") for name in self.rows[:shown]], {}
         rows = [*names, *self.relabelled]
         for metric, scale in SCALES.items():
-            best = self.highest(metric)
-            values = np.vstack([self.values[metric][:shown], *(best[f"control {name}"] for name in self.relabelled)])
-            pictures[metric] = draw(values, rows, lags, scale)
+            values = np.vstack([self.values[metric][:shown], *self.best_relabelled(metric).values()])
+            pictures[metric.partition("/")[0]] = draw(values, rows, lags, scale)
         if len(self.rows) > self.n_layers:
-            pictures["val_lift"] = draw(self.lift(), names[: self.n_layers], lags, LIFT_SCALE)
+            pictures["lift"] = draw(self.lift(), names[: self.n_layers], lags, LIFT_SCALE)
         return pictures
 
 

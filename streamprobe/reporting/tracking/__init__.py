@@ -1,0 +1,1 @@
+"""What a run logs while it trains, and where that goes."""
