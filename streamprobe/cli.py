@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
 import streamprobe
-from streamprobe.commands import bench, folders, shared, steer, training, watch
+from streamprobe.commands import bench, evaluate, folders, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
 
@@ -119,6 +119,13 @@ TRAINING = {  # what takes the keys of a config
     "demo": "train the probes of the demo: a small model that comes with the package, no network",
 }
 COMMANDS = {
+    "evaluate": Command(
+        "judge the probes and controls of a run on other data: do they transfer?",
+        "runs/demo --data other.json --max_chains 200",
+        evaluate.options,
+        evaluate.evaluate,
+        "lower --max_batch_tokens or --max_chains, or use --device_map cpu",
+    ),
     "watch": Command(
         "let the model of a run write, and mark each token by the probability that a probe gives",
         'runs/demo --prompt "reach 27 with 15 13 14 ?" --lag 8',

@@ -134,13 +134,16 @@ def headline(rows: Sequence[Row]) -> dict[str, float]:
 def describe_cost(cost: Mapping[str, Any]) -> str:
     """What the run took, and how much of it the frozen model alone."""
     fraction = cost["model_seconds"] / max(cost["seconds"], 1e-9)
+    spent = f"{cost['passes']} passes, tests and files" if "passes" in cost else "the test and its files"
+    memory = [f"memory    {cost['peak_memory_gb']} GB at most", cost.get("activations", "")]
+    if "newton_matrices" in cost:
+        memory.append(f"newton's matrices {cost['newton_matrices']}")
     lines = [
-        f"time      {cost['seconds']:,} s for {cost['passes']} passes, tests and files; the bare model is "
-        f"{cost['model_seconds']:,} s of it, {fraction:.0%}",
+        f"time      {cost['seconds']:,} s for {spent}; the bare model is {cost['model_seconds']:,} s of it, "
+        f"{fraction:.0%}",
         f"model     {cost['model_tokens']:,} tokens in {cost['model_forwards']:,} forward passes, "
         f"{cost['tokens_per_second']:,} tokens/s, {cost['padding']} padding",
-        f"memory    {cost['peak_memory_gb']} GB at most; {cost['activations']}"
-        + (f"; newton's matrices {cost['newton_matrices']}" if "newton_matrices" in cost else ""),
+        "; ".join(filter(None, memory)),
     ]
     return "\n".join(lines)
 
