@@ -41,6 +41,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `streamprobe ARGV`; returns the exit status: 0, or 2 where the user can fix what went wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _hide_bars()
     if words[:1] == ["train"]:
         return train(words[1:], "streamprobe train")
     if words[:1] == ["demo"]:
@@ -58,9 +59,14 @@ def train(argv: Sequence[str] | None = None, command: str = "run.py") -> int:
 
 
 def _guard_training(work: Callable[[], object]) -> int:
-    if not shows_progress():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the libraries too
+    _hide_bars()
     return guard(work, SMALLER, RESUME)
+
+
+def _hide_bars() -> None:
+    """Keeps progress bars, those of the libraries too, out of what is no terminal."""
+    if not shows_progress():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def make_parser(name: str) -> ArgumentParser:

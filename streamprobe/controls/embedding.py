@@ -88,7 +88,8 @@ class EmbeddingLayers:
         mean = (table * weight).sum(0)
         centred = (table - mean) * weight.sqrt()
         directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors  # by rising variance
-        words = WordBasis(mean, directions.flip(1)[:, : table.shape[1] // len(WINDOWS)])
+        chosen = directions.flip(1)[:, : table.shape[1] // len(WINDOWS)]
+        words = WordBasis(mean, chosen.contiguous())  # as a file gives it: products round by how a matrix lies
         return cls(embedding, words, hidden_size, controls)
 
     @torch.no_grad()

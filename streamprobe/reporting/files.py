@@ -148,7 +148,7 @@ def draw_report(folder: Path) -> bytes:
     """
     if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
-    rows = _read_rows(folder / "results.csv")
+    rows = read_rows(folder / "results.csv")
     run = _read_json(folder / "summary.json", "run")["run"]
     transcripts = _read_json(folder / "transcripts.json", "chains", "labels", "probes", "reference", "picked_by")
     _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
@@ -193,7 +193,8 @@ def _require(path: Path, found: Any, *names: str) -> None:
         raise _broken(path, f"no {missing[0]} in it")
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results.csv.  Raises InputError for a file that is none."""
     rows: list[Row] = []
     for line in read_csv(path, FIELDS):
         try:

@@ -103,6 +103,29 @@ def _best_layers(best: Mapping[int, Row]) -> list[str]:
     return lines
 
 
+def compare(before: Sequence[Row], rows: Sequence[Row]) -> str:
+    """For each solver, label and target a line a lag: the layer that is the best in `before`, there and in `rows`."""
+    names = ("solver", "label", "target", "layer", "lag")
+    here = {tuple(row[name] for name in names): row for row in rows if not row["control"]}
+    lines: list[str] = []
+    for (solver, label, target), grid in grids(before).items():
+        lines += [
+            f"transfer     {label}, target {target}, solver {solver}: the layer that is best on the run's test chains",
+            "",
+            f"{'':<12}{'there':>10}{'':>10}   here",
+            f"{'lag':>5}{'layer':>7}{'AUROC':>10}{'lift':>10}   AUROC   {'95% interval':<16}{'lift':>6}   95% interval",
+        ]
+        for lag, row in best_of(lines_of(grid)[0].values()).items():
+            now = here[tuple(row[name] for name in names)]
+            lines.append(
+                f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>10.3f}{_or_blank(row['lift'], '+.3f'):>10}   "
+                f"{now['auroc']:>5.3f}   {_interval(now, 'auroc', ''):<16}{_or_blank(now['lift'], '+.3f'):>6}   "
+                f"{_interval(now, 'lift', '+')}".rstrip()
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _or_blank(value: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}"
 

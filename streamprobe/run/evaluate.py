@@ -16,11 +16,12 @@ from streamprobe.controls.embedding import EmbeddingLayers, WordBasis
 from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.errors import InputError
 from streamprobe.evaluation.results import TestResults, judge, score
+from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.kept import KeptProbes
 from streamprobe.probes.storage import find_probes, read_about
 from streamprobe.reporting import terminal
-from streamprobe.reporting.files import EVALUATION, write_files
+from streamprobe.reporting.files import EVALUATION, read_rows, write_files
 from streamprobe.run.cost import Cost
 from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, Texts, read_texts
@@ -32,6 +33,7 @@ from streamprobe.run.reader import Backbone, Reader, find_bad_rows, load_model
 from streamprobe.system.console import say
 
 FOLDER = "evaluations"  # in that of the run
+PLACE = ("solver", "label", "target", "layer", "lag")
 
 
 class Asked(NamedTuple):
@@ -61,13 +63,28 @@ def evaluate_run(asked: Asked, name: str, out: str | None) -> Path:
 
     Returns the folder that was written.  Raises InputError for what the user can fix.
     """
-    cost = Cost()
+    cost, before = Cost(), rows_of_run(asked)
     with claim_folder(out, name, False, beside=asked.folder / FOLDER, option="out") as folder:
         results = judge_chains(asked, set_up(asked, cost), folder, cost)
         write_files(results, EVALUATION)
         said = terminal.table(results.rows, results.described["verdicts"])
-        say(f"\n{said}\n{terminal.describe_cost(results.cost())}\n{terminal.describe_files(folder)}")
+        compared = "" if asked.own else f"\n{terminal.compare(before, results.rows)}"
+        say(f"\n{said}{compared}\n{terminal.describe_cost(results.cost())}\n{terminal.describe_files(folder)}")
     return folder
+
+
+def rows_of_run(asked: Asked) -> list[Row]:
+    """The rows of the run's own results.csv.  Raises InputError where that is not of its probes."""
+    path = asked.folder / "results.csv"
+    rows = read_rows(path)
+    found = {tuple(row[name] for name in PLACE) for row in rows if not row["control"]}
+    kept = set()
+    for each in asked.kept.final:
+        columns = [each.bank.columns[k] for k in each.shared]
+        kept |= {(each.solver, c.label, c.target, site.layer, c.lag) for c in columns for site in each.bank.sites}
+    if found != kept:
+        raise InputError(f"{path}, which is not of the probes of this run", "the results of all of them", "put it back")
+    return rows
 
 
 def set_up(asked: Asked, cost: Cost) -> Setup:
