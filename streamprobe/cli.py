@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
 import streamprobe
-from streamprobe.commands import bench, folders, preview, score, shared, steer, training, watch
+from streamprobe.commands import bench, evaluate, folders, preview, score, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
 
@@ -43,6 +43,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `streamprobe ARGV`; returns the exit status: 0, or 2 where the user can fix what went wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _quiet_libraries()
     if words[:1] == ["train"]:
         return train(words[1:], "streamprobe train")
     if words[:1] == ["demo"]:
@@ -151,6 +152,13 @@ COMMANDS = {
         score.score,
         "lower --max_batch_tokens, or use --device_map cpu",
         interrupted="interrupted; with --out, the same command with --resume goes on",
+    ),
+    "evaluate": Command(
+        "judge the probes and controls of a run on other data: do they transfer?",
+        "runs/demo --data other.json --max_chains 200",
+        evaluate.options,
+        evaluate.evaluate,
+        "lower --max_batch_tokens or --max_chains, or use --device_map cpu",
     ),
     "watch": Command(
         "let the model of a run write, and mark each token by the probability that a probe gives",

@@ -141,7 +141,8 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
         (["configs/demo.yaml"], "unknown command"),
         (
             ["xyz"],
-            "expected one of train, demo, preview, score, watch, steer, report, push, bench, bench watching, configs",
+            "expected one of train, demo, preview, score, evaluate, watch, steer, report, push, bench, bench watching, "
+            "configs",
         ),
         (["--nothing"], "unknown command '--nothing'"),
         (["train", "--layer", "1"], "--layers, the nearest key"),
@@ -159,6 +160,10 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
         (["preview", "--html"], "argument --html: expected one argument"),
         (["score"], "RUN, TEXTS"),
         (["score", "gone", "texts.json"], "gone, which is no folder"),
+        (["evaluate"], "RUN"),
+        (["evaluate", "gone"], "nothing to judge on"),
+        (["evaluate", "gone", "--split", "test"], "gone, which is no folder"),
+        (["evaluate", "gone", "--split", "train"], "--split"),
         (["watch"], "RUN"),
         (["watch", "gone", "--prompt", "x"], "gone, which is no folder"),
         (["watch", "gone", "--prompt", "x", "--top_p", "2"], "top_p 2.0"),

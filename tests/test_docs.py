@@ -23,8 +23,9 @@ from streamprobe.reporting.files import FILES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
-COMMANDS = ("train", "demo", "preview", "score", "watch", "steer", "report", "push", "bench", "configs")
-FOR_RUNS = ("docs/probes.md", "docs/cost.md")  # whose options are those of commands that take no config
+COMMANDS = ("train", "demo", "preview", "score", "evaluate", "watch", "steer", "report", "push", "bench", "configs")
+# Pages whose options are those of commands that take no config
+FOR_RUNS = ("docs/probes.md", "docs/cost.md", "docs/transfer.md")
 OF_PREVIEW = ("--html", "--chains")  # its own options, beside the keys
 KEYS = {field.name for group in GROUPS for field in fields(group)}
 LONGEST = 90  # lines of README: two screens

@@ -29,6 +29,12 @@ def add_probe(parser: ArgumentParser) -> None:
     add("--lag", type=int, help="tokens that the probe looks ahead (default: as in the run's verdict)")
     add("--label", help="label of the probe (default: the run's first)")
     add("--target", help="target of the probe: token, onset or within (default: as in the run's verdict)")
+    add_model(parser)
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Options that say where the run's model lies."""
+    add = parser.add_argument
     add("--model", help="folder or hub id of the model, if it is no longer where the run found it")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the run's model")
     add("--device_map", help="where the model lies: auto, cpu, cuda, ... (default: as in the run)")

@@ -7,7 +7,7 @@ Shapes: N tokens, T of them in a row, E width of an embedding, S such controls, 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from streamprobe.errors import InputError
 
 WINDOWS = (8, 32, 128)  # tokens that `text` averages
+Embedded = Callable[[Any, Tensor, int], Tensor]  # a control of this kind
 
 
 def this_token(words: Any, embedded: Tensor, n: int) -> Tensor:
@@ -39,46 +40,57 @@ def recent_tokens(words: Any, embedded: Tensor, n: int) -> Tensor:
     return text
 
 
+class WordBasis(NamedTuple):
+    """What is known of the embeddings of all training tokens."""
+
+    mean: Tensor  # [E]
+    directions: Tensor  # [E, E / 3] the first principal ones, by falling variance
+
+
 class EmbeddingLayers:
     """The layers of such controls side by side, from token ids alone."""
 
     before = max(WINDOWS) - 1  # tokens that a token's row looks back on
 
-    def __init__(
-        self,
-        embedding: nn.Module,
-        ids: Tensor,
-        hidden_size: int,
-        controls: Mapping[str, Callable[[Any, Tensor, int], Tensor]],
-    ):
-        """`embedding` maps ids to [..., E]; `ids` [N] are tokens whose embeddings set the principal directions.
+    def __init__(self, embedding: nn.Module, words: WordBasis, hidden_size: int, controls: Mapping[str, Embedded]):
+        """`embedding` maps ids to [..., E]; rows are filled up with zeros to D = `hidden_size`.
 
-        Rows are filled up with zeros to D = `hidden_size`.  Raises InputError for a model whose E is larger,
-        and for embeddings that are not finite.
+        Raises InputError for a model whose E is larger.
         """
-        self.embedding, self.controls = embedding, controls
+        self.embedding, self.controls, self.words = embedding, controls, words
+        self.mean, self.directions = words
+        self.missing = hidden_size - len(words.mean)
+        if self.missing < 0:
+            raise InputError(
+                f"embeddings of size {len(words.mean)} in a model of hidden size {hidden_size}",
+                f"no larger ones, for the controls {' and '.join(controls)}",
+                "give other --controls, such as position persistence permuted",
+            )
+
+    @classmethod
+    def fitted(
+        cls, embedding: nn.Module, ids: Tensor, hidden_size: int, controls: Mapping[str, Embedded]
+    ) -> "EmbeddingLayers":
+        """The layers whose principal directions are those of the embeddings of the tokens `ids` [N].
+
+        Raises InputError for embeddings that are not finite, too.
+        """
         kinds, counts = ids.unique(return_counts=True)
         with torch.no_grad():
             table = embedding(kinds.to(next(embedding.parameters()).device)).float()  # [V, E]
-        names, width = " and ".join(controls), table.shape[1]
-        self.missing = hidden_size - width
-        if self.missing < 0:
-            raise InputError(
-                f"embeddings of size {width} in a model of hidden size {hidden_size}",
-                f"no larger ones, for the controls {names}",
-                "give other --controls, such as position persistence permuted",
-            )
         if not table.isfinite().all():
             raise InputError(
                 "embeddings that are infinite or not a number",
-                f"finite ones, for the controls {names}",
+                f"finite ones, for the controls {' and '.join(controls)}",
                 "check the files of --model, or use another --dtype",
             )
         weight = (counts / counts.sum()).to(table)[:, None]
-        self.mean = (table * weight).sum(0)
-        centred = (table - self.mean) * weight.sqrt()
+        mean = (table * weight).sum(0)
+        centred = (table - mean) * weight.sqrt()
         directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors  # by rising variance
-        self.directions = directions.flip(1)[:, : width // len(WINDOWS)]  # [E, E / 3]
+        chosen = directions.flip(1)[:, : table.shape[1] // len(WINDOWS)]
+        words = WordBasis(mean, chosen.contiguous())  # as a file gives it: products round by how a matrix lies
+        return cls(embedding, words, hidden_size, controls)
 
     @torch.no_grad()
     def rows(self, ids: Tensor, n: int) -> Tensor:

@@ -50,6 +50,11 @@ class _Fit(NamedTuple):
     labels: str | None
     missing: list[Role]
 
+    def distance(self, table: Table) -> tuple[float, ...]:
+        """How far off it is, the roles that are missing first; a text alone lacks label rules."""
+        nothing = self.text is None and self.labels is None
+        return len(self.missing) or 1, nothing, -_likeness(table, self.missing)
+
 
 def find_format(rows: Sequence[Row], shown: str, asked: Asked, options: FormatOptions) -> Found:
     """The first format of FORMATS whose columns the rows have, or the one that is asked for, and the columns.
@@ -95,7 +100,7 @@ def _fit(format: Format, table: Table, asked: Asked, named: Sequence[str | None]
 
 def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: Asked) -> InputError:
     """What is reported where no format fits: the columns, and the format that lacks least."""
-    name = min(trials, key=lambda name: (len(trials[name].missing) or 1, -_likeness(table, trials[name].missing)))
+    name = min(trials, key=lambda name: trials[name].distance(table))
     missing = trials[name].missing
     lacks = " and ".join(f"{role.about} (a column such as {role.names[0]!r})" for role in missing) or "label_rules"
     return InputError(

@@ -80,13 +80,25 @@ def describe(
     labels: Sequence[str],
     tokenizer: Any,
 ) -> str:
-    """Chains and sections read and used, tokens and base rates, and one example, as text for the terminal.
+    """What `describe_chains` says, what cannot be validated, and one example, as text for the terminal.
 
     `labels` are those that are probed, the first of the dataset's; `census` counts `columns`.
     """
+    lines = describe_chains(dataset, labels)
+    positive = census["validation"].positive.tolist()
+    blind = [str(c) for c, n in zip(columns, positive, strict=True) if not (n or c.control)]
+    if blind:
+        lines.append(
+            f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
+        )
+    return "\n".join([*lines, "", example(dataset.splits["train"], labels, tokenizer)])
+
+
+def describe_chains(dataset: Dataset, labels: Sequence[str]) -> list[str]:
+    """Lines on the chains and sections read and used, and on the tokens and base rates of every split."""
     counts = dataset.counts
     refused = f": {refusals(counts)}" if counts.refused else ""
-    lines = [
+    return [
         f"chains    {counts.read:,} read, {counts.used:,} used ({counts.repaired:,} of them repaired: "
         f"{counts.edited_sections} sections edited, {counts.lost_sections} lost, {counts.unbalanced_tags} tags "
         f"unbalanced), {counts.n_refused:,} refused{refused}",
@@ -97,15 +109,8 @@ def describe(
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
         *(_split_line(name, chains, len(labels)) for name, chains in dataset.splits.items()),
+        "            (base rate of the label's tokens, in so many sections)",
     ]
-    positive = census["validation"].positive.tolist()
-    blind = [str(c) for c, n in zip(columns, positive, strict=True) if not (n or c.control)]
-    if blind:
-        lines.append(
-            f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
-        )
-    base = "            (base rate of the label's tokens, in so many sections)"
-    return "\n".join([*lines, base, "", example(dataset.splits["train"], labels, tokenizer)])
 
 
 def _split_line(name: str, chains: Sequence[Chain], n_labels: int) -> str:

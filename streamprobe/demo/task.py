@@ -1,6 +1,7 @@
 """Search in plain words: subset sums by depth-first search, dead ends and returns written out.
 
-python -m streamprobe.demo.task          # writes chains.json anew: the same bytes
+python -m streamprobe.demo.task                                          # writes chains.json anew: the same bytes
+python -m streamprobe.demo.task --sizes 7 --chains 200 --out more.json   # problems with one number more
 
 A problem asks which of the numbers add up to a target.  The response tries the numbers in the order in which they are
 given, takes each one that is not too big, and where the list ends without a solution drops the last number taken and
@@ -12,11 +13,13 @@ changes with the number, so that no word gives away where a sentence ends; a ret
 other sentences, and the word before it is the full stop that ends every sentence.
 """
 
+import argparse
 import json
 import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from streamprobe.demo import CHAINS
@@ -137,9 +140,9 @@ def make_row(problem: Problem, task_id: str) -> dict[str, str]:
     }
 
 
-def make_rows(n: int, seed: int) -> list[dict[str, str]]:
+def make_rows(n: int, seed: int, sizes: Sequence[int] = SIZES) -> list[dict[str, str]]:
     """`n` annotated chains of different problems; the same seed gives the same chains."""
-    return [make_row(problem, f"subset-sum_{i}") for i, problem in enumerate(make_problems(n, seed))]
+    return [make_row(problem, f"subset-sum_{i}") for i, problem in enumerate(make_problems(n, seed, sizes))]
 
 
 def dumps(rows: list[dict[str, str]]) -> str:
@@ -192,8 +195,14 @@ def read_step(sentence: str, strict: bool = True) -> Step | None:
 
 
 def main() -> None:
-    """Writes chains.json."""
-    CHAINS.write_text(dumps(make_rows(N_CHAINS, PROBING.start)), encoding="utf-8")
+    """Writes annotated chains: chains.json, or those of other problems."""
+    parser = argparse.ArgumentParser(description="Write annotated chains of the search task, as a JSON list.")
+    parser.add_argument("--out", type=Path, default=CHAINS, help="file (default: chains.json of the package)")
+    parser.add_argument("--chains", type=int, default=N_CHAINS, help="how many (%(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of a problem, drawn from these")
+    parser.add_argument("--seed", type=int, default=PROBING.start, help="of the problems (%(default)s)")
+    given = parser.parse_args()
+    given.out.write_text(dumps(make_rows(given.chains, given.seed, given.sizes)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Shapes: N tokens, L layers, K columns, C chains, R resamples.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import itemgetter
@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.feed import Feed
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.rows import NO_LIFT, Judged, Row, group_by, interval_of_difference
-from streamprobe.evaluation.scores import Scored
+from streamprobe.evaluation.scores import Scored, evaluate
 from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import Column
-from streamprobe.probes.base import Probes
+from streamprobe.probes.kept import FinalProbes, KeptProbes
 from streamprobe.probes.sites import Site
 
 TOKENS = 4096  # at once, which bounds the memory of what needs float64
@@ -51,6 +53,21 @@ class ScoredProbes(NamedTuple):
         """The places (l, k) of the probes that are no controls, of the first seed, column by column."""
         columns = [k for k, column in enumerate(self.columns) if not (column.control or column.seed)]
         return [(i, k) for k in columns for i, site in enumerate(self.sites) if not site.is_control]
+
+
+def score(final: Sequence[FinalProbes], feeds: Sequence[Feed], batches: Iterable[TokenBatch]) -> list[ScoredProbes]:
+    """The logits of final probes, each group with its feed, for the tokens of some chains.
+
+    Raises InputError for one that is not finite.
+    """
+    scored = evaluate([(each.bank, feed) for each, feed in zip(final, feeds, strict=True)], batches)
+    found = []
+    for each, own in zip(final, scored, strict=True):
+        bank = each.bank
+        assert bank.threshold is not None, "probes without a threshold"
+        known = {"half": each.half, "best_pass": each.best_pass, "gradient_norm": each.gradient_norm}
+        found.append(ScoredProbes(each.solver, bank.sites, bank.columns, own, threshold=bank.threshold, **known))
+    return found
 
 
 def judge(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: int) -> list[Judged]:
@@ -146,7 +163,7 @@ class TestResults:
     folder: Path
     probes: Sequence[ScoredProbes]
     judged: Sequence[Judged]
-    banks: Mapping[str, Probes]  # by solver, without controls, with their thresholds
+    kept: KeptProbes
     chains: Sequence[Chain]  # C of the test split, by the number that scored tokens give
     labels: Sequence[str]  # those that are probed: the first of the chains' codes
     tokenizer: Any

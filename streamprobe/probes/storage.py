@@ -122,7 +122,7 @@ def read_about(path: Path) -> dict[str, Any]:
         layers = about["layers"]
         if not all(type(layer) is int for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"layers {layers}")
-        about["columns"] = [_column(*column) for column in about["columns"]]
+        about["columns"] = [checked_column(*column) for column in about["columns"]]
         about["config"] = dict(about.get("config", {}))
         if not isinstance(about.get("kinds", {}), dict):
             raise TypeError(f"kinds {about['kinds']}")
@@ -133,7 +133,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def _column(*given: Any) -> list[Any]:
+def checked_column(*given: Any) -> list[Any]:
     """A column as a file holds it: label, target and lag, and where it is of a control its name and seed."""
     column = list(Column(*given))
     if [type(each) for each in column] != [str, str, int, str, int]:

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from streamprobe.errors import InputError
 from streamprobe.evaluation.results import TestResults, by_category, differences, reliability
 from streamprobe.evaluation.rows import FIELDS, Row, place
 from streamprobe.evaluation.texts import TEXT_FIELDS
+from streamprobe.probes.kept import pack_controls, shared_probes
 from streamprobe.probes.storage import pack_probes
 from streamprobe.reporting.transcripts import collect
 from streamprobe.system.csv_files import broken_file, cell, read_csv
@@ -65,9 +66,19 @@ def texts_csv(results: TestResults) -> bytes | None:
 
 def probes_safetensors(results: TestResults) -> bytes:
     """Every probe in raw activation space, and what it means; of the config what others may see."""
+    return pack_probes(shared_probes(results.kept.final), _about(results))
+
+
+def controls_safetensors(results: TestResults) -> bytes:
+    """What judging probes and controls on other data takes beside the file of the probes."""
+    return pack_controls(results.kept, _about(results))
+
+
+def _about(results: TestResults) -> dict[str, Any]:
+    """What both files of probes say of their run: see `kept.SAME`."""
     config = {name: value for name, value in results.facts["config"].items() if name not in LAUNCH_KEYS}
     prints = {name: results.facts[name] for name in ("data_fingerprint", "model_fingerprint")}
-    return pack_probes(results.banks, {**prints, "config": for_others(config)})
+    return {**prints, "config": for_others(config)}
 
 
 def transcripts_json(results: TestResults) -> bytes:
@@ -98,6 +109,7 @@ def report_html(results: TestResults) -> bytes:
 
 FILES = {  # in the order in which they are written; the report is drawn of others
     "probes.safetensors": OutputFile(probes_safetensors, "every probe in raw activation space, with metadata"),
+    "controls.safetensors": OutputFile(controls_safetensors, "the controls, and what judging takes on other data"),
     "results.csv": OutputFile(results_csv, "a row per probe and control on the test chains"),
     "transcripts.json": OutputFile(transcripts_json, "a few test chains to read, with what every probe says of them"),
     "categories.csv": OutputFile(categories_csv, "the rows of results.csv within each category of problems"),
@@ -109,10 +121,13 @@ FILES = {  # in the order in which they are written; the report is drawn of othe
 }
 
 
-def write_files(results: TestResults) -> None:
-    """Writes every file of FILES into the run's folder, each whole or not at all."""
-    for name, file in FILES.items():
-        content = file.make(results)
+EVALUATION = [name for name in FILES if not name.endswith(".safetensors")]  # of probes on other data: no new probes
+
+
+def write_files(results: TestResults, names: Iterable[str] = FILES) -> None:
+    """Writes these files of FILES into the folder of the results, each whole or not at all."""
+    for name in names:
+        content = FILES[name].make(results)
         if content is not None:
             write_atomic(results.folder / name, content)
 
@@ -141,13 +156,13 @@ def draw_report(folder: Path) -> bytes:
 
     if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
-    rows = _read_rows(folder / "results.csv", FIELDS)
-    texts = _read_rows(folder / "texts.csv", TEXT_FIELDS) if (folder / "texts.csv").exists() else []
+    rows = read_rows(folder / "results.csv", FIELDS)
+    texts = read_rows(folder / "texts.csv", TEXT_FIELDS) if (folder / "texts.csv").exists() else []
     run = _read_json(folder / "summary.json", "run")["run"]
     transcripts = _read_json(folder / "transcripts.json", "chains", "labels", "probes", "reference", "picked_by")
     _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
     try:
-        page = render(folder.resolve().name, rows, run, transcripts, texts=texts)
+        page = render(str(run.get("title", folder.resolve().name)), rows, run, transcripts, texts=texts)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
     return page.encode(errors="replace")
@@ -187,7 +202,8 @@ def _require(path: Path, found: Any, *names: str) -> None:
         raise _broken(path, f"no {missing[0]} in it")
 
 
-def _read_rows(path: Path, fields: Sequence[str]) -> list[Row]:
+def read_rows(path: Path, fields: Sequence[str] = FIELDS) -> list[Row]:
+    """The rows of a results.csv, or of another file with these fields.  Raises InputError for a file that is none."""
     rows: list[Row] = []
     for line in read_csv(path, fields):
         try:

@@ -55,8 +55,11 @@ def _first(line: Mapping[int, Row]) -> Row:
     return next(iter(line.values()))
 
 
-def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
-    """For each solver, label and target: AUROC by layer or control and lag, the best layer of each lag, its verdict."""
+def table(rows: Sequence[Row], verdicts: Sequence[str], texts: Sequence[Row] = ()) -> str:
+    """For each solver, label and target: AUROC by layer or control and lag, the best layer of each lag, its verdict.
+
+    Behind it what is found of whole texts, if there is anything.
+    """
     lines: list[str] = []
     for ((solver, label, target), grid), verdict in zip(grids(rows).items(), verdicts, strict=True):
         layers, controls = lines_of(grid)
@@ -74,7 +77,7 @@ def table(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
         if norms:
             lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
         lines += ["", verdict, "", ""]
-    return "\n".join(lines[:-1])
+    return "\n".join([*lines, text_table(texts), "", ""] if texts else lines)[:-1]
 
 
 def _by_layer_and_lag(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
@@ -102,6 +105,29 @@ def _best_layers(best: Mapping[int, Row]) -> list[str]:
             f"{row['n_positive']:>11,} of {row['n_tokens']:>7,}"
         )
     return lines
+
+
+def compare(before: Sequence[Row], rows: Sequence[Row]) -> str:
+    """For each solver, label and target a line a lag: the layer that is the best in `before`, there and in `rows`."""
+    names = ("solver", "label", "target", "layer", "lag")
+    here = {tuple(row[name] for name in names): row for row in rows if not row["control"]}
+    lines: list[str] = []
+    for (solver, label, target), grid in grids(before).items():
+        lines += [
+            f"transfer     {label}, target {target}, solver {solver}: the layer that is best on the run's test chains",
+            "",
+            f"{'':<12}{'there':>10}{'':>10}   here",
+            f"{'lag':>5}{'layer':>7}{'AUROC':>10}{'lift':>10}   AUROC   {'95% interval':<16}{'lift':>6}   95% interval",
+        ]
+        for lag, row in best_of(lines_of(grid)[0].values()).items():
+            now = here[tuple(row[name] for name in names)]
+            lines.append(
+                f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>10.3f}{_or_blank(row['lift'], '+.3f'):>10}   "
+                f"{now['auroc']:>5.3f}   {_interval(now, 'auroc', ''):<16}{_or_blank(now['lift'], '+.3f'):>6}   "
+                f"{_interval(now, 'lift', '+')}".rstrip()
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _or_blank(value: float, form: str) -> str:
@@ -158,13 +184,16 @@ def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
 def describe_cost(cost: Mapping[str, Any]) -> str:
     """What the run took, and how much of it the frozen model alone."""
     fraction = cost["model_seconds"] / max(cost["seconds"], 1e-9)
+    spent = f"{cost['passes']} passes, tests and files" if "passes" in cost else "the test and its files"
+    memory = [f"memory    {cost['peak_memory_gb']} GB at most", cost.get("activations", "")]
+    if "newton_matrices" in cost:
+        memory.append(f"newton's matrices {cost['newton_matrices']}")
     lines = [
-        f"time      {cost['seconds']:,} s for {cost['passes']} passes, tests and files; the bare model is "
-        f"{cost['model_seconds']:,} s of it, {fraction:.0%}",
+        f"time      {cost['seconds']:,} s for {spent}; the bare model is {cost['model_seconds']:,} s of it, "
+        f"{fraction:.0%}",
         f"model     {cost['model_tokens']:,} tokens in {cost['model_forwards']:,} forward passes, "
         f"{cost['tokens_per_second']:,} tokens/s, {cost['padding']} padding",
-        f"memory    {cost['peak_memory_gb']} GB at most; {cost['activations']}"
-        + (f"; newton's matrices {cost['newton_matrices']}" if "newton_matrices" in cost else ""),
+        "; ".join(filter(None, memory)),
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds
 from streamprobe.run.memory_plan import Kept, plan_run
-from streamprobe.run.reader import Reader, load_model, skip_bad_chains
+from streamprobe.run.reader import Reader, embed_controls, load_model, skip_bad_chains
 from streamprobe.system.console import say
 
 
@@ -92,7 +92,7 @@ def describe_run(config: RunConfig) -> None:
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     del texts  # as in a run, which plans with the memory that is free then
-    reader = Reader(inputs, backbone, model.max_batch_tokens, cost)
+    reader = Reader(inputs, backbone, model.max_batch_tokens, cost, embedded=embed_controls(inputs, backbone))
     plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), before=None)
     splits = inputs.dataset.splits
     timed = time_batch(splits["train"], reader.stream, model.max_batch_tokens, config.training.seed + 1)

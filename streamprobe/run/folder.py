@@ -36,16 +36,19 @@ def holds_results(folder: Path) -> bool:
 
 
 @contextmanager
-def claim_folder(output_dir: str | None, name: str, resume: bool) -> Iterator[Path]:
+def claim_folder(
+    output_dir: str | None, name: str, resume: bool, *, beside: Path = Path("runs"), option: str = "output_dir"
+) -> Iterator[Path]:
     """The folder of this run, which no other process can claim until the context ends or this process dies.
 
-    Without `output_dir`, the first of runs/<name>, runs/<name>-2, ... that holds no run and is nobody's, or to resume
-    the last one that does hold one.  Raises InputError rather than write over another run, or where a file of a run
-    could not be written.  A folder that was made for a run which then wrote nothing is taken away again.
+    `output_dir` is what --`option` gave.  Without it, the first of `beside`/<name>, `beside`/<name>-2, ... that holds
+    no run and is nobody's, or to resume the last one that does hold one.  Raises InputError rather than write over
+    another run, or where a file of a run could not be written.  A folder that was made for a run which then wrote
+    nothing is taken away again.
     """
-    claim = _claim_given(Path(output_dir), resume) if output_dir else _claim_default(Path("runs") / name, resume)
+    claim = _claim_given(Path(output_dir), resume, option) if output_dir else _claim_default(beside / name, resume)
     try:
-        check_files(claim.folder)
+        check_files(claim.folder, option)
         if claim.lock is None:
             say(f"lock      {claim.folder} is on a file system without locks: start no second run there")
         yield claim.folder
@@ -71,12 +74,12 @@ class Claim:
             self.lock.release()
 
 
-def _claim_given(folder: Path, resume: bool) -> Claim:
+def _claim_given(folder: Path, resume: bool, option: str = "output_dir") -> Claim:
     if resume or not holds_run(folder):
-        claim = _claim(folder)
+        claim = _claim(folder, option)
         if claim is None:
             raise InputError(
-                f"{'--resume in' if resume else 'output_dir'} {folder}, where a run is under way",
+                f"{'--resume in' if resume else option} {folder}, where a run is under way",
                 "a folder that no other process writes to",
                 "wait for its end" if resume else "choose another",
             )
@@ -84,10 +87,11 @@ def _claim_given(folder: Path, resume: bool) -> Claim:
             return claim
         claim.release()  # another process has been there meanwhile
     found = next((name for name in file_names() if os.path.lexists(folder / name)), "")
+    go_on = ", or go on with that run by --resume" * (option == "output_dir")
     raise InputError(
-        f"output_dir {folder}, which holds a run ({found})",
+        f"{option} {folder}, which holds a run ({found})",
         "an empty or new folder",
-        "choose another, or go on with that run by --resume",
+        f"choose another --{option}{go_on}",
     )
 
 
@@ -104,7 +108,7 @@ def _claim_default(first: Path, resume: bool) -> Claim:
     raise AssertionError("numbers do not end")
 
 
-def _claim(folder: Path) -> Claim | None:
+def _claim(folder: Path, option: str = "output_dir") -> Claim | None:
     """The folder, made if it was not there, and locked; None where another process has it.
 
     Raises InputError where that cannot be.
@@ -119,7 +123,7 @@ def _claim(folder: Path) -> Claim | None:
         except (OSError, ValueError) as error:
             _take_away(made)
             if not isinstance(error, FileNotFoundError) or attempt == TRIES - 1:
-                raise _refusal(folder, error) from error
+                raise _refusal(folder, error, option) from error
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -147,12 +151,12 @@ def _take_away(made: list[Path]) -> None:
             path.rmdir()
 
 
-def _refusal(folder: Path, error: Exception) -> InputError:
+def _refusal(folder: Path, error: Exception, option: str) -> InputError:
     why = "is a file" if os.path.isfile(folder) else f"cannot be made or written to ({files.reason(error)})"
-    return InputError(f"output_dir {folder}, which {why}", "a folder to write to", "choose another --output_dir")
+    return InputError(f"{option} {folder}, which {why}", "a folder to write to", f"choose another --{option}")
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, option: str) -> None:
     """Raises InputError where one of the files that a run writes into `folder` could not be written."""
     events = f"events.out.tfevents.{0:010d}.{socket.gethostname()}.{0:07d}.0"
     state = (folder / STATE).parent
@@ -165,7 +169,7 @@ def check_files(folder: Path) -> None:
             files.probe(path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"output_dir {folder}, where {path.relative_to(folder)} cannot be written ({files.reason(error)})",
+            f"{option} {folder}, where {path.relative_to(folder)} cannot be written ({files.reason(error)})",
             "a folder that can hold the files of a run",
-            "make room for it, or choose another --output_dir",
+            f"make room for it, or choose another --{option}",
         ) from error

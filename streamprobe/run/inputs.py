@@ -87,23 +87,24 @@ def text_options(data: DataConfig) -> TextOptions:
     )
 
 
-def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Dataset:
-    """The chains of a run; the rows `bad` are refused."""
+def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = (), division: Division | None = None) -> Dataset:
+    """The chains of a run, by split (none: as its config says); the rows `bad` are refused."""
     data = config.data
+    of_config = Division(
+        test_share=data.test_share,
+        validation_share=data.validation_share,
+        seed=data.split_seed,
+        test_categories=data.test_categories,
+        validate_on_test=data.validation == "test",
+        by=data.split_by,
+    )
     return make_dataset(
         texts.records,
         texts.tokenizer,
         config.probes.labels,
         context=context(texts.model_config),
         text=text_options(data),
-        division=Division(
-            test_share=data.test_share,
-            validation_share=data.validation_share,
-            seed=data.split_seed,
-            test_categories=data.test_categories,
-            validate_on_test=data.validation == "test",
-            by=data.split_by,
-        ),
+        division=division or of_config,
         bad=bad,
         label_names={} if texts.partial else data.names,
     )

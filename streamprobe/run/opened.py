@@ -43,20 +43,24 @@ class OpenedModel(NamedTuple):
 
 
 def open_run(
-    folder: Path, *, solver: str | None = None, changed: Mapping[str, str | None] | None = None, trusted: bool = False
+    folder: Path,
+    *,
+    solver: str | None = None,
+    changed: Mapping[str, str | Sequence[str] | None] | None = None,
+    trusted: bool = False,
 ) -> OpenedRun:
     """The run in `folder`, with its probes of `solver` (none: of its first one).
 
-    `changed` holds keys of its config, such as `model`, that are otherwise today (None: as in the run); `data` in it
-    are the run's own in another place.  Raises InputError for a folder that holds no finished run, and for a config
-    that runs Python code of the model's where the user has not `trusted` it: the folder may be a stranger's.
+    `changed` holds, as text, keys of its config that are otherwise today, such as `model` (None: as in the run); `data`
+    in it are the run's own in another place.  Raises InputError for a folder that holds no finished run, and for a
+    config that runs Python code of the model's where the user has not `trusted` it: the folder may be a stranger's.
     """
     if not os.path.isdir(folder):  # which is no error for a name that is too long
         raise InputError(f"{folder}, which is no folder", "the folder of a finished run", "check the path")
     if not os.path.isfile(folder / "config.yaml"):
         raise InputError(f"{folder}, a folder without config.yaml", "the folder of a finished run", "check the path")
     probes = load_probes(folder, solver)
-    keys = [word for key, value in (changed or {}).items() if value is not None for word in (f"--{key}", value)]
+    keys = [word for key, value in (changed or {}).items() if value is not None for word in _as_words(key, value)]
     config = load_config([str(folder / "config.yaml"), *keys], same_data=True)
     if config.model.trust_remote_code and not trusted:
         raise InputError(
@@ -65,6 +69,11 @@ def open_run(
             "give --trust_remote_code, too",
         )
     return OpenedRun(folder, config, probes)
+
+
+def _as_words(key: str, value: str | Sequence[str]) -> list[str]:
+    """A key and its value, or its list of values, as a command line has them."""
+    return [f"--{key}={value}"] if isinstance(value, str) else [f"--{key}", *value]
 
 
 def load_front(run: OpenedRun) -> Front:

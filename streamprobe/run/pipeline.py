@@ -14,12 +14,14 @@ from torch import Tensor
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.load import RunConfig
+from streamprobe.data.overlap import problem_hashes
 from streamprobe.evaluation.metrics import measure
-from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
+from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.scores import evaluate
 from streamprobe.evaluation.texts import text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.base import Probes
+from streamprobe.probes.kept import FinalProbes, KeptProbes
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
@@ -29,10 +31,10 @@ from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, make_inputs, read_texts
-from streamprobe.run.jobs import PROBED, describe_progress, make_feeds, make_jobs, states_of, take_up
+from streamprobe.run.jobs import describe_progress, make_feeds, make_jobs, states_of, take_up
 from streamprobe.run.memory_plan import Kept, RunPlan, make_memories, plan_run
 from streamprobe.run.provenance import facts_of, peak_memory, write_config
-from streamprobe.run.reader import Backbone, Reader, load_model, skip_bad_chains
+from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
@@ -110,6 +112,7 @@ class Setup(NamedTuple):
     reader: Reader
     feeds: list[Feed]
     facts: dict[str, Any]  # what defines the numbers of this run
+    seen: Tensor  # hashes of the problems of training and validation: see `KeptProbes`
 
 
 def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
@@ -128,9 +131,11 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
         check_same_run(facts, earlier.checkpoint.facts)
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
-    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost)
+    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embed_controls(inputs, backbone))
     feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size)
-    return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts)
+    used = [*inputs.dataset.splits["train"], *inputs.dataset.splits["validation"]]
+    seen = problem_hashes(texts.records, used).unique()
+    return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts, seen)
 
 
 @dataclass
@@ -188,8 +193,9 @@ def judge_held_out(
     """Scores the held-out chains once with the best probes, and judges them."""
     inputs, training = setup.inputs, setup.config.training
     chains = inputs.dataset.splits["test"]
-    banks = [calibrated(job, inputs) for job in jobs]
-    probes = score_held_out(setup, jobs, banks, thresholds)
+    kept = probes_to_keep(setup, jobs, thresholds)
+    batches = (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
+    probes = score(kept.final, [job.feed for job in jobs], batches)
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {
@@ -201,7 +207,7 @@ def judge_held_out(
         folder=folder,
         probes=probes,
         judged=judged,
-        banks=probes_to_save(jobs, banks, thresholds),
+        kept=kept,
         chains=chains,
         labels=setup.config.probes.labels,
         tokenizer=setup.tokenizer,
@@ -214,36 +220,16 @@ def judge_held_out(
     )
 
 
-def score_held_out(
-    setup: Setup, jobs: Sequence[Job], banks: Sequence[Probes], thresholds: Sequence[Tensor]
-) -> list[ScoredProbes]:
-    """The logits of the best probes of every job for the test tokens, with what they are judged by."""
-    inputs = setup.inputs
-    batches = (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
-    scored = evaluate([(bank, job.feed) for bank, job in zip(banks, jobs, strict=True)], batches)
-    return [
-        ScoredProbes(
-            job.solver.name,
-            bank.sites,
-            bank.columns,
-            own,
-            threshold,
-            half=-inputs.positive_weight[job.feed.columns.cpu()].log(),
-            best_pass=job.best.best_pass,
-            gradient_norm=job.solver.gradient_norm,
-        )
-        for job, bank, own, threshold in zip(jobs, banks, scored, thresholds, strict=True)
-    ]
-
-
-def probes_to_save(jobs: Sequence[Job], banks: Sequence[Probes], thresholds: Sequence[Tensor]) -> dict[str, Probes]:
-    """Each solver's probes that are no controls, of the first seed, with their thresholds."""
-    saved = {}
-    for job, bank, threshold in zip(jobs, banks, thresholds, strict=True):
-        if job.feed.name == PROBED:
-            real = [k for k, column in enumerate(bank.columns) if not (column.control or column.seed)]
-            saved[job.solver.name] = bank.choose(real, threshold[:, real])
-    return saved
+def probes_to_keep(setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tensor]) -> KeptProbes:
+    """The best probes of every job, and what else it takes to judge them on other data."""
+    final = []
+    for job, threshold in zip(jobs, thresholds, strict=True):
+        bank, best = calibrated(job, setup.inputs), job.best
+        half = -setup.inputs.positive_weight[job.feed.columns.cpu()].log()
+        whole = bank.choose(list(range(len(bank.columns))), threshold)
+        final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
+    embedded = setup.reader.embedded
+    return KeptProbes(final, setup.seen, embedded.words._asdict() if embedded else {})
 
 
 def describe_cost(cost: Cost, plan: RunPlan, done: Done) -> dict[str, Any]:
@@ -262,8 +248,7 @@ def describe_cost(cost: Cost, plan: RunPlan, done: Done) -> dict[str, Any]:
 def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
     """Bytes that the run still needs on the disk, and those of its largest file."""
     checkpoint = sum(tensor.nbytes for state in states_of(jobs).values() for tensor in state.values())
-    banks = [job.best.bank for job in jobs if job.feed.name == PROBED]
-    probes = sum(tensor.nbytes for bank in banks for tensor in bank.tensors().values())
+    probes = sum(tensor.nbytes for job in jobs for tensor in job.best.bank.tensors().values())
     before = folder / STATE
     return 2 * checkpoint + probes - (before.stat().st_size if before.exists() else 0), checkpoint
 
@@ -271,8 +256,8 @@ def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
 def finish(results: TestResults, tracker: Tracker) -> None:
     """What a run ends with in the terminal and where its curves went."""
     verdicts = results.described["verdicts"]
-    texts = f"{terminal.text_table(results.texts)}\n\n" if results.texts else ""
-    printed = f"{terminal.table(results.rows, verdicts)}\n{texts}{terminal.describe_cost(results.cost())}"
+    found = terminal.table(results.rows, verdicts, results.texts)
+    printed = f"{found}\n{terminal.describe_cost(results.cost())}"
     say(f"\n{printed}")
     first, *_ = results.facts["config"]["solvers"]
     tracker.outcome("\n\n".join([*verdicts, printed]), terminal.headline(results.rows, first))

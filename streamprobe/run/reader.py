@@ -14,7 +14,7 @@ from streamprobe.activations.finite import check_finite, find_bad_chains
 from streamprobe.activations.stream import stream
 from streamprobe.config.load import RunConfig
 from streamprobe.controls.embedding import EmbeddingLayers
-from streamprobe.data.dataset import NOT_FINITE
+from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.model import trial
 from streamprobe.model.backbone import load_backbone
@@ -44,20 +44,22 @@ def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
 
 def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: Backbone, *, cost: Cost) -> Inputs:
     """The inputs without chains whose activations are infinite or not numbers, as if their rows had been refused."""
-    start = time.perf_counter()
-    bad = find_bad_chains(
-        inputs.dataset.chains(),
-        backbone.model,
-        backbone.layers,
-        config.model.max_batch_tokens,
-        on_forward=cost.count,
-    )
-    cost.model_seconds += time.perf_counter() - start
+    bad = find_bad_rows(config, inputs.dataset, backbone, cost=cost)
     if not bad:
         return inputs
-    left = make_inputs(config, texts, {chain.row for chain in bad})
+    left = make_inputs(config, texts, bad)
     say(f"skipped   {len(bad)} chains {NOT_FINITE}; what is left:\n\n{left.preflight}")
     return replace(left, fingerprint=inputs.fingerprint)
+
+
+def find_bad_rows(config: RunConfig, dataset: Dataset, backbone: Backbone, *, cost: Cost) -> set[int]:
+    """The rows of the chains, of all splits, whose activations are infinite or not numbers."""
+    start = time.perf_counter()
+    bad = find_bad_chains(
+        dataset.chains(), backbone.model, backbone.layers, config.model.max_batch_tokens, on_forward=cost.count
+    )
+    cost.model_seconds += time.perf_counter() - start
+    return {chain.row for chain in bad}
 
 
 def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None:
@@ -66,7 +68,7 @@ def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None
     if not controls:
         return None
     ids = torch.cat([chain.ids for chain in inputs.dataset.splits["train"]])
-    layers = EmbeddingLayers(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, controls)
+    layers = EmbeddingLayers.fitted(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, controls)
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()  # so that the plan of memory sees what is free
     return layers
@@ -75,7 +77,17 @@ def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None
 class Reader:
     """Trips over the chains through the model, counted and looked through."""
 
-    def __init__(self, inputs: Inputs, backbone: Backbone, max_batch_tokens: int, cost: Cost):
+    def __init__(
+        self,
+        inputs: Inputs,
+        backbone: Backbone,
+        max_batch_tokens: int,
+        cost: Cost,
+        *,
+        embedded: EmbeddingLayers | None,
+    ):
+        """`embedded` are the layers of the controls that are made of embeddings: see `embed_controls`."""
+        self.embedded = embedded
         self.splits: Mapping[str, Sequence[Chain]] = inputs.dataset.splits
         self.sites: list[Site] = [*layer_sites(backbone.layers), *control_sites(inputs.controls.embedded)]
         self.cost = cost
@@ -86,7 +98,7 @@ class Reader:
             columns=inputs.columns,
             labels=inputs.dataset.labels,
             max_batch_tokens=max_batch_tokens,
-            embedded=embed_controls(inputs, backbone),
+            embedded=embedded,
             side=inputs.controls.features,
         )
 

@@ -182,7 +182,7 @@ def text_by_loop(embedding: nn.Embedding, surface: EmbeddingLayers, ids: Tensor)
 
 def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(1))
-    surface = EmbeddingLayers(embedding, ids, 32, BOTH)
+    surface = EmbeddingLayers.fitted(embedding, ids, 32, BOTH)
     rows = surface.rows(ids, 300)
     assert torch.equal(rows[:, 0], embedding(ids).detach())
     expected = text_by_loop(embedding, surface, ids)
@@ -193,7 +193,7 @@ def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Emb
 @pytest.mark.parametrize("size", [1, 50, 130, 299])
 def test_surface_is_the_same_in_chunks(embedding: nn.Embedding, size: int) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(2))
-    surface = EmbeddingLayers(embedding, ids, 32, BOTH)
+    surface = EmbeddingLayers.fitted(embedding, ids, 32, BOTH)
     whole = surface.rows(ids, 300)
     parts = torch.cat(
         [surface.rows(ids[max(0, i - surface.before) : i + size], len(ids[i : i + size])) for i in range(0, 300, size)]
@@ -205,23 +205,23 @@ def test_surface_is_the_same_in_chunks(embedding: nn.Embedding, size: int) -> No
 
 def test_surface_knows_the_past_only_and_may_be_one_layer(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(3))
-    surface = EmbeddingLayers(embedding, ids, 32, {"text": recent_tokens})
+    surface = EmbeddingLayers.fitted(embedding, ids, 32, {"text": recent_tokens})
     whole, cut = surface.rows(ids, 200), surface.rows(ids[:90], 90)
     assert whole.shape == (200, 1, 32) and torch.allclose(whole[:90], cut, atol=1e-5)
 
 
 def test_narrow_embeddings_are_filled_up_and_wide_ones_refused(embedding: nn.Embedding) -> None:
     ids = torch.arange(50)
-    rows = EmbeddingLayers(embedding, ids, 40, BOTH).rows(ids, 50)
+    rows = EmbeddingLayers.fitted(embedding, ids, 40, BOTH).rows(ids, 50)
     assert rows.shape == (50, 2, 40) and not rows[..., 32:].any()
-    assert torch.equal(rows[..., :32], EmbeddingLayers(embedding, ids, 32, BOTH).rows(ids, 50))
+    assert torch.equal(rows[..., :32], EmbeddingLayers.fitted(embedding, ids, 32, BOTH).rows(ids, 50))
     with pytest.raises(InputError, match="embeddings of size 32 in a model of hidden size 16"):
-        EmbeddingLayers(embedding, ids, 16, BOTH)
+        EmbeddingLayers.fitted(embedding, ids, 16, BOTH)
 
 
 def test_the_kept_directions_are_those_of_most_variance(embedding: nn.Embedding) -> None:
     ids = torch.randint(0, 50, (500,), generator=torch.Generator().manual_seed(4))
-    surface = EmbeddingLayers(embedding, ids, 32, BOTH)
+    surface = EmbeddingLayers.fitted(embedding, ids, 32, BOTH)
     rows = embedding.weight.detach()[ids]
     centred = (rows - rows.mean(0)).double()
     expected = torch.linalg.svd(centred, full_matrices=False).S.square()[: 32 // 3].sum()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprobe.data.annotations import parse_annotations
-from streamprobe.demo import task
+from streamprobe.demo import behaviour, task
 from streamprobe.demo.model import SPECIAL, VOCABULARY
 
 RETURN = re.compile(r"wait , (drop|back|\d+ is wrong) ")
@@ -121,3 +121,18 @@ def test_neither_the_first_word_of_a_return_nor_the_one_before_gives_it_away():
     assert set(before) == {"."} and 0.1 < len(before) / words.count(".") < 0.3
     first = [word for word, begins in zip(words, returns, strict=True) if begins]
     assert set(first) == {"wait"} and 0.5 < len(first) / words.count("wait") < 0.9
+
+
+def test_chains_of_problems_with_more_numbers_can_be_written(tmp_path, monkeypatch):
+    """Of other problems than those of the package, since they have another size; the same command, the same bytes."""
+    written = []
+    for name in ("one.json", "two.json"):
+        argv = ["task", "--sizes", "7", "--chains", "5", "--out", str(tmp_path / name)]
+        monkeypatch.setattr("sys.argv", argv)
+        task.main()
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    rows = json.loads(written[0])
+    problems = [behaviour.read_problem(row["problem"]) for row in rows]
+    assert len(set(problems)) == 5 and {len(problem.numbers) for problem in problems} == {7}
+    assert all(map(task.is_valid_trace, problems, [row["reasoning_chain"] for row in rows]))

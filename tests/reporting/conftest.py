@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from probe_grids import AREAS, GRIDS, LAYERS, SCORED, values_of
 from scored_chains import HOSTILE, LABEL, N_CHAINS, REAL, chains_of, scored_probes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,6 +14,7 @@ from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
 from streamprobe.evaluation.rows import Judged, Row
 from streamprobe.evaluation.texts import POOLINGS, TEXT_FIELDS
+from streamprobe.probes.kept import KeptProbes
 from streamprobe.reporting import files
 from streamprobe.reporting.tracking.tensorboard import TensorBoard
 from streamprobe.reporting.tracking.tracker import Tracker
@@ -60,7 +62,7 @@ def results(
         folder=tmp_path / "run",
         probes=groups,
         judged=judged,
-        banks={},
+        kept=KeptProbes([], torch.zeros(0, dtype=torch.int64), {}),
         chains=chains,
         labels=[LABEL],
         tokenizer=tokenizer,

@@ -9,7 +9,7 @@ from scored_chains import HOSTILE
 from streamprobe.evaluation.results import ScoredProbes, judge
 from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.verdict import verdicts
-from streamprobe.reporting.terminal import describe_files, headline, table, text_table
+from streamprobe.reporting.terminal import compare, describe_files, headline, table, text_table
 
 
 def test_the_table_is_compact_and_ends_in_its_verdict(groups: list[ScoredProbes], rows: list[Row]) -> None:
@@ -47,6 +47,18 @@ def test_the_headline_is_of_one_solver_and_does_not_name_it(rows: list[Row]) -> 
     assert found[f"test/highest auroc/{rows[0]['label']}/token"] == max(row["auroc"] for row in own)
     assert not [name for name in found if "newton" in name or "adam" in name]
     assert headline([*others, *rows], "adam") != found
+
+
+def test_other_chains_are_judged_by_the_layer_that_the_runs_own_test_chose(rows: list[Row]) -> None:
+    """Also where another layer is better there; the lines fit a terminal."""
+    turned = {3: 0.2, 12: 0.9}
+    here = [{**row, "auroc": turned[row["layer"]]} if not row["control"] else row for row in rows]
+    before = [{**row, "auroc": 1 - turned[row["layer"]]} if not row["control"] else row for row in rows]
+    for now, expected in ((here, ["3", "0.800", "0.200"]), (before, ["3", "0.800", "0.800"])):
+        lines = compare(before, now).splitlines()
+        assert max(len(line) for line in lines if HOSTILE not in line) <= 120
+        found = [line.split() for line in lines if re.match(r" +\+\d +\d", line)]
+        assert [[cells[1], cells[2], cells[4]] for cells in found] == [expected, expected]
 
 
 def test_files_are_listed_with_their_sizes(folder: Path) -> None:

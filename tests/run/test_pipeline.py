@@ -85,6 +85,7 @@ def test_a_run_writes_what_it_promises(config, capsys):
         "reliability.csv",
         "summary.json",
         "probes.safetensors",
+        "controls.safetensors",
         "transcripts.json",
         "report.html",
         "checkpoint/state.safetensors",

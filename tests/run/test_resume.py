@@ -25,6 +25,7 @@ WRITTEN = (
     STATE,
     STATE,
     "probes.safetensors",
+    "controls.safetensors",
     "results.csv",
     "transcripts.json",
     "categories.csv",

@@ -1,0 +1,34 @@
+"""Whether other data hold problems that a run has seen, told by hashes, so that its own data are not needed.
+
+Shapes: C chains, P problems that were seen.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from streamprobe.data.formats import Record, Refused
+from streamprobe.data.splits import same_problem
+from streamprobe.data.tokenize import Chain
+
+
+def problem_hashes(records: Sequence[Record | Refused], chains: Sequence[Chain]) -> Tensor:
+    """[C] int64: the problem of each chain, or its response where it has none, as a hash that twins share.
+
+    `records` are those that the chains are made of, in the order of their rows.
+    """
+    return torch.tensor([_hash(records[chain.row]) for chain in chains], dtype=torch.int64)
+
+
+def _hash(record: Record | Refused) -> int:
+    assert isinstance(record, Record), "a chain is made of a record"
+    text = record.problem if record.problem.strip() else record.response
+    plain = str(same_problem(text, record.row)).encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(plain, digest_size=8).digest(), "big", signed=True)
+
+
+def count_seen(hashes: Tensor, seen: Tensor) -> int:
+    """How many chains [C] have a problem among those [P] that were seen."""
+    return int(torch.isin(hashes, seen).sum())
