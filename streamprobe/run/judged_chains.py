@@ -62,7 +62,7 @@ def make_inputs(config: RunConfig, texts: Texts, plain: Dataset, columns: list[C
     check_vocabulary(texts.model_config, max(int(chain.ids.max()) for chain in chains))
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)
-    lines = preflight.describe_chains(dataset, labels)
+    lines = [f"format    {texts.format}", *preflight.describe_chains(dataset, labels)]
     lines += check_classes(census, columns, labels, plain.counts)
     if any((chain.codes[:, 0] == ONSET).any() for chain in chains):
         lines += ["", preflight.example(chains, labels, texts.tokenizer)]
