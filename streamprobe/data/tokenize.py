@@ -69,12 +69,15 @@ class Rendered(NamedTuple):
 
 
 def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Rendered:
-    """The text of a record with its prompt, and its tokens.
+    """The text of a record with its prompt, its tokens, and where in it is what the model wrote, as far as it counts.
 
     Raises InputError as `prompts.open_response` does, and Unusable for turns that a chat template does not take.
     """
     if record.chat:
         text, place, pieces = place_chat(record.chat, record.response, tokenizer, options.day)
+        if options.support == "last_assistant" and pieces:  # what comes before is its prompt
+            pieces = [piece for piece in pieces if piece.turn == pieces[-1].turn]
+            place = np.where(place >= pieces[0].start, place, -1)
         return Rendered(text, *encode(text, "chat", tokenizer, options.bos), 0, "", place, pieces)
     head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
     text = head + record.response
@@ -106,9 +109,10 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
         last = start + (len(text[start:end].rstrip()) or end - start) - 1
         if characters.response[last]:
             first = min(first, t)
+        found = _codes_at(characters.section[last].tolist(), characters.known[last].tolist(), seen)
         if characters.support[last]:
             sample[t] = True
-            codes[t] = _codes_at(characters.section[last].tolist(), characters.known[last].tolist(), seen)
+            codes[t] = found
     tensors = torch.tensor(rendered.ids), torch.from_numpy(codes), torch.from_numpy(sample)
     return Chain(record.id, *tensors, first, record.category, record.row, rendered.marker)
 
@@ -136,12 +140,9 @@ def _label_characters(record: Record, rendered: Rendered, labels: Sequence[str],
 
 
 def _in_region(rendered: Rendered, options: TextOptions) -> np.ndarray:
-    """For each character of a text whether it is in the region and the turns that count: bool [characters]."""
+    """For each character of a text whether it is in the region that counts: bool [characters]."""
     inside = np.zeros(len(rendered.text), dtype=bool)
-    last = max((piece.turn for piece in rendered.pieces), default=0)
-    for turn, front, start, end in rendered.pieces:
-        if options.support == "last_assistant" and turn < last:
-            continue
+    for _, front, start, end in rendered.pieces:
         if options.region == "all":
             inside[start:end] = True
         else:

@@ -95,6 +95,24 @@ def test_the_codes_of_a_chat_by_hand():
     assert chain.codes[n:].T.tolist() == [one, other]
 
 
+def test_the_last_turn_is_the_response_and_what_is_before_it_the_prompt():
+    tok = make_letters("bpe", "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}")
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    record, head = record_of({"messages": turns}), len("(user)a(assistant)b(user)c(assistant)")
+    last, every = (tokenize(record, tok, LABELS, TextOptions(support=s)) for s in ("last_assistant", "assistant"))
+    assert (last.start, int(last.support.sum())) == (2 + head, 1)
+    assert (every.start, int(every.support.sum())) == (2 + len("(user)a(assistant)"), 2)
+
+
+def test_a_section_that_begins_outside_of_the_region_has_no_first_token_in_it():
+    turn = {"role": "assistant", "content": "<think>so</think>four", "spans": [{"start": 7, "end": 19, "label": "a"}]}
+    record = record_of({"messages": [{"role": "user", "content": "x"}, turn]})
+    chain = tokenize(record, make_letters("bpe", CHATML), LABELS, TextOptions(region="answer"))
+    assert chain.codes[chain.support, 0].tolist() == [INSIDE, INSIDE, OUTSIDE, OUTSIDE]
+    whole = tokenize(record, make_letters("bpe", CHATML), LABELS)
+    assert whole.codes[whole.support, 0].tolist()[6:9] == [OUTSIDE, ONSET, INSIDE]
+
+
 def test_what_the_template_leaves_out_has_no_place():
     tok, record = tokenizer(TEMPLATES["no thoughts of earlier turns"]), record_of({"messages": TURNS})
     assert words(record, tok, TextOptions()) == "fouruser"
