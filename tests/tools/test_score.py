@@ -115,13 +115,16 @@ def finished(tmp_path_factory, model_dir, chains_file):
     config.write_text(yaml.safe_dump(keys))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        real = pipeline.score_held_out
-        patch.setattr(
-            pipeline, "score_held_out", lambda setup, *rest: seen.append((setup, real(setup, *rest))) or seen[-1][1]
-        )
+        judge = pipeline.judge_held_out
+
+        def watched(setup, *rest, **more):
+            seen.append((setup, judge(setup, *rest, **more)))
+            return seen[-1][1]
+
+        patch.setattr(pipeline, "judge_held_out", watched)
         assert cli.train([str(config), "--output_dir", str(folder)]) == 0
-    ((setup, groups),) = seen
-    return folder, setup, groups[0]
+    ((setup, results),) = seen
+    return folder, setup, results.probes[0]
 
 
 def differences(finished, given):
