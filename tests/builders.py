@@ -170,13 +170,12 @@ def make_tokenizer(adds: str = "<s> $A", bos: bool = True, chat_template: str | 
     return tokenizer
 
 
-def make_letters(model: str = "bpe", chat_template: str | None = None) -> Any:
+def make_letters_core(model: str = "bpe") -> Any:
     """A tokenizer like SentencePiece's, of single letters, that writes the bytes of unknown ones.
 
     It writes `▁` for a blank, and before a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     letters = [*"▁abcdefghijklmnopqrstuvwxyz.,:>()#SW"]
     entries = ["<unk>", "<s>", "</s>", *letters, *(f"<0x{b:02X}>" for b in range(256))]
@@ -189,6 +188,14 @@ def make_letters(model: str = "bpe", chat_template: str | None = None) -> Any:
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=model == "unigram")
     core.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.ByteFallback()])
     core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return core
+
+
+def make_letters(model: str = "bpe", chat_template: str | None = None) -> Any:
+    """The tokenizer of `make_letters_core`, as transformers has it."""
+    from transformers import PreTrainedTokenizerFast
+
+    core = make_letters_core(model)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_record, make_rows
+from builders import make_letters_core, make_record, make_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
@@ -193,22 +193,6 @@ def test_a_tokenizer_that_cannot_be_read_is_reported_in_one_line(tmp_path, name)
     assert "\n" not in str(error.value)
 
 
-def fallback(model: str) -> Tokenizer:
-    """A tokenizer of single letters that writes the bytes of unknown ones, with `▁` for a blank and before the text."""
-    letters = [*"▁abcdefghijklmnopqrstuvwxyz.,:>()#SW"]
-    entries = ["<unk>", "<s>", "</s>", *letters, *(f"<0x{b:02X}>" for b in range(256))]
-    if model == "bpe":
-        vocab = {entry: i for i, entry in enumerate(entries)}
-        core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    else:
-        scored = [(entry, -1.0 if entry in letters else -9.0) for entry in entries]
-        core = Tokenizer(models.Unigram(scored, 0, byte_fallback=True))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=model == "unigram")
-    core.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.ByteFallback()])
-    core.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return core
-
-
 def fallback_pieces(tokens: list[str]) -> list[bytes]:
     """The bytes of the tokens; the `▁` in front of the text is no text."""
     assert tokens[0] == "▁"
@@ -222,7 +206,7 @@ def fallback_pieces(tokens: list[str]) -> list[bytes]:
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
 def test_bytes_of_unknown_letters_carry_the_label_of_their_own_letter(tmp_path, model):
     """Sections that end within a run of unknown letters, and of unknown white space."""
-    tokenizer = load_tokenizer(save(fallback(model), "PreTrainedTokenizerFast", tmp_path))
+    tokenizer = load_tokenizer(save(make_letters_core(model), "PreTrainedTokenizerFast", tmp_path))
     response = "so 🙂漢🙂 wait\n\n\tno"
     record = make_record("why.\n", response, [("deduction", 0, 4), ("backtracking", 4, 12)])
     tokens = tokenizer.convert_ids_to_tokens(
