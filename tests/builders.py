@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def load_chains(
     """The splits and the counts of rows in the format `annotated`: `fields` are its FormatOptions."""
     from streamprobe.data.dataset import make_dataset
     from streamprobe.data.detect import Found
-    from streamprobe.data.formats import FormatOptions
+    from streamprobe.data.records import FormatOptions
     from streamprobe.data.sources import RowSource, read_records
 
     fields = fields or FormatOptions()
@@ -199,3 +199,25 @@ def make_letters(model: str = "bpe", chat_template: str | None = None) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
     )
+
+
+class Parsed(NamedTuple):
+    """An annotated text taken apart: the text without its tags, its sections, and the tags without their partner."""
+
+    text: str
+    sections: list[Any]
+    unbalanced: int
+
+
+def parse_annotations(annotated: str) -> Parsed:
+    """What an annotated text says by itself, where no original is at hand."""
+    from itertools import compress
+
+    from streamprobe.data.annotations import Section, find_marks, read_tags, visible
+
+    tags = [mark for mark in find_marks(annotated) if mark.names]
+    sections, unbalanced = read_tags(annotated, tags)
+    shown = visible(annotated, tags)
+    place = np.append(0, np.cumsum(shown)).tolist()
+    moved = [Section(label, place[start], place[end]) for label, start, end in sections]
+    return Parsed("".join(compress(annotated, shown)), moved, unbalanced)

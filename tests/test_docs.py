@@ -14,10 +14,10 @@ import streamprobe
 from streamprobe.config.load import GROUPS
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.controls.table import CONTROLS
-from streamprobe.data.detect import Asked, find_format
-from streamprobe.data.formats import FORMATS, FormatOptions, read_row
+from streamprobe.data.detect import FormatQuery, find_format
+from streamprobe.data.formats import FORMATS, read_row
 from streamprobe.data.label_rules import parse_rule
-from streamprobe.data.records import Record
+from streamprobe.data.records import FormatOptions, Record
 from streamprobe.reporting.files import FILES
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +302,7 @@ def rows_of_formats(text: str) -> list[tuple[str, str]]:
 def misread(rows: list[tuple[str, str]]) -> list[str]:
     """The formats of rows that are read as another one, or cannot be."""
     options = FormatOptions(rules=[parse_rule("backtracking=(?i)wait")])
-    found = {name: find_format([json.loads(row)], name, Asked(), options) for name, row in rows}
+    found = {name: find_format([json.loads(row)], name, FormatQuery(), options) for name, row in rows}
     read_as = {name: read_row(json.loads(row), 0, FORMATS[name], found[name].options) for name, row in rows}
     return [name for name in found if found[name].name != name or not isinstance(read_as[name], Record)]
 
@@ -315,7 +315,7 @@ def test_a_row_of_each_format_is_shown_and_read_as_such(page):
     options = FormatOptions(rules=[parse_rule("backtracking=(?i)wait")])
     for name, row in rows:
         record = read_row(
-            json.loads(row), 0, FORMATS[name], find_format([json.loads(row)], "", Asked(), options).options
+            json.loads(row), 0, FORMATS[name], find_format([json.loads(row)], "", FormatQuery(), options).options
         )
         assert isinstance(record, Record) and ("backtracking" in {s.label for s in record.sections}) == (name in labels)
 

@@ -21,8 +21,8 @@ from streamprobe.controls.table import CONTROLS, Control
 from streamprobe.data.annotations import Annotation, Section
 from streamprobe.data.columns import Role, is_text, never
 from streamprobe.data.dataset import make_dataset
-from streamprobe.data.formats import FORMATS, Format, FormatOptions, annotated
-from streamprobe.data.records import Record, Row
+from streamprobe.data.formats import FORMATS, Format, annotated
+from streamprobe.data.records import FormatOptions, Record, Row
 from streamprobe.data.sources import read_records
 from streamprobe.evaluation.results import TestResults
 from streamprobe.lags import Column

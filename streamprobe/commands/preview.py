@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from streamprobe.config.load import RunConfig
     from streamprobe.run.inputs import Inputs, Texts
 
-SHOWN = ("model", "prompt", "response", "support", "unlabelled", "bos", "chat_date", "labels", "targets", "lags")
+SHOWN = (
+    *("model", "format", "problem_column", "response_column", "annotation_column", "label_names", "label_rules"),
+    *("prompt", "chat_date", "bos", "response", "support", "region", "region_markers", "unlabelled"),
+    *("labels", "targets", "lags"),
+)
 
 
 def options(parser: ArgumentParser) -> None:

@@ -28,6 +28,8 @@ def options(parser: ArgumentParser) -> None:
     add(
         "--format", choices=[AUTO, *FORMATS], default=AUTO, help="how the texts lie there (%(default)s: by the columns)"
     )
+    add("--data_split", help="split of a data set on the hub (default: as in the run)")
+    add("--data_config", help="configuration of a data set on the hub")
     for name, what in (("response", "what is read"), ("problem", "the problem before it"), ("id", "the text's name")):
         add(f"--{name}_column", help=f"column with {what} (default: the run's, or found by its name)")
     add("--out", type=Path, metavar="FILE", help="a row a token: .parquet, .csv, .jsonl, .csv.gz or .jsonl.gz")
@@ -63,12 +65,12 @@ def score(given: Namespace) -> None:
 
 def _load(given: Namespace, run: "OpenedRun") -> "Scorer":
     """What scores the texts, with the model in memory."""
-    from streamprobe.run.inputs import text_options
+    from streamprobe.data.tokenize import text_options
     from streamprobe.run.opened import load_cut
     from streamprobe.tools.score_windows import Scorer
 
     model, tokenizer = load_cut(run)
-    return Scorer(model, tokenizer, run.probes, text_options(run.config.data), _most(given, run))
+    return Scorer(model, tokenizer, run.probes, text_options(vars(run.config.data)), _most(given, run))
 
 
 def _most(given: Namespace, run: "OpenedRun") -> int:
@@ -91,18 +93,21 @@ def _check(given: Namespace) -> None:
 
 
 def _read(given: Namespace, run: "OpenedRun") -> "list[Record | Refused]":
-    from streamprobe.data.detect import Asked
+    from streamprobe.data.detect import FormatQuery
     from streamprobe.data.texts import read_texts_to_score
     from streamprobe.run.inputs import format_options
 
-    asked = Asked(given.format, given.id_column, given.problem_column, given.response_column)
+    asked = FormatQuery(given.format, given.id_column, given.problem_column, given.response_column)
     options = format_options(run.config.data)._replace(rules=())
-    return read_texts_to_score(given.texts, asked, options, usual=run.config.data.asked)
+    data = run.config.data
+    where = {"split": given.data_split or data.data_split, "config": given.data_config}
+    return read_texts_to_score(given.texts, asked, options, usual=data.asked, **where)
 
 
 def _write(given: Namespace, run: "OpenedRun", records: Any, layout: "Layout") -> None:
     """Writes a row for each token; killed, the same command with --resume goes on behind the last whole window."""
     from streamprobe.data.texts import fingerprint
+    from streamprobe.data.tokenize import text_options
     from streamprobe.probes.storage import find_probes
     from streamprobe.system.growing import grow
     from streamprobe.tools.score_tables import table_of
@@ -116,6 +121,7 @@ def _write(given: Namespace, run: "OpenedRun", records: Any, layout: "Layout") -
         "solver": run.probes.solver,
         "model": config.model.model,
         "max_batch_tokens": _most(given, run),
+        "read_as": repr(text_options(vars(config.data))),
     }
     table = table_of(given.out)
     with grow(given.out, "out", facts, given.resume) as file:

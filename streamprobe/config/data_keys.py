@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamprobe.config.keys import is_day, key, require
-from streamprobe.data.detect import AUTO, Asked
+from streamprobe.data.detect import AUTO, FormatQuery
 from streamprobe.data.formats import FORMATS
 from streamprobe.data.label_rules import LabelRule, parse_rule
 
@@ -13,7 +13,7 @@ COLUMNS = ("id", "problem", "response", "annotation")  # whose keys end in _colu
 
 @dataclass
 class DataConfig:
-    """The annotated chains."""
+    """The data: where they lie, how labels lie in them, and how their text is read."""
 
     _argument_group_name = "data"
 
@@ -168,10 +168,10 @@ class DataConfig:
         return [parse_rule(text) for text in self.label_rules or []]
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> FormatQuery:
         """What the keys say of the format and the columns."""
         columns = {name: getattr(self, f"{name}_column") for name in (*COLUMNS, "category")}
-        return Asked(self.format, **columns)
+        return FormatQuery(self.format, **columns)
 
     @property
     def open_keys(self) -> set[str]:

@@ -7,7 +7,7 @@ carried over.  What looks like a tag and stands in the original at that place is
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import compress, groupby
 from operator import attrgetter
@@ -62,12 +62,18 @@ class Annotation(NamedTuple):
         return len(self.sections) + self.lost
 
 
-class Parsed(NamedTuple):
-    """An annotated text taken apart: the text without its tags, its sections, and the tags without their partner."""
-
-    text: str
-    sections: list[Section]
-    unbalanced: int
+def merge_overlaps(sections: Iterable[Section]) -> list[Section]:
+    """Sections in the order of the text, those of one label that overlap made one."""
+    merged: list[Section] = []
+    last: dict[str, int] = {}  # label -> where its last section is in `merged`
+    for section in sorted(sections, key=lambda each: (each.start, each.end)):
+        at = last.get(section.label)
+        if at is not None and section.start < merged[at].end:
+            merged[at] = merged[at]._replace(end=max(merged[at].end, section.end))
+        else:
+            last[section.label] = len(merged)
+            merged.append(section)
+    return merged
 
 
 class Mark(NamedTuple):
@@ -146,16 +152,6 @@ def read_tags(text: str, tags: Sequence[Mark], names: Mapping[str, str] = NAMES)
     unbalanced += bool(labels)
     close(len(text))
     return sections, unbalanced
-
-
-def parse_annotations(annotated: str) -> Parsed:
-    """What an annotated text says by itself, where no original is at hand."""
-    tags = [mark for mark in find_marks(annotated) if mark.names]
-    sections, unbalanced = read_tags(annotated, tags)
-    shown = visible(annotated, tags)
-    place = np.append(0, np.cumsum(shown)).tolist()
-    moved = [Section(label, place[start], place[end]) for label, start, end in sections]
-    return Parsed("".join(compress(annotated, shown)), moved, unbalanced)
 
 
 def visible(text: str, tags: Sequence[Mark]) -> np.ndarray:

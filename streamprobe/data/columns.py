@@ -38,18 +38,18 @@ class Table:
         None where there is none, or the one given holds something else, as do the columns that are `taken`.
         """
         if given is not None:
-            return given if self._holds(given, role.possible) else None
+            return given if self.holds(given, role.possible) else None
         free = [name for name in self.values if name not in taken]
         by_name = {name.lower(): name for name in reversed(free)}
         named = [by_name[name] for name in role.names if name in by_name]
         for name in sorted(named, key=lambda name: not self.values[name]):  # of columns without a value the last
-            if not self.values[name] or self._holds(name, role.possible):
+            if not self.values[name] or self.holds(name, role.possible):
                 return name
-        sure = [name for name in free if self._holds(name, role.certain)]
+        sure = [name for name in free if self.holds(name, role.certain)]
         return sure[0] if len(sure) == 1 else None
 
-    def _holds(self, name: str, what: Callable[[Any], bool]) -> bool:
-        """Whether most values of a column are so."""
+    def holds(self, name: str, what: Callable[[Any], bool]) -> bool:
+        """Whether most values of a column are so; not of one without any."""
         values = self.values[name]
         return 2 * sum(map(what, values)) > len(values)
 

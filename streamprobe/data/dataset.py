@@ -57,19 +57,19 @@ class Counts:
         """Counts a chain that is used."""
         found = record.annotation
         self.used += 1
-        self.without_sections += not found.sections
+        self.without_sections += not record.sections
         self.without_problem += not record.problem.strip()
         self.markers.update([marker] * bool(marker))
         self.repaired += bool(found.edited or found.lost or found.unbalanced or found.strange)
         self.edited_sections += found.edited
         self.lost_sections += found.lost
         self.unbalanced_tags += found.unbalanced
-        self.labels.update(s.label for s in found.sections)
-        self.label_chains.update({s.label for s in found.sections})
+        self.labels.update(s.label for s in record.sections)
+        self.label_chains.update({s.label for s in record.sections})
         self.strange_tags.update(map(in_any_file, found.strange))
         self.missing_spans.update(map(in_any_file, found.missing))
         self.characters += len(record.response)
-        self.labelled_characters += len(record.response) if record.complete else _covered(found.sections)
+        self.labelled_characters += len(record.response) if record.complete else _covered(record.sections)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain numbers and dicts."""
@@ -228,7 +228,7 @@ def _why_unused(record: Record | Refused, bad: Collection[int], text: TextOption
 def _divide(records: Sequence[Record | Refused], division: Division) -> list[str]:
     categories = [record.category for record in records]
     return split_chains(
-        [record.problem for record in records],
+        [record.origin if isinstance(record, Record) else record.problem for record in records],
         test_share=division.test_share,
         validation_share=0.0 if division.validate_on_test else division.validation_share,
         seed=division.seed,

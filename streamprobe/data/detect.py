@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
-from streamprobe.data.columns import Role, Table, listed
-from streamprobe.data.formats import FORMATS, ID, PROBLEM, Format, FormatOptions
-from streamprobe.data.records import Row
+from streamprobe.data.columns import Role, Table, listed, never
+from streamprobe.data.formats import FORMATS, ID, LABEL, PROBLEM, TEXT, Format
+from streamprobe.data.records import FormatOptions, Row
+from streamprobe.data.values import say_yes_or_no
 from streamprobe.errors import InputError
 
 AUTO = "auto"
+OTHER = 0.95  # of the likeness of names is left where the values are not what is looked for
 LIKE = 0.6  # likeness of names, from 0 to 1, from which on one is taken for a slip of the other
 
 
-class Asked(NamedTuple):
+class FormatQuery(NamedTuple):
     """What the user says of a data set: None is what is to be found."""
 
     format: str = AUTO
@@ -56,13 +58,44 @@ class _Fit(NamedTuple):
         return len(self.missing) or 1, nothing, -_likeness(table, self.missing)
 
 
-def find_format(rows: Sequence[Row], shown: str, asked: Asked, options: FormatOptions) -> Found:
+def find_format(rows: Sequence[Row], shown: str, asked: FormatQuery, options: FormatOptions) -> Found:
     """The first format of FORMATS whose columns the rows have, or the one that is asked for, and the columns.
 
     `shown` names the data in errors.  Raises InputError where a column that is named is not there, and where no format
     fits; it says which columns there are and which format is the nearest.
     """
     table = Table(rows)
+    _check_columns(table, shown, asked)
+    id = table.find(ID, asked.id, [asked.problem, asked.response, asked.annotation])
+    usable = [name for name in FORMATS if asked.format in (AUTO, name)]
+    needed = asked.labelled and not options.rules
+    named = table.find(PROBLEM, asked.problem, (id, asked.response, asked.annotation))
+    for problem in (named, asked.problem):  # where there is no other, what is called the problem may be the text
+        taken = (id, problem, asked.category)
+        trials = {name: _fit(FORMATS[name], table, asked, taken, ruled=bool(options.rules)) for name in usable}
+        ok = [name for name, fit in trials.items() if not fit.missing and (FORMATS[name].labelled or not needed)]
+        if ok:
+            break
+    else:
+        raise _no_format(table, shown, trials, asked)
+    fit = trials[ok[0]]
+    assert fit.text is not None
+    bare = FORMATS[ok[0]].text is TEXT and not (asked.labelled or options.rejoined)  # where labels might refuse a text
+    labels = None if bare else fit.labels
+    found = options._replace(
+        id=id,
+        problem=problem,
+        response=fit.text,
+        annotation=labels,
+        category=asked.category,
+        yes_or_no=labels is None or say_yes_or_no(row.get(labels) for row in rows),
+        labelled=asked.labelled,
+    )
+    return Found("text" if bare else ok[0], found)
+
+
+def _check_columns(table: Table, shown: str, asked: FormatQuery) -> None:
+    """Raises InputError where a column that is named is not there."""
     for key in ("id", "problem", "response", "annotation", "category"):
         name = getattr(asked, key)
         if name is not None and name not in table:
@@ -71,34 +104,23 @@ def find_format(rows: Sequence[Row], shown: str, asked: Asked, options: FormatOp
                 f"one of {listed(map(repr, table.values))}",
                 f"correct --{key}_column",
             )
-    id = table.find(ID, asked.id, [asked.problem, asked.response, asked.annotation])
-    usable = [name for name in FORMATS if asked.format in (AUTO, name)]
-    needed = asked.labelled and not options.rules
-    named = table.find(PROBLEM, asked.problem, (id, asked.response, asked.annotation))
-    for problem in (named, asked.problem):  # where there is no other, what is called the problem may be the text
-        trials = {name: _fit(FORMATS[name], table, asked, (id, problem, asked.category)) for name in usable}
-        ok = [name for name, fit in trials.items() if not fit.missing and (FORMATS[name].labelled or not needed)]
-        if ok:
-            break
-    else:
-        raise _no_format(table, shown, trials, asked)
-    fit = trials[ok[0]]
-    assert fit.text is not None
-    found = options._replace(id=id, problem=problem, response=fit.text, annotation=fit.labels, category=asked.category)
-    return Found(ok[0], found)
 
 
-def _fit(format: Format, table: Table, asked: Asked, named: Sequence[str | None]) -> _Fit:
-    """The columns of a format in a table; those `named` hold something else."""
-    labels = format.labels and table.find(format.labels, asked.annotation, (*named, asked.response))
-    text = table.find(format.text, asked.response, (*named, asked.annotation, labels))
+def _fit(format: Format, table: Table, asked: FormatQuery, taken: Sequence[str | None], *, ruled: bool) -> _Fit:
+    """The columns of a format in a table; those that are `taken` hold something else.
+
+    Where texts are `ruled`, any column that says yes or no is not taken for their label.
+    """
+    role = format.labels._replace(certain=never) if ruled and format.labels is LABEL else format.labels
+    labels = role and table.find(role, asked.annotation, (*taken, asked.response))
+    text = table.find(format.text, asked.response, (*taken, asked.annotation, labels))
     missing = [format.text] if text is None else []
     if format.labels and format.labels.required and labels is None:
         missing.append(format.labels)
     return _Fit(text, labels, missing)
 
 
-def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: Asked) -> InputError:
+def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: FormatQuery) -> InputError:
     """What is reported where no format fits: the columns, and the format that lacks least."""
     name = min(trials, key=lambda name: trials[name].distance(table))
     missing = trials[name].missing
@@ -113,6 +135,11 @@ def _no_format(table: Table, shown: str, trials: Mapping[str, _Fit], asked: Aske
 
 
 def _likeness(table: Table, missing: Sequence[Role]) -> float:
-    """How like a name that is looked for the names of the columns are, from 0 to 1."""
-    pairs = [(name.lower(), other) for role in missing for other in role.names for name in table.values]
-    return max((SequenceMatcher(None, *pair).ratio() for pair in pairs), default=LIKE)
+    """How like a name that is looked for the names of the columns are, from 0 to 1: more where the values may be it."""
+    found = [
+        SequenceMatcher(None, name.lower(), other).ratio() * (1 if table.holds(name, role.possible) else OTHER)
+        for role in missing
+        for other in role.names
+        for name in table.values
+    ]
+    return max(found, default=LIKE)

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from streamprobe.data import columns
-from streamprobe.data.annotations import NAMES, Annotation, Section, annotate, rejoin
+from streamprobe.data.annotations import Annotation, Section, annotate, rejoin
 from streamprobe.data.columns import Role
-from streamprobe.data.label_rules import LabelRule, apply_rules
+from streamprobe.data.label_rules import apply_rules
 from streamprobe.data.messages import MESSAGES, messages
 from streamprobe.data.prompts import is_unicode
-from streamprobe.data.records import Record, Refused, Row, Unusable
+from streamprobe.data.records import FormatOptions, Record, Refused, Row, Unusable
 from streamprobe.data.spans import find_spans, is_span, read_span
-from streamprobe.data.values import label_names_of, outside
+from streamprobe.data.values import Named, label_names_of, outside
 
 BIO = re.compile(r"([BILUES])-(.+)", re.DOTALL)  # how taggers write where a stretch begins, goes on and ends
 SPACE_MARKS: dict[str, str | int | None] = {
@@ -24,19 +24,6 @@ SPACE_MARKS: dict[str, str | int | None] = {
     "▁": " ",
     "Ċ": "\n",
 }  # how tokenizers write the space before a token, and a line end
-
-
-class FormatOptions(NamedTuple):
-    """Which columns hold what, and how a format reads them."""
-
-    id: str | None = "task_id"
-    problem: str | None = "problem"
-    response: str = "reasoning_chain"  # what is read: text, or a list of turns, tokens or sentences
-    annotation: str | None = "annotated_chain"  # its labels
-    category: str | None = None  # None: the id without its number
-    rejoined: bool = False  # the annotated sections alone, joined by spaces, instead of the response as it was written
-    label_names: Mapping[str, str] = NAMES  # labels that are called otherwise in the data -> what they are called here
-    rules: Sequence[LabelRule] = ()  # labels that the text itself gives
 
 
 class Format(NamedTuple):
@@ -91,6 +78,8 @@ def spans(row: Row, options: FormatOptions) -> Record:
 def tokens(row: Row, options: FormatOptions) -> Record:
     """Words or tokens with a label each; none, `O` and 0 say that there is none."""
     words, labels = row.get(options.response), row.get(options.annotation or "")
+    if columns.is_list_of_texts(words) and not options.labelled:
+        labels = [None] * len(words or ())
     if not (columns.is_list_of_texts(words) and columns.is_list_of_labels(labels)):
         raise Unusable("with tokens that are no list of texts, or labels that are no list")
     assert isinstance(words, list) and isinstance(labels, list)
@@ -103,7 +92,9 @@ def sentences(row: Row, options: FormatOptions) -> Record:
     if not isinstance(given, list) or not all(map(is_sentence, given)):
         raise Unusable("with sentences that are no list of {text, label}")
     pieces = [each if isinstance(each, str) else _first(each, SENTENCE) for each in given]
-    if labels is None:
+    if not options.labelled:
+        labels = [None] * len(given)
+    elif labels is None:
         labels = [None if isinstance(each, str) else _first(each, SENTENCE_LABEL) for each in given]
     if not columns.is_list_of_labels(labels):
         raise Unusable("with labels that are no list")
@@ -119,7 +110,10 @@ def text(row: Row, options: FormatOptions) -> Record:
 def pooled(row: Row, options: FormatOptions) -> Record:
     """A text and one label for the whole of it."""
     problem, response = text_of(row, options)
-    named = label_names_of(row.get(options.annotation or ""), options.annotation or "", options.label_names)
+    value = row.get(options.annotation or "")
+    named = (
+        Named([], []) if value is None and options.rules else label_names_of(value, options.annotation or "", options)
+    )
     sections = [Section(label, 0, len(response)) for label in named.labels]
     return Record(response, Annotation(sections, names=named.given), problem, complete=True)
 
@@ -170,20 +164,18 @@ def _joined(
     if not response.strip():
         raise Unusable("with an empty response")
     bio = all(outside(label) or (isinstance(label, str) and BIO.fullmatch(label)) for label in labels)
-    place, given, before = 0, list[str](), None
+    place, given, before = 0, list[str](), list[str]()
     for piece, label in zip(pieces, labels, strict=True):
         start, place = place + len(piece) - len(piece.lstrip()), place + len(piece)
-        if outside(label):
-            before = None
-            continue
         tag = BIO.fullmatch(label) if bio and isinstance(label, str) else None
-        raw = tag[2] if tag else str(label)
-        if before == raw and not (apart or (tag and tag[1] in "BUS")):
+        raw = tag[2] if tag else label
+        named = Named([], []) if outside(raw) else label_names_of(raw, options.annotation or "label", options)
+        if named.labels and before == named.labels and not (apart or (tag and tag[1] in "BUS")):
             found[-1] = found[-1]._replace(end=place)
         else:
-            found.append(Section(options.label_names.get(raw, raw), start, place))
-        before = raw
-        given.append(raw)
+            found += [Section(name, start, place) for name in named.labels]
+        before = list(named.labels)
+        given += named.given
     return Record(response, Annotation(found, names=given), problem or "", complete=True)
 
 
@@ -206,7 +198,7 @@ PROBLEM = Role(
 TEXT = Role(
     "the text",
     ("reasoning_chain", "response", "completion", "generation", "generated_text", "output", "model_output", "reasoning")
-    + ("cot", "chain_of_thought", "thinking", "trace", "solution", "answer", "text", "content", "document", "sentence"),
+    + ("cot", "chain_of_thought", "thinking", "trace", "text", "content", "document", "solution", "answer", "sentence"),
     columns.is_text,
     columns.is_text,
 )

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import regex
 
-from streamprobe.data.annotations import Section
+from streamprobe.data.annotations import Section, merge_overlaps
 from streamprobe.data.records import Record
-from streamprobe.data.spans import merge_overlaps
 from streamprobe.errors import InputError
 from streamprobe.system.patterns import compile_pattern, find_matches
 
@@ -60,9 +59,7 @@ def apply_rules(record: Record, rules: Sequence[LabelRule]) -> Record:
         for begin, stop in pieces
         for start, end in _stretches(record.response[begin:stop], rule)
     ]
-    annotation = record.annotation._replace(sections=merge_overlaps([*record.sections, *new]))
-    labels = record.everywhere | {rule.label for rule in rules}
-    return replace(record, annotation=annotation, everywhere=labels)
+    return replace(record, ruled=merge_overlaps(new), everywhere=frozenset(rule.label for rule in rules))
 
 
 def _stretches(text: str, rule: LabelRule) -> Iterator[tuple[int, int]]:

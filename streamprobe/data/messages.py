@@ -3,15 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamprobe.data import columns
-from streamprobe.data.annotations import NAMES, Annotation, Section
+from streamprobe.data.annotations import Annotation, Section, merge_overlaps
 from streamprobe.data.columns import Role
 from streamprobe.data.prompts import is_unicode
-from streamprobe.data.records import Chat, Piece, Record, Unusable
-from streamprobe.data.spans import Span, find_spans, merge_overlaps, read_span
-from streamprobe.data.values import label_names_of
+from streamprobe.data.records import Chat, FormatOptions, Piece, Record, Row, Unusable
+from streamprobe.data.spans import Span, find_spans, read_span
+from streamprobe.data.values import Named, label_names_of
 
 ROLES = {  # what others call the roles of a chat template
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "ai"), "assistant"),
@@ -24,14 +24,32 @@ TURN = ("message", "message_index", "turn", "turn_index")  # with which a span o
 MESSAGES = Role(
     "a list of turns, {role, content} each",
     ("messages", "conversation", "conversations", "chat", "dialogue", "dialog", "turns"),
-    lambda value: columns.some_of(value, is_turn),
-    lambda value: columns.some_of(value, is_turn),
+    lambda value: is_chat(value),
+    lambda value: is_chat(value),
 )
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of turns with one of the assistant's among them."""
+    roles = (
+        (str(turn.get("role", turn.get("from"))).lower() for turn in value) if columns.some_of(value, is_turn) else ()
+    )
+    return any(ROLES.get(role) == "assistant" for role in roles)
 
 
 def is_turn(value: Any) -> bool:
     """Whether a value is a turn of a chat: {role, content}, or {from, value}."""
     return columns.has_keys(value, ("role", "from"), ("content", "value", "tool_calls"))
+
+
+class Marks(NamedTuple):
+    """What labels a turn: spans of its content, and labels of all that it says."""
+
+    spans: Sequence[Span] = ()
+    labels: Sequence[Named] = ()
+
+
+NO_MARKS = Marks()
 
 
 @dataclass
@@ -43,24 +61,26 @@ class _Reader:
     pieces: list[Piece] = field(default_factory=list)
     found: list[Annotation] = field(default_factory=list)
 
-    def take(self, turn: int, message: Mapping[str, Any], marks: Sequence[Any]) -> None:
-        """Adds what a turn says, with its marks: spans, whose characters are of its content, or labels of it all."""
+    def take(self, turn: int, message: Mapping[str, Any], marks: Sequence[Marks]) -> None:
+        """Adds what a turn says, with its marks: the characters of spans are those of its content."""
         start = len(self.response)
         thought = next((name for name in THOUGHTS if isinstance(message.get(name), str)), None)
         if thought:
             self._add(turn, thought, message[thought])
-        content = len(self.response) - start
+        content = len(self.response)
         self._add(turn, "content", message["content"])
-        self.mark(start, [_moved(read_span(mark), content) for mark in marks if is_mark(mark)])
-        for mark in marks:
-            if not is_mark(mark):
-                named = label_names_of(mark, "label", self.names)
+        for own in marks:
+            self.mark(content, own.spans)
+            for named in own.labels:
                 sections = [Section(label, start, len(self.response)) for label in named.labels]
                 self.found.append(Annotation(sections, names=named.given))
 
     def mark(self, start: int, spans: Sequence[Span]) -> None:
-        """Adds spans of what was read from the character `start` on."""
-        found = find_spans(self.response[start:], spans, self.names)
+        """Adds spans of what was read from the character `start` on; text is looked for in contents."""
+        within = [
+            (max(p.start - start, 0), p.end - start) for p in self.pieces if p.field == "content" and p.end > start
+        ]
+        found = find_spans(self.response[start:], spans, self.names, within=within)
         moved = [Section(s.label, s.start + start, s.end + start) for s in found.sections]
         self.found.append(found._replace(sections=moved))
 
@@ -80,12 +100,7 @@ class _Reader:
         )
 
 
-def is_mark(value: Any) -> bool:
-    """Whether what labels a turn is meant as a span, not as a label of all of it."""
-    return isinstance(value, Mapping | list | tuple)
-
-
-def messages(row: Mapping[str, Any], options: Any) -> Record:
+def messages(row: Row, options: FormatOptions) -> Record:
     """Turns of a chat; their labels lie in the turns, or in the column with the annotation.
 
     A turn has `spans` of its content, or a `label` of all that it says.  A row has spans, each with the number of its
@@ -95,14 +110,15 @@ def messages(row: Mapping[str, Any], options: Any) -> Record:
     if not columns.some_of(given, is_turn):
         raise Unusable("with a chat that is no list of {role, content}")
     assert isinstance(given, list)
-    turns = [_turn(each) for each in given]
+    turns = [read_turn(each) for each in given]
     own = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not own:
         raise Unusable("without a turn of the assistant")
-    of_turn, of_all = _marks_of_row(row, options, own)
+    of_turns, of_all = _marks_of_row(row, options, own) if options.labelled else ({}, [])
     reader = _Reader(options.label_names)
     for i in own:
-        reader.take(i, turns[i], [*_marks_of_turn(given[i]), *of_turn.get(i, [])])
+        marks = _marks_of_turn(given[i], options) if options.labelled else NO_MARKS
+        reader.take(i, turns[i], [marks, of_turns.get(i, NO_MARKS)])
     reader.mark(0, of_all)
     if not reader.response.strip():
         raise Unusable("with an empty response")
@@ -113,15 +129,11 @@ def messages(row: Mapping[str, Any], options: Any) -> Record:
     return Record(reader.response, reader.annotation(), problem, complete=True, chat=chat)
 
 
-def _moved(span: Span, by: int) -> Span:
-    """A span given in characters of a text that begins `by` characters into another."""
-    if span.start is None or span.end is None:
-        return span
-    return span._replace(start=span.start + by, end=span.end + by)
+def read_turn(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn as a chat template takes it: a role and a content, and what else it has but for its labels.
 
-
-def _turn(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn as a chat template takes it: a role and a content, and what else it has but for its labels."""
+    Raises Unusable for what is none.
+    """
     rest = {name: value[name] for name in value if name not in (*LABELS, "role", "from", "content", "value")}
     role = value.get("role", value.get("from"))
     content = value.get("content", value.get("value"))
@@ -139,12 +151,21 @@ def _without_nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
-def _marks_of_turn(value: Mapping[str, Any]) -> list[Any]:
-    found: Any = next((value[name] for name in LABELS if value.get(name) is not None), [])
-    return found if isinstance(found, list) else [found]
+def _marks_of_turn(value: Mapping[str, Any], options: FormatOptions) -> Marks:
+    """What the fields of a turn label it with."""
+    spans: list[Span] = []
+    labels: list[Named] = []
+    for name in LABELS:
+        given = value.get(name)
+        for each in given if isinstance(given, list) else [given]:
+            if isinstance(each, Mapping | list):
+                spans.append(read_span(each))
+            elif each is not None:
+                labels.append(label_names_of(each, name, options))
+    return Marks(spans, labels)
 
 
-def _marks_of_row(row: Mapping[str, Any], options: Any, own: Sequence[int]) -> tuple[dict[int, list[Any]], list[Span]]:
+def _marks_of_row(row: Row, options: FormatOptions, own: Sequence[int]) -> tuple[dict[int, Marks], list[Span]]:
     """What a row says of each of the assistant's turns `own`, and of all that they say together.
 
     Raises Unusable for spans of no turn.
@@ -152,10 +173,9 @@ def _marks_of_row(row: Mapping[str, Any], options: Any, own: Sequence[int]) -> t
     given = row.get(options.annotation) if options.annotation else None
     if given is None:
         return {}, []
-    if not isinstance(given, list) or not all(map(is_mark, given)):
-        labels = list(label_names_of(given, options.annotation, NAMES).labels)
-        return dict.fromkeys(own, labels), []
-    of_turn: dict[int, list[Any]] = {}
+    if not isinstance(given, list) or not all(isinstance(each, Mapping | list) for each in given):
+        return dict.fromkeys(own, Marks(labels=[label_names_of(given, options.annotation or "", options)])), []
+    of_turns: dict[int, list[Span]] = {}
     of_all: list[Span] = []
     for each in given:
         turn = next((each[name] for name in TURN if name in each), None) if isinstance(each, Mapping) else None
@@ -167,8 +187,8 @@ def _marks_of_row(row: Mapping[str, Any], options: Any, own: Sequence[int]) -> t
         elif turn is not None and turn not in own:
             raise Unusable("with a span in a message that is none of the assistant's")
         else:
-            of_turn.setdefault(own[0] if turn is None else turn, []).append(each)
-    return of_turn, of_all
+            of_turns.setdefault(own[0] if turn is None else turn, []).append(span)
+    return {turn: Marks(spans) for turn, spans in of_turns.items()}, of_all
 
 
 def _tools_of(value: Any) -> Any:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from streamprobe.data.formats import Record, Refused
+from streamprobe.data.records import Record, Refused
 from streamprobe.data.splits import same_problem
 from streamprobe.data.tokenize import Chain
 
@@ -24,8 +24,7 @@ def problem_hashes(records: Sequence[Record | Refused], chains: Sequence[Chain])
 
 def _hash(record: Record | Refused) -> int:
     assert isinstance(record, Record), "a chain is made of a record"
-    text = record.problem if record.problem.strip() else record.response
-    plain = str(same_problem(text, record.row)).encode(errors="surrogatepass")
+    plain = str(same_problem(record.origin, record.row)).encode(errors="surrogatepass")
     return int.from_bytes(blake2b(plain, digest_size=8).digest(), "big", signed=True)
 
 

@@ -4,9 +4,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from streamprobe.data.annotations import Annotation, Section
+from streamprobe.data.annotations import NAMES, Annotation, Section, merge_overlaps
 
 Row = Mapping[str, Any]  # a row of a data set, by column
+
+
+class FormatOptions(NamedTuple):
+    """Which columns hold what, and how a format reads them."""
+
+    id: str | None = "task_id"
+    problem: str | None = "problem"
+    response: str = "reasoning_chain"  # what is read: text, or a list of turns, tokens or sentences
+    annotation: str | None = "annotated_chain"  # its labels
+    category: str | None = None  # None: the id without its number
+    rejoined: bool = False  # the annotated sections alone, joined by spaces, instead of the response as it was written
+    label_names: Mapping[str, str] = NAMES  # labels that are called otherwise in the data -> what they are called here
+    rules: Sequence[Any] = ()  # labels that the text itself gives: see `label_rules`
+    yes_or_no: bool = True  # whether a label of 1 or 0 says yes or no, and is not the number of a class
+    labelled: bool = True  # whether labels are wanted; else they are passed over, whatever they are
 
 
 class Piece(NamedTuple):
@@ -38,13 +53,19 @@ class Record:
     category: str = ""  # the kind of problem, to which results can be split
     row: int = 0  # which of the records that are read, from 0: see `sources.read_records`
     complete: bool = False  # whether text in no section is known to have no label
-    everywhere: frozenset[str] = frozenset()  # labels that are known of all the text, such as those of label rules
+    ruled: Sequence[Section] = ()  # sections that label rules give it
+    everywhere: frozenset[str] = frozenset()  # the labels of these rules, which are known of all the text
     chat: Chat | None = None  # the conversation that the response is part of
 
     @property
     def sections(self) -> Sequence[Section]:
-        """The labelled stretches of `response`."""
-        return self.annotation.sections
+        """The labelled stretches of `response`, those of one label that overlap made one."""
+        return merge_overlaps([*self.annotation.sections, *self.ruled]) if self.ruled else self.annotation.sections
+
+    @property
+    def origin(self) -> str:
+        """What twins have in common: the problem, or the response where there is none."""
+        return self.problem if self.problem.strip() else self.response
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-REGIONS = ("all", "think", "answer")
-
 
 class Markers(NamedTuple):
     """Regular expressions of where thinking begins and where it ends; both belong to no region."""

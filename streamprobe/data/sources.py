@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from streamprobe.data.detect import Asked, Found, find_format
+from streamprobe.data.detect import FormatQuery, Found, find_format
 from streamprobe.data.file_types import Rows
 from streamprobe.data.files import read_rows
-from streamprobe.data.formats import FORMATS, FormatOptions, read_row
-from streamprobe.data.records import Record, Refused
+from streamprobe.data.formats import FORMATS, read_row
+from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.system.console import shows_progress
 from streamprobe.system.privacy import clean_url
 
@@ -70,7 +70,7 @@ class RowSource:
 
 def open_source(
     data: str,
-    asked: Asked,
+    asked: FormatQuery,
     options: FormatOptions,
     *,
     split: str = "train",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from streamprobe.data.annotations import NAMES, Annotation, Section
+from streamprobe.data.annotations import NAMES, Annotation, Section, merge_overlaps
 from streamprobe.data.columns import has_keys
 from streamprobe.data.records import Unusable
 
@@ -59,18 +59,21 @@ def labels_of(value: Any) -> list[str]:
     return labels
 
 
-def find_spans(text: str, spans: Iterable[Span], names: Mapping[str, str] = NAMES) -> Annotation:
+def find_spans(
+    text: str, spans: Iterable[Span], names: Mapping[str, str] = NAMES, *, within: Sequence[tuple[int, int]] = ()
+) -> Annotation:
     """The sections of a text that its spans mean; `names` says which labels are called otherwise.
 
-    A span whose characters say something else than its text is moved to the nearest place that does, and counted as
-    edited.  What is found nowhere is lost, and named.  Raises Unusable for characters outside of the text.
+    Text is looked for `within` one of these stretches of the text (none: anywhere).  A span whose characters say
+    something else than its text is moved to the nearest place that does, and counted as edited.  What is found nowhere
+    is lost, and named.  Raises Unusable for characters outside of the text.
     """
     found: list[Section] = []
     given: list[str] = []
     missing: list[str] = []
     edited = 0
     for span in spans:
-        places, moved = _places(text, span)
+        places, moved = _places(text, span, within or [(0, len(text))])
         edited += moved
         given += span.labels
         if not places:
@@ -80,28 +83,14 @@ def find_spans(text: str, spans: Iterable[Span], names: Mapping[str, str] = NAME
     return Annotation(sections, edited=edited, lost=len(missing), names=given, missing=missing)
 
 
-def _places(text: str, span: Span) -> tuple[list[tuple[int, int]], bool]:
+def _places(text: str, span: Span, within: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], bool]:
     """Where in the text a span is, and whether that is not where it says."""
+    pattern = re.compile(re.escape(span.text or ""))
+    found = [m.span() for start, end in within for m in pattern.finditer(text, start, end)]
     if span.start is None or span.end is None:
-        found = [(m.start(), m.end()) for m in re.finditer(re.escape(span.text or ""), text)]
         return (found if span.n is None else found[span.n - 1 : span.n]), False
     if not 0 <= span.start < span.end <= len(text):
         raise Unusable("with a span outside of its text, or of no character")
     if span.text is None or text[span.start : span.end].split() == span.text.split():
         return [(span.start, span.end)], False
-    found = [(m.start(), m.end()) for m in re.finditer(re.escape(span.text), text)]
     return sorted(found, key=lambda place: abs(place[0] - (span.start or 0)))[:1], bool(found)
-
-
-def merge_overlaps(sections: Iterable[Section]) -> list[Section]:
-    """Sections in the order of the text, those of one label that overlap made one."""
-    merged: list[Section] = []
-    last: dict[str, int] = {}  # label -> where its last section is in `merged`
-    for section in sorted(sections, key=lambda each: (each.start, each.end)):
-        at = last.get(section.label)
-        if at is not None and section.start < merged[at].end:
-            merged[at] = merged[at]._replace(end=max(merged[at].end, section.end))
-        else:
-            last[section.label] = len(merged)
-            merged.append(section)
-    return merged

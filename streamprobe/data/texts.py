@@ -4,10 +4,9 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from streamprobe.data.detect import Asked, find_format
+from streamprobe.data.detect import FormatQuery, find_format
 from streamprobe.data.files import read_rows
-from streamprobe.data.formats import FormatOptions
-from streamprobe.data.records import Record, Refused
+from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.sources import RowSource, read_records
 from streamprobe.errors import InputError
 from streamprobe.system.privacy import clean_url
@@ -16,14 +15,20 @@ COLUMNS = ("id", "problem", "response", "annotation", "category")
 
 
 def read_texts_to_score(
-    data: str, asked: Asked, options: FormatOptions, *, usual: Asked, split: str = "train"
+    data: str,
+    asked: FormatQuery,
+    options: FormatOptions,
+    *,
+    usual: FormatQuery,
+    split: str = "train",
+    config: str | None = None,
 ) -> list[Record | Refused]:
     """The texts of a file, URL or data set on the hub, of any format, with what is in front of them.
 
     A column that is not `asked` for is the `usual` one, where the data have it, or else is found.  Raises InputError
     where the data cannot be read or hold no text.
     """
-    rows = read_rows(data, split=split)
+    rows = read_rows(data, split=split, config=config)
     there = {column for row in rows for column in row}
     known = {name: getattr(usual, name) for name in COLUMNS if getattr(usual, name) in there}
     chosen: dict[str, Any] = {name: getattr(asked, name) or known.get(name) for name in COLUMNS}
@@ -40,10 +45,16 @@ def read_texts_to_score(
 
 
 def fingerprint(records: Iterable[Record | Refused]) -> str:
-    """SHA-256 of the ids, problems and texts."""
+    """SHA-256 of the ids and of all that is read."""
     digest = hashlib.sha256()
     for record in records:
-        for text in (record.id, str(record.problem), record.response if isinstance(record, Record) else ""):
+        for text in (record.id, str(record.problem), *(_read(record) if isinstance(record, Record) else ())):
             content = text.encode(errors="surrogatepass")
             digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
+
+
+def _read(record: Record) -> tuple[str, ...]:
+    """What a model reads of a record, but for its problem."""
+    chat = record.chat
+    return (record.response, *((repr(chat.messages), repr(chat.tools)) if chat else ()))

@@ -3,7 +3,7 @@
 Shapes: T tokens in a chain, C labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from streamprobe.data.chat import Placed, place_chat
 from streamprobe.data.prompts import encode, open_response, special_ids
 from streamprobe.data.records import Record
-from streamprobe.data.regions import KNOWN, Markers, thinking
+from streamprobe.data.regions import KNOWN, Markers, own_markers, thinking
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
 
@@ -31,6 +31,13 @@ class TextOptions(NamedTuple):
 
 
 AS_TEXT = TextOptions()
+
+
+def text_options(keys: Mapping[str, Any]) -> TextOptions:
+    """The options of a run, given the keys of its config; those that are not among them are the usual ones."""
+    names = {"prompt": "prompt", "support": "support", "unlabelled": "unlabelled", "bos": "bos", "chat_date": "day"}
+    known = {name: keys[key] for key, name in {**names, "region": "region"}.items() if key in keys}
+    return TextOptions(**known, markers=own_markers(keys.get("region_markers")))
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Re
         return Rendered(text, *encode(text, "chat", tokenizer, options.bos), 0, "", place, pieces)
     head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
     text = head + record.response
-    front = head.rfind(record.problem) + len(record.problem) if record.problem in head else 0
+    front = head.rfind(record.problem) + len(record.problem) if record.problem and record.problem in head else 0
     place = np.arange(len(head), len(text))
     pieces = [Placed(0, front, len(head), len(text))]
     return Rendered(text, *encode(text, options.prompt, tokenizer, options.bos), len(head), marker, place, pieces)
@@ -126,13 +133,13 @@ def _label_characters(record: Record, rendered: Rendered, labels: Sequence[str],
     complete = options.unlabelled == "negative" or (options.unlabelled == "auto" and record.complete)
     known = support[:, None] & np.array([complete or label in record.everywhere for label in labels], dtype=bool)
     section = np.full((size, len(labels)), -1, dtype=np.int64)
-    for number, (label, begin, stop) in enumerate(record.sections):
+    for _, begin, stop in record.annotation.sections:
         inside = rendered.place[begin:stop]
-        inside = inside[inside >= 0]
-        if label not in record.everywhere:
-            known[inside] = True
+        known[inside[inside >= 0]] = True
+    for number, (label, begin, stop) in enumerate(record.sections):
         if label in labels:
-            section[inside, labels.index(label)] = number
+            inside = rendered.place[begin:stop]
+            section[inside[inside >= 0], labels.index(label)] = number
     if options.support == "all":
         support |= ~response
         known |= ~response[:, None]

@@ -5,7 +5,7 @@ Shapes: N tokens, L layers, K columns, C chains, R resamples.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import itemgetter
@@ -48,6 +48,18 @@ class ScoredProbes(NamedTuple):
         chosen = Scored(*(x[tokens] for x in self.scored))
         _, chain = chosen.chain.unique(return_inverse=True)
         return self._replace(scored=chosen._replace(chain=chain))
+
+    def without(self, controls: Collection[str]) -> "ScoredProbes | None":
+        """The same without these controls; None where nothing else is left."""
+        if all(site.is_control and site.name in controls for site in self.sites):
+            return None
+        keep = [k for k, column in enumerate(self.columns) if column.control not in controls]
+        scored = self.scored
+        chosen = scored._replace(
+            scores=scored.scores[:, :, keep], targets=scored.targets[:, keep], valid=scored.valid[:, keep]
+        )
+        grids = {name: getattr(self, name)[:, keep] for name in ("threshold", "best_pass", "gradient_norm")}
+        return self._replace(columns=[self.columns[k] for k in keep], scored=chosen, half=self.half[keep], **grids)
 
     def real(self) -> list[tuple[int, int]]:
         """The places (l, k) of the probes that are no controls, of the first seed, column by column."""

@@ -26,7 +26,8 @@ def describe(probes: Probes) -> str:
         if config.get(name):
             rows.append((name, _origin(config[name], about.get(f"{name}_fingerprint"))))
     if "prompt" in config:
-        rows.append(("reads", f"{config.get('support', 'response')} tokens behind the prompt {config['prompt']!r}"))
+        prompt = "the chat template" if config["prompt"] == "chat" else f"the prompt {config['prompt']!r}"
+        rows.append(("reads", f"{config.get('support', 'assistant')} tokens, with {prompt}"))
     lines += [f"  {name:<9} {value}" for name, value in rows]
     real = [column for column in columns if not column.control]
     if real and probes.layers:

@@ -25,7 +25,7 @@ from streamprobe.reporting import terminal
 from streamprobe.reporting.files import EVALUATION, read_rows, write_files
 from streamprobe.run.cost import Cost
 from streamprobe.run.folder import claim_folder
-from streamprobe.run.inputs import Inputs, Texts, read_texts
+from streamprobe.run.inputs import Inputs, Texts, controls_that_know, read_texts
 from streamprobe.run.jobs import make_feeds
 from streamprobe.run.judged_chains import columns_of, count_overlap, make_inputs, read_chains
 from streamprobe.run.opened import check_chains
@@ -173,7 +173,9 @@ def judge_chains(asked: Asked, setup: Setup, folder: Path, cost: Cost) -> TestRe
     """Scores the chains once with every probe and control, and judges them as the run's test chains were."""
     inputs, training, device = setup.inputs, setup.config.training, setup.backbone.device
     chains = inputs.dataset.splits["test"]
-    probes = score(asked.kept.final, setup.feeds, (batch.to(device) for batch in setup.reader.read("test")))
+    known = controls_that_know(setup.config.probes.controls, inputs.dataset)
+    scored = score(asked.kept.final, setup.feeds, (batch.to(device) for batch in setup.reader.read("test")))
+    probes = [fair for each in scored if (fair := each.without(known))]
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {

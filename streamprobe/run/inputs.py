@@ -1,7 +1,7 @@
 """What a run works with before any weight is read: its texts, its chains, and what is asked of them."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,12 +14,10 @@ from streamprobe.controls.permuted import relabel, relabelled_columns
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data import preflight
 from streamprobe.data.dataset import Census, Dataset, Division, make_dataset
-from streamprobe.data.formats import FormatOptions
 from streamprobe.data.prompts import resolve_day
-from streamprobe.data.records import Record, Refused
-from streamprobe.data.regions import own_markers
+from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.sources import RowSource, open_source, read_records
-from streamprobe.data.tokenize import TextOptions
+from streamprobe.data.tokenize import text_options
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.model.blocks import check_layers, check_vocabulary, context, depth, resolve_layers
@@ -48,6 +46,8 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     source = open_data(data)
     tokenizer = load_tokenizer(model.model, **model.source)
     prompt = "chat" if source.found.name == "messages" else data.prompt
+    if prompt != data.prompt != DataConfig.prompt:
+        say(f"prompt    chats go through the chat template: {data.prompt!r} is not used")
     day = resolve_day(prompt, data.chat_date, tokenizer)
     if day:
         say(f"prompt    the chat template writes the date: {day} (--chat_date)")
@@ -74,19 +74,6 @@ def format_options(data: DataConfig) -> FormatOptions:
     return FormatOptions(rejoined=data.response == "rejoined", label_names=data.names, rules=data.rules)
 
 
-def text_options(data: DataConfig) -> TextOptions:
-    """How a record becomes the text that the model reads, and which of its tokens count."""
-    return TextOptions(
-        data.prompt,
-        data.support,
-        data.unlabelled,
-        data.bos,
-        day=data.chat_date,
-        region=data.region,
-        markers=own_markers(data.region_markers),
-    )
-
-
 def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = (), division: Division | None = None) -> Dataset:
     """The chains of a run, by split (none: as its config says); the rows `bad` are refused."""
     data = config.data
@@ -103,7 +90,7 @@ def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = (), divisi
         texts.tokenizer,
         config.probes.labels,
         context=context(texts.model_config),
-        text=text_options(data),
+        text=text_options(vars(data)),
         division=division or of_config,
         bad=bad,
         label_names={} if texts.partial else data.names,
@@ -172,10 +159,18 @@ def _fair_controls(config: RunConfig, dataset: Dataset) -> list[str]:
         raise InputError(
             f"targets {' '.join(probes.targets)} with one label a text", "token alone", "give --targets token"
         )
-    left_out = [name for name in probes.controls if name in CONTROLS and CONTROLS[name].within]
-    if left_out:
-        say(f"controls  {', '.join(left_out)} left out: a text has one label, which they would know")
+    left_out = controls_that_know(probes.controls, dataset)
     return [name for name in probes.controls if name not in left_out] or ["none"]
+
+
+def controls_that_know(controls: Sequence[str], dataset: Dataset) -> list[str]:
+    """Those of the controls that know the labels of a dataset, since they are one a text; prints which they are."""
+    found = (
+        [name for name in controls if name in CONTROLS and CONTROLS[name].within] if dataset.one_label_a_text else []
+    )
+    if found:
+        say(f"controls  {', '.join(found)} left out: a text has one label, which they would know")
+    return found
 
 
 def must_chunk(config: RunConfig, dataset: Dataset) -> bool:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamprobe.data.files import Rows
+from streamprobe.data.file_types import Rows
+from streamprobe.data.messages import MESSAGES, is_turn, read_turn
+from streamprobe.data.records import Unusable
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import context
 from streamprobe.probes.linear import ProbeBank
@@ -20,7 +22,7 @@ from streamprobe.tools.generation import Pieces, PromptStyle, Sampling, Turn
 from streamprobe.tools.marked_text import as_json, for_terminal
 from streamprobe.tools.watch import Mark, Step, alarm_threshold, marks, read_steps, watch
 
-COLUMNS = ("problem", "prompt", "messages")  # in which a row's prompt is looked for
+COLUMNS = ("problem", "prompt", *MESSAGES.names)  # in which a row's prompt is looked for
 
 
 class Question(NamedTuple):
@@ -65,20 +67,20 @@ def turns_of(row: dict[str, Any], column: str) -> list[Turn]:
     names = dict.fromkeys((column, *COLUMNS))
     asked = next((row[name] for name in names if row.get(name) is not None), None)
     if asked is None:
-        raise InputError("no prompt", f"one in a column {', '.join(names)}", "name it so")
+        raise InputError("no prompt", "one in a column such as problem, prompt or messages", "name it so")
     if isinstance(asked, str) and asked.strip():
         return [users_turn(asked)]
-    if isinstance(asked, list) and all(map(_is_turn, asked)):
-        turns = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
+    if isinstance(asked, list) and all(map(is_turn, asked)):
+        try:
+            turns: list[Turn] = [read_turn(each) for each in asked]
+        except Unusable as why:
+            got = f"the prompt {ascii(asked)[:60]}, {why}"
+            raise InputError(got, "chat messages of a role and a text", "correct the row") from why
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         if any(turn["role"] == "user" for turn in turns):
             return turns
     expected = "some text, or chat messages of a role and a text, a user's among them"
     raise InputError(f"the prompt {ascii(asked)[:60]}", expected, "correct the row")
-
-
-def _is_turn(message: object) -> bool:
-    """Whether a message has a role and a text."""
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def questions_of(rows: Rows, style: PromptStyle, *, column: str, id_column: str) -> list[Question]:

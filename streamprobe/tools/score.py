@@ -13,9 +13,9 @@ from torch import Tensor
 
 from streamprobe.activations.stream import stream_samples
 from streamprobe.data.annotations import Annotation
-from streamprobe.data.formats import Record, Unusable
 from streamprobe.data.prompts import is_unicode
-from streamprobe.data.tokenize import AS_TEXT, Chain, TextOptions, render, tokenize
+from streamprobe.data.records import Record, Unusable
+from streamprobe.data.tokenize import Chain, TextOptions, render, text_options, tokenize
 from streamprobe.errors import InputError
 from streamprobe.model import trial
 from streamprobe.model.blocks import check_vocabulary, context, decoder_layers
@@ -62,7 +62,7 @@ def score(
     and for a model or tokenizer that is not the probes'.
     """
     several = isinstance(texts, list)
-    own, readable = _options_of(probes), with_white_space(tokenizer)
+    own, readable = text_options(probes.about.get("config", {})), with_white_space(tokenizer)
     if prompt is not None:
         own = own._replace(prompt=prompt)
     encoded = []
@@ -74,17 +74,6 @@ def score(
             raise InputError(f"text {number}, one {why}", "text that can be scored", "leave it out") from None
     scored = score_encoded(encoded, model, probes, max_batch_tokens)
     return scored if several else scored[0]
-
-
-def _options_of(probes: Probes) -> TextOptions:
-    """How the run read its texts, as far as the probes say."""
-    config, usual = probes.about.get("config", {}), AS_TEXT
-    return TextOptions(
-        prompt=config.get("prompt", usual.prompt),
-        support=config.get("support", usual.support),
-        bos=config.get("bos", usual.bos),
-        day=config.get("chat_date", usual.day),
-    )
 
 
 def _record_of(text: Any, options: TextOptions) -> tuple[Record, TextOptions]:

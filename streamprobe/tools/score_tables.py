@@ -1,4 +1,4 @@
-"""Scored tokens as rows of a file, in pieces of any number of texts: CSV, JSON lines or parquet by its ending.
+"""ScoredRecord tokens as rows of a file, in pieces of any number of texts: CSV, JSON lines or parquet by its ending.
 
 Every format holds the same columns: see `columns`.  Shapes: T tokens of a text, P probes.
 """
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from streamprobe.data.formats import Record
+from streamprobe.data.records import Record
 from streamprobe.errors import InputError
 from streamprobe.probes.base import Probes
 from streamprobe.system.csv_files import cell
 from streamprobe.tools.score import ScoredText
 
 
-class Scored(NamedTuple):
+class ScoredRecord(NamedTuple):
     """A record and what is said of its tokens."""
 
     record: Record
@@ -49,7 +49,7 @@ class Table(NamedTuple):
     """A format, as functions that give the bytes of its pieces."""
 
     head: Callable[[Layout], bytes]
-    rows: Callable[[Layout, Sequence[Scored]], bytes]
+    rows: Callable[[Layout, Sequence[ScoredRecord]], bytes]
     convert: Callable[[Path, Path], None] | None = None  # makes the file of all pieces, where they are not it already
 
 
@@ -72,7 +72,7 @@ def _packed(table: Table) -> Table:
     )
 
 
-def _values(layout: Layout, scored: Scored) -> Iterator[tuple[Any, ...]]:
+def _values(layout: Layout, scored: ScoredRecord) -> Iterator[tuple[Any, ...]]:
     """Of each token: its text, start, end, probabilities [P] and, with a single probe, whether it raises the alarm."""
     found: Tensor = scored.text.probabilities.flatten(1)
     alarm = [[]] * len(found) if layout.alarm is None else (found >= layout.alarm).int().tolist()
@@ -90,14 +90,14 @@ def _csv_head(layout: Layout) -> bytes:
     return _csv(iter([layout.columns]))
 
 
-def _csv_rows(layout: Layout, texts: Sequence[Scored]) -> bytes:
+def _csv_rows(layout: Layout, texts: Sequence[ScoredRecord]) -> bytes:
     """Cells as in every CSV file of this package: see `csv_files.cell`."""
     return b"".join(
         _csv((each.record.row, each.record.id, *values) for values in _values(layout, each)) for each in texts
     )
 
 
-def _json_rows(layout: Layout, texts: Sequence[Scored]) -> bytes:
+def _json_rows(layout: Layout, texts: Sequence[ScoredRecord]) -> bytes:
     """An object a line; numbers with six significant digits."""
     names, piece = layout.columns, io.BytesIO()
     for each in texts:
@@ -120,7 +120,7 @@ def _arrow_head(layout: Layout) -> bytes:
     return _schema(layout).serialize().to_pybytes()
 
 
-def _arrow_rows(layout: Layout, texts: Sequence[Scored]) -> bytes:
+def _arrow_rows(layout: Layout, texts: Sequence[ScoredRecord]) -> bytes:
     """A message of an Arrow stream, which can be cut off behind any of them; nothing where there is no token."""
     import pyarrow as pa
     import torch

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from streamprobe.data.dataset import NOT_FINITE, in_any_file
-from streamprobe.data.formats import Record, Refused, Unusable
+from streamprobe.data.records import Record, Refused, Unusable
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.model.blocks import context
 from streamprobe.probes.base import Probes
 from streamprobe.system.console import shows_progress
 from streamprobe.tools.score import Encoded, encode, score_encoded
-from streamprobe.tools.score_tables import Scored
+from streamprobe.tools.score_tables import ScoredRecord
 
 TEXTS, TOKENS = 256, 2**16  # a window is full with so many texts, or so many of their tokens
 NAMED = 10  # ids of texts that are not scored and are said, for each reason
@@ -49,7 +49,7 @@ class Tally:
         if len(names) < NAMED:
             names.append(in_any_file(record.id))
 
-    def use(self, scored: Scored) -> None:
+    def use(self, scored: ScoredRecord) -> None:
         """Counts a text that is scored."""
         self.scored += 1
         self.tokens += len(scored.text.tokens)
@@ -71,7 +71,7 @@ class Tally:
         return said
 
 
-def score_records(records: Sequence[Record | Refused], scorer: Scorer, tally: Tally) -> Iterator[list[Scored]]:
+def score_records(records: Sequence[Record | Refused], scorer: Scorer, tally: Tally) -> Iterator[list[ScoredRecord]]:
     """Windows of the records behind the first `tally.read`, scored, in their order; `tally` is kept true to them.
 
     Within a window texts of like length are read together; windows, and with them every number, are the same for any
@@ -94,14 +94,14 @@ def score_records(records: Sequence[Record | Refused], scorer: Scorer, tally: Ta
                     tally.leave_out(record, str(why))
                     bar.update()
             found = score_encoded(encoded, scorer.model, scorer.probes, scorer.max_batch_tokens, on_text=bar.update)
-            yield _finite(list(map(Scored, window, found)), tally)
+            yield _finite(list(map(ScoredRecord, window, found)), tally)
 
 
 def _length(text: Encoded) -> int:
     return len(text.chain.ids)
 
 
-def _finite(window: Sequence[Scored], tally: Tally) -> list[Scored]:
+def _finite(window: Sequence[ScoredRecord], tally: Tally) -> list[ScoredRecord]:
     """Those whose activations are numbers, counted."""
     finite = []
     for each in window:
@@ -130,16 +130,16 @@ class Summary:
     def __init__(self, alarm: float):
         self.alarm, self.peaks, self.alarmed = alarm, list[Peak](), 0
 
-    def add(self, scored: Scored) -> None:
+    def add(self, scored: ScoredRecord) -> None:
         """Takes in a text."""
         record, found = scored.record, scored.text.probabilities.flatten()
         on = (found >= self.alarm).int()
         begins = int(on[0] + (on.diff() > 0).sum())
         self.alarmed += begins > 0
         at = int(found.argmax())
-        start, end = (max(0, place) for place in scored.text.offsets[at].tolist())
-        before, after = record.response[max(0, start - AROUND) : start], record.response[end : end + AROUND]
-        where = " ".join(f"{before}▲{record.response[start:end]}{after}".split())
+        tokens = scored.text.tokens
+        before, after = "".join(tokens[max(0, at - AROUND) : at]), "".join(tokens[at + 1 : at + 1 + AROUND])
+        where = " ".join(f"{before[-AROUND:]}▲{tokens[at]}{after[:AROUND]}".split())
         peak = Peak(float(found[at]), -record.row, record.id, len(found), begins, where)
         (heapq.heappush if len(self.peaks) < SHOWN else heapq.heappushpop)(self.peaks, peak)
 

@@ -5,11 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
-from builders import make_rows
+from builders import make_rows, parse_annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamprobe.data.annotations import Annotation, Section, annotate, check_names, parse_annotations, plain_name
+from streamprobe.data.annotations import Annotation, Section, annotate, check_names, plain_name
 from streamprobe.errors import InputError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "all_annotated_chains.json"

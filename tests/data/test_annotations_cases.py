@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import make_rows
+from builders import make_rows, parse_annotations
 
 from streamprobe.cli import train as main
 from streamprobe.config.load import load_config
-from streamprobe.data.annotations import annotate, parse_annotations, rejoin
+from streamprobe.data.annotations import annotate, rejoin
 from streamprobe.errors import InputError
 
 CASES = json.loads((Path(__file__).parent / "annotations_cases.json").read_text(encoding="utf-8"))

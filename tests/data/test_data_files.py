@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from builders import compress, make_rows, write_rows
 
-from streamprobe.data.detect import Asked
+from streamprobe.data.detect import FormatQuery
 from streamprobe.data.files import read_rows
-from streamprobe.data.formats import FormatOptions
+from streamprobe.data.records import FormatOptions
 from streamprobe.data.sources import open_source
 from streamprobe.errors import InputError
 
@@ -302,7 +302,7 @@ def test_a_configuration_of_a_data_set_on_the_hub(monkeypatch):
         read_rows("some/name", split="test", config="easy")
     found = open_source(
         "some/name",
-        Asked("text", labelled=False),
+        FormatQuery("text", labelled=False),
         FormatOptions(),
         config="hard",
     )

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from streamprobe.data.annotations import Section, annotate
 from streamprobe.data.dataset import Division
-from streamprobe.data.formats import FormatOptions, annotated, category_of
+from streamprobe.data.formats import annotated, category_of
 from streamprobe.data.prompts import format_prompt
-from streamprobe.data.records import Record
+from streamprobe.data.records import FormatOptions, Record
 from streamprobe.data.splits import split_chains
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from streamprobe.data.detect import AUTO, Asked, find_format
-from streamprobe.data.formats import FORMATS, FormatOptions
+from streamprobe.data.detect import AUTO, FormatQuery, find_format
+from streamprobe.data.formats import FORMATS
 from streamprobe.data.label_rules import parse_rule
+from streamprobe.data.records import FormatOptions
 from streamprobe.errors import InputError
 
 SPAN, TURNS = (
@@ -17,7 +18,7 @@ SPAN, TURNS = (
 
 def found(row: dict[str, Any], *more: dict[str, Any], rules: tuple[str, ...] = (), **asked: Any) -> tuple[Any, ...]:
     options = FormatOptions(rules=[parse_rule(rule) for rule in rules])
-    name, o = find_format([row, *more], "data.json", Asked(**asked), options)
+    name, o = find_format([row, *more], "data.json", FormatQuery(**asked), options)
     return name, o.response, o.annotation, o.problem, o.id
 
 

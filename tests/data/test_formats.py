@@ -8,10 +8,10 @@ from builders import make_letters, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamprobe.data.detect import AUTO, Asked, find_format
-from streamprobe.data.formats import FORMATS, FormatOptions, read_row
+from streamprobe.data.detect import AUTO, FormatQuery, find_format
+from streamprobe.data.formats import FORMATS, read_row
 from streamprobe.data.label_rules import parse_rule
-from streamprobe.data.records import Record, Refused
+from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
@@ -56,7 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def read(row: dict[str, Any], format: str = AUTO, **options: Any) -> Record:
     """The record of a row in the format that its columns have."""
     rules = [parse_rule(text) for text in options.pop("rules", [])]
-    found = find_format([row], "data", Asked(format, **options), FormatOptions(rules=rules))
+    found = find_format([row], "data", FormatQuery(format, **options), FormatOptions(rules=rules))
     record = read_row(row, 0, FORMATS[found.name], found.options)
     assert isinstance(record, Record), record
     return record
@@ -64,7 +64,7 @@ def read(row: dict[str, Any], format: str = AUTO, **options: Any) -> Record:
 
 def refused(row: dict[str, Any], like: dict[str, Any]) -> str:
     """The reason for which a row is refused, in data of rows like another one."""
-    found = find_format([like, like, row], "data", Asked(), FormatOptions())
+    found = find_format([like, like, row], "data", FormatQuery(), FormatOptions())
     record = read_row(row, 0, FORMATS[found.name], found.options)
     assert isinstance(record, Refused)
     return record.reason
@@ -207,7 +207,7 @@ def test_every_token_carries_the_label_of_its_text():
 
 def test_label_names_map_yes_and_no():
     found = find_format(
-        [{"text": "a", "label": 1}], "data", Asked(), FormatOptions(label_names={"1": "lie", "0": "true"})
+        [{"text": "a", "label": 1}], "data", FormatQuery(), FormatOptions(label_names={"1": "lie", "0": "true"})
     )
     for value, label in ((1, "lie"), (0, "true")):
         record = read_row({"text": "a", "label": value}, 0, FORMATS[found.name], found.options)
@@ -242,6 +242,44 @@ def test_the_label_of_a_rule_is_known_everywhere_and_others_stay_unknown():
     deduction, backtracking = chain.codes[chain.support].T.tolist()
     assert deduction == [UNKNOWN] * 4 + [ONSET] + [INSIDE] * 4 + [UNKNOWN] * 5
     assert backtracking == [OUTSIDE] * 10 + [ONSET, INSIDE, INSIDE, OUTSIDE]
+
+
+def test_a_rule_changes_nothing_of_what_is_known_of_other_labels():
+    row = {"response": "so. wait. hmm.", "annotated_response": 'so. ["backtracking"]wait.["end-section"] hmm.'}
+    plain, ruled = read(row), read(row, rules=["backtracking=hmm"])
+    tokenizer = TOKENIZERS["bpe"]
+    before, after = (tokenize(each, tokenizer, LABELS, TextOptions()).codes[:, 0].tolist() for each in (plain, ruled))
+    assert before == after and OUTSIDE in before
+    assert [s.label for s in ruled.sections] == ["backtracking", "backtracking"]
+
+
+def test_numbers_of_classes_are_labels_and_yes_and_no_are_the_name_of_the_column():
+    classes, answers = (
+        [{"text": f"a{n}", "label": n % 4} for n in range(8)],
+        [{"text": "a", "label": n} for n in (0, 1)],
+    )
+    for rows, wanted in ((classes, ["0", "1", "2", "3"]), (answers, ["label"])):
+        found = find_format(rows, "data", FormatQuery(), FormatOptions())
+        records = [read_row(row, 0, FORMATS[found.name], found.options) for row in rows]
+        labels = {s.label for record in records if isinstance(record, Record) for s in record.sections}
+        assert sorted(labels) == wanted
+    flags = {"tokens": ["a", "b", "c"], "hallucinated": [False, True, True]}
+    assert [tuple(s) for s in read(flags, "tokens", annotation="hallucinated").sections] == [("hallucinated", 2, 5)]
+    assert [tuple(s) for s in read({"tokens": ["a", "b"], "labels": ["0", "x"]}).sections] == [("x", 2, 3)]
+
+
+def test_a_row_without_a_label_is_a_text_where_rules_label_it():
+    rows = [{"text": "so wait", "label": "a"}, {"text": "wait no", "label": None}]
+    found = find_format(rows, "data", FormatQuery(), FormatOptions(rules=[parse_rule("b=wait")]))
+    records = [read_row(row, 0, FORMATS[found.name], found.options) for row in rows]
+    assert [[s.label for s in record.sections] for record in records if isinstance(record, Record)] == [
+        ["a", "b"],
+        ["b"],
+    ]
+    assert (
+        find_format([{"text": "t", "cut": True}], "data", FormatQuery(), FormatOptions(rules=[parse_rule("b=x")])).name
+        == "text"
+    )
 
 
 # Pieces

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamprobe.data import chat as chats
-from streamprobe.data.detect import Asked, find_format
-from streamprobe.data.formats import FORMATS, FormatOptions, read_row
+from streamprobe.data.detect import FormatQuery, find_format
+from streamprobe.data.formats import FORMATS, read_row
 from streamprobe.data.label_rules import parse_rule
-from streamprobe.data.records import Record, Refused, Unusable
+from streamprobe.data.records import FormatOptions, Record, Refused, Unusable
 from streamprobe.data.tokenize import TextOptions, render, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
@@ -51,7 +51,7 @@ def tokenizer(template: str | None, kind: str = "byte-level") -> Any:
 
 def read(row: dict[str, Any], rules: list[str] | None = None) -> Record | Refused:
     options = FormatOptions(rules=[parse_rule(text) for text in rules or []])
-    found = find_format([row], "data", Asked(), options)
+    found = find_format([row], "data", FormatQuery(), options)
     assert found.name == "messages"
     return read_row(row, 0, FORMATS[found.name], found.options)
 
@@ -93,6 +93,61 @@ def test_the_codes_of_a_chat_by_hand():
     one = [OUTSIDE] * 3 + [ONSET, INSIDE, INSIDE, INSIDE] + [OUTSIDE] * 5
     other = [OUTSIDE] * 8 + [ONSET, INSIDE, INSIDE, INSIDE]
     assert chain.codes[n:].T.tolist() == [one, other]
+
+
+QWEN = (  # takes thoughts out of contents, and leaves out those before the last question
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% set ns = namespace(t='', c=m.content) %}"
+    "{% if m.reasoning_content %}{% set ns.t = m.reasoning_content %}{% elif '</think>' in m.content %}"
+    "{% set ns.t = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set ns.c = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.last %}<think>\n{{ ns.t.strip('\n') }}\n</think>\n\n{{ ns.c.lstrip('\n') }}{% else %}{{ ns.c }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_template_that_takes_thoughts_apart_leaves_labels_on_their_words():
+    first = "<think>\nso 4, wait so\n</think>\n\nso four"
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {
+            "role": "assistant",
+            "content": first,
+            "spans": [{"text": "wait", "label": "a"}, {"text": "four", "label": "b"}],
+        },
+        {"role": "user", "content": "3 + 3, so?"},
+        {
+            "role": "assistant",
+            "reasoning_content": "so wait",
+            "content": "wait so six",
+            "spans": [{"text": "so", "label": "b"}],
+        },
+    ]
+    record = record_of({"messages": turns})
+    for kind in ("byte-level", "letters"):
+        tok = tokenizer(QWEN, kind)
+        assert "".join(words(record, tok, TextOptions()).split()) == "sofoursowaitwaitsosix"
+        assert (
+            words(record, tok, TextOptions(), 0) == ""
+            and "".join(words(record, tok, TextOptions(), 1).split()) == "fourso"
+        )
+        last = record_of({"messages": [turns[0], turns[1]]})
+        assert (
+            words(last, tok, TextOptions(), 0).strip() == "wait"
+            and words(last, tok, TextOptions(region="answer")) == "so four"
+        )
+        assert words(last, tok, TextOptions(region="think")).split() == ["so", "4,", "wait", "so"]
+
+
+def test_a_field_that_the_template_ignores_moves_no_other():
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "reasoning_content": "so four", "content": "four"},
+        {"role": "user", "content": "so four?"},
+        {"role": "assistant", "content": "so six", "spans": [{"text": "six", "label": "a"}]},
+    ]
+    record = record_of({"messages": turns})
+    assert words(record, tokenizer(CHATML), TextOptions()) == "fourso six"
+    assert words(record, tokenizer(CHATML), TextOptions(), 0).strip() == "six"
 
 
 def test_the_last_turn_is_the_response_and_what_is_before_it_the_prompt():
@@ -162,7 +217,7 @@ def test_turns_of_other_names_thoughts_and_parts_are_read():
     assert (
         words(record, tok, TextOptions()) == "hmm noyes" and words(record, tok, TextOptions(region="think")) == "hmm no"
     )
-    assert words(record, tok, TextOptions(), 0) == "yes" and words(record, tok, TextOptions(), 1) == "hmm"
+    assert words(record, tok, TextOptions(), 0) == "yes" and words(record, tok, TextOptions(), 1) == ""
     assert words(record, tok, TextOptions(region="answer")) == "yes"
 
 
@@ -200,6 +255,19 @@ def test_labels_of_turns_and_of_chats():
     assert [tuple(s) for s in record_of({"messages": plain}, ["a=t.+"]).sections] == [("a", 3, 6)]
 
 
+def test_marks_of_all_fields_of_a_turn_count_and_text_is_looked_for_in_contents():
+    turn = {"role": "assistant", "reasoning_content": "wait wait", "content": "so wait", "spans": [], "label": "lie"}
+    chat = [{"role": "user", "content": "x"}, turn]
+    assert [tuple(s) for s in record_of({"messages": chat}).sections] == [("lie", 0, 16)]
+    found = find_format([{"messages": chat, "label": 1}], "", FormatQuery(), FormatOptions(label_names={"1": "lie"}))
+    del turn["label"]
+    record = read_row({"messages": chat, "label": 1}, 0, FORMATS["messages"], found.options)
+    assert isinstance(record, Record) and [s.label for s in record.sections] == ["lie"]
+    spans = [{"text": "wait", "n": 1, "label": "a"}]
+    for row in ({"messages": [chat[0], turn | {"spans": spans}]}, {"messages": chat, "spans": spans}):
+        assert [tuple(s) for s in record_of(row).sections] == [("a", 12, 16)]
+
+
 BAD = {
     "no turn of the assistant": ({"messages": TURNS[:2]}, "without a turn of the assistant"),
     "a picture": (
@@ -225,7 +293,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_chat_is_refused_with_its_reason(name):
     row, reason = BAD[name]
-    found = read(row)
+    query = find_format([{"messages": TURNS}, {"messages": TURNS}, row], "data", FormatQuery(), FormatOptions())
+    found = read_row(row, 0, FORMATS["messages"], query.options)
     assert isinstance(found, Refused) and reason in found.reason
 
 

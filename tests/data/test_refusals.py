@@ -8,8 +8,8 @@ import pytest
 import torch
 from builders import load_chains, make_rows
 
-from streamprobe.data.formats import FormatOptions
 from streamprobe.data.preflight import refusals
+from streamprobe.data.records import FormatOptions
 from streamprobe.data.tokenize import TextOptions
 
 FIELDS = ("task_id", "problem", "reasoning_chain", "annotated_chain")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from builders import load_chains, make_rows, write_rows
 
-from streamprobe.data.detect import Asked
+from streamprobe.data.detect import FormatQuery
 from streamprobe.data.files import read_rows
-from streamprobe.data.formats import FormatOptions
+from streamprobe.data.records import FormatOptions
 from streamprobe.data.sources import open_source
 from streamprobe.errors import InputError
 
-ASKED = Asked("annotated", "task_id", "problem", "reasoning_chain", "annotated_chain")
+ASKED = FormatQuery("annotated", "task_id", "problem", "reasoning_chain", "annotated_chain")
 FIELDS = ("task_id", "problem", "reasoning_chain", "annotated_chain")
 
 

@@ -5,15 +5,14 @@ import json
 import pytest
 from builders import make_rows
 
-from streamprobe.data.detect import Asked
-from streamprobe.data.formats import FormatOptions
-from streamprobe.data.records import Record, Refused
+from streamprobe.data.detect import FormatQuery
+from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.texts import fingerprint, read_texts_to_score
 
 OPTIONS = FormatOptions()
-NOTHING = Asked()
-ORIGINAL = Asked("annotated", "task_id", "problem", "reasoning_chain", "annotated_chain")
-OWN = Asked(response="own")
+NOTHING = FormatQuery()
+ORIGINAL = FormatQuery("annotated", "task_id", "problem", "reasoning_chain", "annotated_chain")
+OWN = FormatQuery(response="own")
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def test_texts_need_no_labels(read):
                 row["problem"],
                 row["reasoning_chain"],
             )
-            assert bool(record.sections) == ("annotated_chain" in given[0])
+            assert record.sections == []
 
 
 @pytest.mark.parametrize("column", ["text", "response", "reasoning_chain", "content", "own"])
@@ -99,3 +98,18 @@ def test_the_fingerprint_is_that_of_ids_problems_and_texts(read):
     for changed in ({"text": "c"}, {"problem": "q"}, {"id": "3"}, {"text": ""}):
         assert fingerprint(read([rows[0] | changed, rows[1]])) != same
     assert fingerprint(read(rows[::-1])) != same
+
+
+def test_the_fingerprint_of_a_chat_is_of_all_its_turns(read):
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    same = fingerprint(read([{"messages": chat}]))
+    assert same == fingerprint(read([{"messages": chat, "tools": []}]))
+    assert same != fingerprint(read([{"messages": [chat[0] | {"content": "other"}, *chat[1:]]}]))
+    assert same != fingerprint(read([{"messages": chat, "tools": [{"name": "add"}]}]))
+
+
+def test_labels_that_would_refuse_a_row_are_passed_over(read):
+    rows = [{"text": "so wait", "label": "a"}, {"text": "no", "label": None}, {"text": "go", "label": 0.3}]
+    assert all(isinstance(record, Record) for record in read(rows))
+    spans = [{"text": "so", "spans": [[0, 900, "a"]]}, {"text": "so wait", "spans": [[0, 2, "a"]]}]
+    assert all(isinstance(record, Record) for record in read(spans))

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer
 
 from streamprobe.data.annotations import Section
-from streamprobe.data.formats import Record
 from streamprobe.data.prompts import encode
+from streamprobe.data.records import Record
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN

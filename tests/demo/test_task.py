@@ -4,10 +4,10 @@ import json
 import re
 from random import Random
 
+from builders import parse_annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamprobe.data.annotations import parse_annotations
 from streamprobe.demo import behaviour, task
 from streamprobe.demo.model import SPECIAL, VOCABULARY
 

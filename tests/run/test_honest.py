@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import make_rows
+from builders import make_rows, parse_annotations
 from torch import Tensor, nn
 
 from streamprobe.cli import train as main
-from streamprobe.data.annotations import parse_annotations
 from streamprobe.data.dataset import Dataset
 from streamprobe.run import reader
 

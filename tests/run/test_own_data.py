@@ -151,8 +151,16 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
         [],
         "has no chat template",
     ),
-    "a label that never occurs": ([SPAN_ROW] * 20, ["--labels", "joy"], "label 'joy', which never occurs"),
-    "one label for all texts": ([{"text": "so", "label": "backtracking"}] * 20, [], "tokens of both classes"),
+    "a label that never occurs": (
+        [SPAN_ROW | {"text": f"so wait {n}"} for n in range(20)],
+        ["--labels", "joy"],
+        "label 'joy', which never occurs",
+    ),
+    "one label for all texts": (
+        [{"text": f"so {n}", "label": "backtracking"} for n in range(20)],
+        [],
+        "tokens of both classes",
+    ),
 }
 
 

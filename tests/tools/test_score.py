@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from streamprobe import cli, load_probes, tap
-from streamprobe.data.formats import FORMATS, FormatOptions, read_row
+from streamprobe.data.formats import FORMATS, read_row
+from streamprobe.data.records import FormatOptions
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.errors import InputError
 from streamprobe.model.backbone import load_backbone

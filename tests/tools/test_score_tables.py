@@ -1,4 +1,4 @@
-"""Scored tokens as rows of a file: the same rows in every format, in whatever pieces they come."""
+"""ScoredRecord tokens as rows of a file: the same rows in every format, in whatever pieces they come."""
 
 import csv
 import gzip
@@ -14,7 +14,7 @@ from pyarrow.parquet import ParquetFile, read_table
 from streamprobe.errors import InputError
 from streamprobe.system.csv_files import text_of
 from streamprobe.tools.score import ScoredText
-from streamprobe.tools.score_tables import Layout, Scored, layout_of, table_of
+from streamprobe.tools.score_tables import Layout, ScoredRecord, layout_of, table_of
 
 TEXTS = {"=evil": ["wait", "\n", "+1"], "#2": ["你", ', \r"so"'], "c": ["x"]}
 ENDINGS = [".csv", ".jsonl", ".parquet", ".csv.gz", ".jsonl.gz"]
@@ -26,7 +26,7 @@ def scored(id, tokens, probes=1):
     random = torch.Generator().manual_seed(len(id))
     given = torch.rand(len(tokens), 1, probes, generator=random)
     record = make_record("p", "".join(tokens), id=id)
-    return Scored(record, ScoredText(torch.zeros(len(tokens)), tokens, torch.stack([starts, ends], 1), given))
+    return ScoredRecord(record, ScoredText(torch.zeros(len(tokens)), tokens, torch.stack([starts, ends], 1), given))
 
 
 def written(path, layout, windows):

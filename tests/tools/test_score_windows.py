@@ -7,11 +7,11 @@ import torch
 from builders import make_record, make_rows
 from transformers import AutoModelForCausalLM
 
-from streamprobe.data.formats import Refused
+from streamprobe.data.records import Refused
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.tools import score_windows
 from streamprobe.tools.score import ScoredText, score
-from streamprobe.tools.score_tables import Scored
+from streamprobe.tools.score_tables import ScoredRecord
 from streamprobe.tools.score_windows import Scorer, Summary, Tally, score_records
 
 ROWS = make_rows(12, seed=3)
@@ -105,7 +105,7 @@ def texts(values, id="a", row=0):
     given = torch.tensor(values).reshape(-1, 1, 1)
     record = make_record("", response, id=id)
     text = ScoredText(offsets[:, 0], list(response), offsets, given)
-    return Scored(type(record)(**vars(record) | {"row": row}), text)
+    return ScoredRecord(type(record)(**vars(record) | {"row": row}), text)
 
 
 def test_a_summary_counts_alarms_where_they_begin_and_shows_where_the_probability_is_highest():
