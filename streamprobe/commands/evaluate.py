@@ -1,5 +1,6 @@
 """`streamprobe evaluate`: the probes and controls of a run are judged on other data."""
 
+import os
 import re
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Collection
@@ -22,7 +23,7 @@ def options(parser: ArgumentParser) -> None:
     add_run(parser)
     add = parser.add_argument
     add("--split", choices=["test"], help="judge on the run's own test chains (with --data: where its data lie now)")
-    add("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN/evaluations/<name of the data>)")
+    add("--out", metavar="FOLDER", help="where to write (default: RUN/evaluations/<name of the data>)")
     add("--bootstrap", help="resamples of the chains behind each interval (default: as in the run)")
     add("--max_batch_tokens", help="most tokens in one forward pass (default: as in the run)")
     add_model(parser)
@@ -48,6 +49,7 @@ def evaluate(given: Namespace) -> None:
     own = given.split == "test"
     if not (own or given.data):
         raise InputError("nothing to judge on", "--data OTHER or --split test", "give one of them")
+    _check_out(given)
     from streamprobe.probes.kept import load_kept
     from streamprobe.run.evaluate import Asked, evaluate_run
     from streamprobe.run.opened import open_run
@@ -58,7 +60,19 @@ def evaluate(given: Namespace) -> None:
     config = open_run(given.run, changed=keys, trusted=trusted).config
     config = config if own else for_other_data(config, keys)
     name = "test" if own else name_of(config.data.data)
-    evaluate_run(Asked(given.run, load_kept(given.run), config, own), name, given.out and str(given.out))
+    evaluate_run(Asked(given.run, load_kept(given.run), config, own), name, given.out)
+
+
+def _check_out(given: Namespace) -> None:
+    """Raises InputError for a folder in which the run itself lies, or one that is not named."""
+    if given.out is None:
+        return
+    run, out = Path(os.path.realpath(given.run)), Path(os.path.realpath(given.out or "."))
+    inside = out == run or (run in out.parents and out.relative_to(run).parts[0] != "evaluations")
+    if not given.out or inside:
+        raise InputError(
+            f"out {given.out!r}", "a folder outside of the run, or below its evaluations/", "give another --out"
+        )
 
 
 def for_other_data(config: RunConfig, given: Collection[str]) -> RunConfig:

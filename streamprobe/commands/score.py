@@ -125,7 +125,7 @@ def _write(given: Namespace, run: "OpenedRun", records: Any, layout: "Layout") -
     }
     table = table_of(given.out)
     with grow(given.out, "out", facts, given.resume) as file:
-        tally = Tally(**(file.state or {}))
+        tally = Tally.of(file.state, given.out)
         scorer = _load(given, run)
         for window in score_records(records, scorer, tally):
             head = b"" if file.size else table.head(layout)

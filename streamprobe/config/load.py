@@ -274,7 +274,7 @@ def _no_config(path: Path) -> InputError:
 def _as_written(node: yaml.Node, pairs: bool = False) -> Any:
     """The text of a node, of each one in its list, or of its `pairs` (NAME=VALUE); None for null."""
     if pairs and isinstance(node, yaml.MappingNode):
-        return [f"{_as_written(name)}={_scoped(value)}" for name, value in node.value] or None
+        return [_pair(str(_as_written(name)), value) for name, value in node.value] or None
     if isinstance(node, yaml.SequenceNode):
         return [_as_written(each) if isinstance(each, yaml.ScalarNode) else {} for each in node.value]
     if isinstance(node, yaml.ScalarNode):
@@ -282,13 +282,19 @@ def _as_written(node: yaml.Node, pairs: bool = False) -> Any:
     return {}
 
 
-def _scoped(node: yaml.Node) -> str:
-    """The text behind NAME=; of a mapping with a `scope` and a `pattern` SCOPE:PATTERN."""
+def _pair(name: str, node: yaml.Node) -> str:
+    """NAME=VALUE of a value that is text, or NAME=SCOPE:PATTERN of a mapping of these two; raises InputError else."""
+    inside = {"pattern": node}
     if isinstance(node, yaml.MappingNode):
-        inside = {_as_written(name): _as_written(value) for name, value in node.value}
-        known = inside.keys() <= {"scope", "pattern"}
-        return f"{inside.get('scope', 'match')}:{inside.get('pattern') or ''}" if known else ""
-    return _as_written(node) or ""
+        inside = {each.value: value for each, value in node.value if isinstance(each, yaml.ScalarNode)}
+    values = {key: _as_written(value) for key, value in inside.items()}
+    texts = all(value is None or isinstance(value, str) for value in values.values())
+    if not (texts and values.keys() <= {"scope", "pattern"} and (values.get("scope") or "match") in SCOPES):
+        said = " and ".join(f"{key} {value}" for key, value in values.items())
+        expected = f"text, or a pattern with a scope of {', '.join(SCOPES)}"
+        raise InputError(f"a config with {name!r}: {said}", expected, "correct it")
+    scope = f"{values['scope']}:" if values.get("scope") else ""
+    return f"{name}={scope}{values.get('pattern') or ''}"
 
 
 def _unknown(word: str, keys: list[str], where: str) -> InputError:

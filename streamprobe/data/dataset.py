@@ -108,6 +108,7 @@ class Division(NamedTuple):
 
 
 DIVIDED = Division()
+NO_TOKEN = "without a token that counts, as where a chat template leaves the response out"
 NOT_FINITE = "with activations that are infinite or not numbers"
 SPLITS = ("train", "validation", "test")
 
@@ -201,8 +202,8 @@ def _fitting(chain: Chain, context: int, text: TextOptions) -> Chain:
     """The chain, if it fits the model's context and has tokens that count.  Raises Unusable otherwise."""
     if len(chain.ids) > context:
         raise Unusable(f"longer than the model's context of {context:,} tokens")
-    if text.region != "all" and not chain.support.any():
-        raise Unusable(f"without a token in the region {text.region}")
+    if not chain.support.any():
+        raise Unusable(f"without a token in the region {text.region}" if text.region != "all" else NO_TOKEN)
     return chain
 
 

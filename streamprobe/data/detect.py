@@ -71,7 +71,8 @@ def find_format(rows: Sequence[Row], shown: str, asked: FormatQuery, options: Fo
     needed = asked.labelled and not options.rules
     named = table.find(PROBLEM, asked.problem, (id, asked.response, asked.annotation))
     for problem in (named, asked.problem):  # where there is no other, what is called the problem may be the text
-        taken = (id, problem, asked.category)
+        names = ID.names if problem is None and named else (*ID.names, *PROBLEM.names)
+        taken = (id, problem, asked.category, *(column for column in table.values if column.lower() in names))
         trials = {name: _fit(FORMATS[name], table, asked, taken, ruled=bool(options.rules)) for name in usable}
         ok = [name for name, fit in trials.items() if not fit.missing and (FORMATS[name].labelled or not needed)]
         if ok:

@@ -1,7 +1,9 @@
 """Labels that the text itself gives: regular expressions, with which any reasoning corpus becomes a probe corpus."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import regex
@@ -12,8 +14,8 @@ from streamprobe.errors import InputError
 from streamprobe.system.patterns import compile_pattern, find_matches
 
 KEY = "label_rules"
-SENTENCE_END = regex.compile(r"""(?<=[.!?][)\]"'”’»]*)\s+|(?<=[。！？])|\s*\n\s*""")
-PARAGRAPH_END = regex.compile(r"\s*\n\s*\n\s*")
+SENTENCE_END = regex.compile(r"""(?<=[.!?][)\]"'”’»]{0,3})\s+|(?<=[。！？])|(?<!\s)[^\S\n]*\n\s*""")
+PARAGRAPH_END = regex.compile(r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*")
 SCOPES = {
     "match": "what matches",
     "sentence": "the sentence that it is in",
@@ -35,6 +37,9 @@ def parse_rule(text: str) -> LabelRule:
     label, _, rest = text.partition("=")
     scope, colon, behind = rest.partition(":")
     if not (colon and scope in SCOPES):
+        meant = get_close_matches(scope, SCOPES, n=1, cutoff=0.75) if colon else []
+        if meant:
+            raise InputError(f"{KEY} {text!r}", f"the scope {meant[0]}, which is the nearest", f"correct --{KEY}")
         scope, behind = "match", rest
     if not (label.strip() and behind):
         raise InputError(
@@ -64,17 +69,18 @@ def apply_rules(record: Record, rules: Sequence[LabelRule]) -> Record:
 
 def _stretches(text: str, rule: LabelRule) -> Iterator[tuple[int, int]]:
     """Where in a text the label of a rule is."""
-    matches = (match.span() for match in find_matches(rule.pattern, text, KEY) if match.end() > match.start())
+    matches = sorted(match.span() for match in find_matches(rule.pattern, text, KEY) if match.end() > match.start())
     if rule.scope == "match":
         yield from matches
     elif rule.scope == "after":
-        first = next(matches, None)
-        if first and first[1] < len(text):
-            yield first[1], len(text)
+        if matches and matches[0][1] < len(text):
+            yield matches[0][1], len(text)
     else:
-        parts = list(_parts(text, SENTENCE_END if rule.scope == "sentence" else PARAGRAPH_END))
-        found = list(matches)
-        yield from (part for part in parts if any(part[0] < end and start < part[1] for start, end in found))
+        ends = [end for _, end in matches]
+        for part in _parts(text, SENTENCE_END if rule.scope == "sentence" else PARAGRAPH_END):
+            behind = bisect_right(ends, part[0])  # the first match that ends in the part or behind it
+            if behind < len(matches) and matches[behind][0] < part[1]:
+                yield part
 
 
 def _parts(text: str, end: regex.Pattern) -> Iterator[tuple[int, int]]:

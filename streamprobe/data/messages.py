@@ -196,6 +196,6 @@ def _tools_of(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value) or None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unusable("with tools that are no JSON") from None
     return value or None

@@ -28,8 +28,9 @@ def check_splits(dataset: Dataset, labels: Sequence[str]) -> None:
             )
     for label in labels:
         if not counts.labels[label]:
-            known = ", ".join(name for name, _ in counts.labels.most_common())
-            raise InputError(f"label {label!r}, which never occurs", f"one of {known}", "correct --labels")
+            known = _listed([in_a_line(name) for name, _ in counts.labels.most_common()], most=20)
+            expected = f"one of {known}" if known else "one that the data or label_rules give, which give none"
+            raise InputError(f"label {label!r}, which never occurs", expected, "correct --labels")
 
 
 def has_both(census: Mapping[str, Census], k: int) -> bool:
@@ -98,16 +99,17 @@ def describe_chains(dataset: Dataset, labels: Sequence[str]) -> list[str]:
     """Lines on the chains and sections read and used, and on the tokens and base rates of every split."""
     counts = dataset.counts
     refused = f": {refusals(counts)}" if counts.refused else ""
+    named = "".join(f"{in_a_line(label)[:22]:>24}" for label in labels)
     return [
         f"chains    {counts.read:,} read, {counts.used:,} used ({counts.repaired:,} of them repaired: "
         f"{counts.edited_sections} sections edited, {counts.lost_sections} lost, {counts.unbalanced_tags} tags "
         f"unbalanced), {counts.n_refused:,} refused{refused}",
         f"labels    {counts.labelled_characters / counts.characters:.1%} of the response's characters; sections: "
-        + ", ".join(f"{name} {n:,}" for name, n in counts.labels.most_common()),
+        + ", ".join(f"{in_a_line(name)} {n:,}" for name, n in counts.labels.most_common()),
         *_notes(counts),
         *describe_tags(counts, labels),
         "",
-        f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}" + "".join(f"{label[:22]:>24}" for label in labels),
+        f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}{named}",
         *(_split_line(name, chains, len(labels)) for name, chains in dataset.splits.items()),
         "            (base rate of the label's tokens, in so many sections)",
     ]
@@ -115,12 +117,13 @@ def describe_chains(dataset: Dataset, labels: Sequence[str]) -> list[str]:
 
 def _split_line(name: str, chains: Sequence[Chain], n_labels: int) -> str:
     """A split's chains and tokens, and the base rate of each label's tokens in so many sections."""
-    labelled = sum(int((c.codes[:, 0] != UNKNOWN).sum()) for c in chains)
+    labelled = sum(int((c.codes[:, :n_labels] != UNKNOWN).any(1).sum()) for c in chains)
     rates = ""
     for c in range(n_labels):
+        known = sum(int((chain.codes[:, c] != UNKNOWN).sum()) for chain in chains)
         hits = sum(int((chain.codes[:, c] >= INSIDE).sum()) for chain in chains)
         begun = sum(int((chain.codes[:, c] == ONSET).sum()) for chain in chains)
-        rates += f"{f'{hits / max(1, labelled):.2%} in {begun:,}':>24}"
+        rates += f"{f'{hits / max(1, known):.2%} in {begun:,}':>24}"
     return f"{name:<12}{len(chains):>8,}{sum(len(c.ids) for c in chains):>10,}{labelled:>10,}{rates}"
 
 
@@ -175,9 +178,14 @@ def near_names(found: Mapping[str, int], labels: Sequence[str]) -> dict[str, lis
     return {first: others for first, *others in groups.values() if others}
 
 
-def _listed(words: Sequence[str], separator: str = ", ") -> str:
+def _listed(words: Sequence[str], separator: str = ", ", most: int = SHOWN) -> str:
     """The words in a row, the first few of them where there are many."""
-    return separator.join([*words[:SHOWN], *(["..."] if len(words) > SHOWN else [])])
+    return separator.join([*words[:most], *(["..."] if len(words) > most else [])])
+
+
+def in_a_line(name: str) -> str:
+    """A name from the data, so that it is one line, and no long one."""
+    return " ".join(name.split())[:60]
 
 
 def example(chains: Sequence[Chain], labels: Sequence[str], tokenizer: Any, around: int = 6) -> str:

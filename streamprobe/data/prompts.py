@@ -23,7 +23,7 @@ TEMPLATE_RAISES = (  # a template is a program
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    RuntimeError,
     SyntaxError,
     TypeError,
     ValueError,

@@ -17,7 +17,7 @@ WHICH = ("n", "occurrence")
 class Span(NamedTuple):
     """One stretch as it is given: by characters start .. end, by the text there, or by both."""
 
-    labels: Sequence[str]
+    labels: tuple[str, ...]
     start: int | None = None
     end: int | None = None
     text: str | None = None
@@ -27,14 +27,14 @@ class Span(NamedTuple):
 def is_span(value: Any) -> bool:
     """Whether a value can be a span: {start, end, label}, {text, label}, or [start, end, label]."""
     if isinstance(value, list | tuple):
-        return len(value) == 3 and all(isinstance(each, int) for each in value[:2]) and isinstance(value[2], str)
+        return len(value) == 3 and all(type(each) is int for each in value[:2]) and isinstance(value[2], str)
     return has_keys(value, LABEL, START, END) or has_keys(value, LABEL, QUOTE)
 
 
 def read_span(value: Any) -> Span:
     """A span as a row holds it.  Raises Unusable for what is none."""
     if isinstance(value, list | tuple) and is_span(value):
-        return Span([value[2]], value[0], value[1])
+        return Span((value[2],), value[0], value[1])
     if not isinstance(value, Mapping):
         raise Unusable("with a span that is neither {start, end, label}, {text, label} nor [start, end, label]")
     start, end, text, n = (_first(value, names) for names in (START, END, QUOTE, WHICH))
@@ -44,7 +44,7 @@ def read_span(value: Any) -> Span:
         raise Unusable("with a span without start and end, and without text")
     if n is not None and n < 1:
         raise Unusable("with a span whose n is below 1")
-    return Span(labels_of(_first(value, LABEL)), start, end, text if isinstance(text, str) else None, n)
+    return Span(tuple(labels_of(_first(value, LABEL))), start, end, text if isinstance(text, str) else None, n)
 
 
 def _first(value: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -72,8 +72,9 @@ def find_spans(
     given: list[str] = []
     missing: list[str] = []
     edited = 0
-    for span in spans:
-        places, moved = _places(text, span, within or [(0, len(text))])
+    quoted: dict[str, list[tuple[int, int]]] = {}  # text -> all of its places
+    for span in dict.fromkeys(spans):
+        places, moved = _places(text, span, within or [(0, len(text))], quoted)
         edited += moved
         given += span.labels
         if not places:
@@ -83,10 +84,14 @@ def find_spans(
     return Annotation(sections, edited=edited, lost=len(missing), names=given, missing=missing)
 
 
-def _places(text: str, span: Span, within: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], bool]:
+def _places(
+    text: str, span: Span, within: Sequence[tuple[int, int]], quoted: dict[str, list[tuple[int, int]]]
+) -> tuple[list[tuple[int, int]], bool]:
     """Where in the text a span is, and whether that is not where it says."""
-    pattern = re.compile(re.escape(span.text or ""))
-    found = [m.span() for start, end in within for m in pattern.finditer(text, start, end)]
+    if span.text and span.text not in quoted:
+        pattern = re.compile(re.escape(span.text))
+        quoted[span.text] = [m.span() for start, end in within for m in pattern.finditer(text, start, end)]
+    found = quoted.get(span.text or "", [])
     if span.start is None or span.end is None:
         return (found if span.n is None else found[span.n - 1 : span.n]), False
     if not 0 <= span.start < span.end <= len(text):

@@ -9,6 +9,7 @@ from streamprobe.data.files import read_rows
 from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.sources import RowSource, read_records
 from streamprobe.errors import InputError
+from streamprobe.system.console import say
 from streamprobe.system.privacy import clean_url
 
 COLUMNS = ("id", "problem", "response", "annotation", "category")
@@ -33,6 +34,7 @@ def read_texts_to_score(
     known = {name: getattr(usual, name) for name in COLUMNS if getattr(usual, name) in there}
     chosen: dict[str, Any] = {name: getattr(asked, name) or known.get(name) for name in COLUMNS}
     found = find_format(rows, clean_url(data), asked._replace(**chosen, labelled=False), options)
+    say(f"format    {found}")
     records = read_records(RowSource(rows, found))
     if all(isinstance(record, Refused) for record in records):
         reason = next(record.reason for record in records if isinstance(record, Refused))

@@ -5,6 +5,7 @@ With both files a run's probes can be judged on other data beside the controls t
 Shapes: L sites, K columns, D features, E width of an embedding.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,15 @@ from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.probes.sites import Site
-from streamprobe.probes.storage import KINDS, checked_column, find_probes, load_probes, pack_tensors, read_about
+from streamprobe.probes.storage import (
+    KINDS,
+    checked_column,
+    find_probes,
+    load_probes,
+    pack_tensors,
+    raw_bytes,
+    read_about,
+)
 
 CONTROLS_FILE = "controls.safetensors"
 FORMAT = 1  # of that file; raised whenever what is in it changes
@@ -77,7 +86,16 @@ def pack_controls(kept: KeptProbes, about: Mapping[str, Any]) -> bytes:
         tensors |= {f"{each.solver}.{each.feed}.{name}": tensor for name, tensor in own.items()}
         places = {"sites": [list(site) for site in bank.sites], "columns": [list(column) for column in bank.columns]}
         jobs.append({"solver": each.solver, "feed": each.feed, "kind": bank.kind, **places})
-    return pack_tensors(tensors, {"format": FORMAT, "jobs": jobs, **about})
+    facts = {"format": FORMAT, "jobs": jobs, **about}
+    return pack_tensors(tensors, {**facts, "sha256": _digest(tensors, facts)})
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """SHA-256 of all that the file holds."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def load_kept(folder: Path) -> KeptProbes:
@@ -101,6 +119,8 @@ def load_kept(folder: Path) -> KeptProbes:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}, not {FORMAT}")
+        if about.pop("sha256") != _digest(tensors, about):
+            raise ValueError("not as it was written")
         if any(about.get(name) != shared_about.get(name) for name in SAME):
             raise ValueError(f"of another run than {probes.name}")
         words = {name: tensors[f"words.{name}"] for name in ("mean", "directions") if f"words.{name}" in tensors}

@@ -14,12 +14,12 @@ MOST_REPEATS = 10_000  # that a pattern may count: compiling more takes seconds 
 
 def compile_pattern(text: str, name: str, *, any_case: bool = False) -> regex.Pattern:
     """The pattern that --`name` gives.  Raises InputError for what is none, and for one that is long to compile."""
-    repeated = math.prod(int(n) for n in re.findall(r"\{,?(\d+)", text))
-    if repeated > MOST_REPEATS:
+    counts = re.findall(r"\{,?(\d+)", text)
+    if any(len(n) > 9 for n in counts) or math.prod(map(int, counts)) > MOST_REPEATS:
         raise InputError(f"{name} {text!r}", f"at most {MOST_REPEATS:,} repetitions in all", f"correct --{name}")
     try:
         return regex.compile(text, regex.IGNORECASE if any_case else 0)
-    except (regex.error, RecursionError) as error:
+    except (regex.error, RecursionError, ValueError, OverflowError) as error:
         raise InputError(f"{name} {text!r} ({error})", "a regular expression of Python", f"correct --{name}") from None
 
 

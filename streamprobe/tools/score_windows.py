@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from streamprobe.data.dataset import NOT_FINITE, in_any_file
 from streamprobe.data.records import Record, Refused, Unusable
 from streamprobe.data.tokenize import TextOptions
+from streamprobe.errors import InputError
 from streamprobe.model.blocks import context
 from streamprobe.probes.base import Probes
 from streamprobe.system.console import shows_progress
@@ -41,6 +43,16 @@ class Tally:
     without_problem: int = 0  # texts that are scored with an empty one
     left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids, the first few
     n_left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
+
+    @classmethod
+    def of(cls, state: Any, path: Path) -> "Tally":
+        """The tally whose `as_dict` a beginning of the file at `path` holds.  Raises InputError for what is none."""
+        if state is None:
+            return cls()
+        usual = {name: type(value) for name, value in cls().as_dict().items()}
+        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != usual:
+            raise InputError(f"{path} with a damaged beginning", "one that score wrote", "remove it, and start anew")
+        return cls(**state)
 
     def leave_out(self, record: Record | Refused, reason: str) -> None:
         """Counts a text that is not scored."""

@@ -45,7 +45,9 @@ def ran(run_folder, texts, capsys):
 
 def test_every_token_of_every_text_is_written(ran, texts):
     said = ran("--out", "s.csv")
-    assert said.startswith("40 of 40 texts scored, ") and said.endswith("wrote s.csv\n")
+    assert (
+        said.startswith("format    text: ") and "\n40 of 40 texts scored, " in said and said.endswith("wrote s.csv\n")
+    )
     assert sorted(os.listdir()) == ["s.csv", "texts.json"]
     rows = list(csv.DictReader(open("s.csv", newline="", encoding="utf-8")))
     rows = [row | {"token": text_of(row["token"])} for row in rows]
@@ -87,8 +89,11 @@ def test_the_model_is_cut_off_above_the_deepest_chosen_layer(ran, monkeypatch):
 
 
 def test_without_a_file_there_is_a_summary(ran):
-    said = ran().splitlines()
-    assert said[0] == "backtracking/token/layer01/lag+00, newton; alarm from a probability of 0.500 on"
+    form, *said = ran().splitlines()
+    assert (
+        form.startswith("format    text: text in 'text'")
+        and said[0] == "backtracking/token/layer01/lag+00, newton; alarm from a probability of 0.500 on"
+    )
     assert said[2].split()[:4] == ["text", "tokens", "highest", "alarms"]
     values = [float(line.split()[2]) for line in said[3:23]]
     assert values == sorted(values, reverse=True) and all("▲" in line for line in said[3:23])

@@ -282,6 +282,22 @@ def test_a_row_without_a_label_is_a_text_where_rules_label_it():
     )
 
 
+def test_rules_and_spans_of_long_texts_take_no_long():
+    """Work that grows with the square of a text would take minutes here."""
+    blank = "a" + " " * 100_000 + "wait"
+    assert [s.label for s in read({"text": blank}, rules=["a=sentence:wait"]).sections] == ["a"]
+    many = "wait. " * 20_000
+    assert len(read({"text": many}, rules=["a=sentence:wait"]).sections) == 20_000
+    spans = [{"text": "a", "label": "x"}] * 10_000
+    assert len(read({"text": "ab" * 1000, "spans": spans}).sections) == 1000
+
+
+def test_the_first_match_counts_whichever_way_a_rule_looks():
+    text = "a 1 b 2 c"
+    for rule in (r"x=after:\d", r"x=after:(?r)\d"):
+        assert [text[s.start : s.end] for s in read({"text": text}, rules=[rule]).sections] == [" b 2 c"]
+
+
 # Pieces
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from streamprobe.cli import main
 from streamprobe.data.splits import split_chains
+from streamprobe.probes import kept
 from streamprobe.probes.kept import CONTROLS_FILE
 from streamprobe.probes.storage import pack_tensors
 from streamprobe.run import reader
@@ -126,8 +127,12 @@ def change(run: Path, name: str, add: float) -> None:
         ("words.mean", "auroc", {"text"}),
     ],
 )
-def test_a_row_is_as_before_fails_without_what_was_kept(run: Path, name: str, field: str, controls: set[str]) -> None:
-    """And rows of other controls stay as they are."""
+def test_a_row_is_as_before_fails_without_what_was_kept(
+    run: Path, name: str, field: str, controls: set[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """And rows of other controls stay as they are; without the patch such a file is refused."""
+    with safe_open(run / CONTROLS_FILE, framework="pt") as f:
+        known = json.loads(f.metadata()["streamprobe"])["sha256"]
     if name == "words.mean":  # the words of a chain all move alike, but not those of directions that are turned
         with safe_open(run / CONTROLS_FILE, framework="pt") as f:
             about, tensors = f.metadata()["streamprobe"], {key: f.get_tensor(key) for key in f.keys()}
@@ -135,6 +140,8 @@ def test_a_row_is_as_before_fails_without_what_was_kept(run: Path, name: str, fi
         (run / CONTROLS_FILE).write_bytes(pack_tensors(tensors, about))
     else:
         change(run, name, 1.5)
+    assert "not as it was written" in refused(capsys, "--split", "test")
+    monkeypatch.setattr(kept, "_digest", lambda *_: known)
     assert main(["evaluate", "run", "--split", "test"]) == 0
     pairs = zip(rows_of(run), rows_of(run / "evaluations/test"), strict=True)
     assert {before["control"] for before, now in pairs if before[field] != now[field]} == controls
@@ -288,7 +295,9 @@ def test_data_on_which_nothing_can_be_judged_are_refused(run: Path, capsys: pyte
 def test_nothing_is_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     error = refused(capsys, "--split", "test", "--out", "run")
-    assert "out run, which holds a run" in error and "fix: choose another --out\n" in error
+    assert "out 'run'; expected a folder outside of the run" in error
+    for inside in ("run/checkpoint", ""):
+        assert f"out {inside!r}; expected" in refused(capsys, "--split", "test", "--out", inside)
     Path("file").write_text("")
     assert "out file, which is a file" in refused(capsys, "--split", "test", "--out", "file")
     assert main(["evaluate", "run", "--split", "test", "--out", "once"]) == 0

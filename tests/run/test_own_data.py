@@ -139,6 +139,18 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     ),
     "a rule that counts too far": ([SPAN_ROW], ["--label_rules", "a=x{100000}"], "at most 10,000 repetitions"),
     "two rules for a label": ([SPAN_ROW], ["--label_rules", "a=x", "a=y"], "one rule a label"),
+    "a scope that is nearly one": (
+        [SPAN_ROW],
+        ["--label_rules", "a=sentance:x"],
+        "the scope sentence, which is the nearest",
+    ),
+    "a rule of 5,000 digits": ([SPAN_ROW], ["--label_rules", "a=x{" + "9" * 5000 + "}"], "repetitions"),
+    "a rule of flags that do not go together": ([SPAN_ROW], ["--label_rules", "a=(?a)(?u)x"], "a regular expression"),
+    "a rule where no text has its label": (
+        [{"text": f"so {n}"} for n in range(20)],
+        ["--label_rules", "b=x"],
+        "give none",
+    ),
     "one marker": ([SPAN_ROW], ["--region", "think", "--region_markers", "<t>"], "two texts that differ"),
     "equal markers": ([SPAN_ROW], ["--region", "think", "--region_markers", "x", "x"], "two texts that differ"),
     "markers without a region": ([SPAN_ROW], ["--region_markers", "x", "y"], "region think or answer"),
@@ -180,3 +192,39 @@ def test_good_data_fail_without_a_mistake(tmp_path, model_dir):
     rows = [SPAN_ROW | {"text": f"so wait {n} then", "id": f"a_{n}"} for n in range(30)]
     (tmp_path / "good.json").write_text(json.dumps(rows))
     assert inputs_of(["--model", model_dir, "--data", str(tmp_path / "good.json"), "--layers", "0", "--lags", "0"])
+
+
+@pytest.mark.parametrize(
+    "rule", [["wait", "hmm"], {"pattern": ["wait"]}, {"pattern": "x", "scope": "sentense"}, {"x": "y"}]
+)
+def test_a_rule_of_another_shape_in_a_file_is_refused(rule, folder, model_dir, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    keys = {"model": model_dir, "data": str(folder / "text.jsonl"), "layers": [0], "labels": ["wait"], "lags": [0]}
+    config.write_text(yaml.safe_dump(keys | {"label_rules": {"wait": rule}}))
+    assert main([str(config)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a config with 'wait'" in error and "a scope of match, sentence" in error
+
+
+def test_a_chat_of_which_the_template_leaves_the_answer_out_is_refused(folder, tmp_path, capsys):
+    model = tmp_path / "chat"
+    shutil.copytree(folder / "chat", model)
+    silent = "{% for m in messages %}{% if m.role == 'user' or loop.index > 2 %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+    make_tokenizer(chat_template=silent).save_pretrained(model)
+    rows = [json.loads(line) for line in (folder / "messages.jsonl").read_text().splitlines()]
+    for row in rows[:20]:
+        row["messages"] = row["messages"][:2]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = inputs_of(["--model", str(model), "--data", str(path), *KEYS])
+    assert made.dataset.counts.n_refused == 20 and "20 without a token that counts" in made.preflight
+
+
+def test_names_of_labels_are_one_line(tmp_path, model_dir):
+    rows = [
+        {"text": f"so wait {n}", "id": f"a_{n}", "spans": [[3, 7, "backtracking"], [0, 2, "x\nchains    9 read"]]}
+        for n in range(30)
+    ]
+    (tmp_path / "names.json").write_text(json.dumps(rows))
+    made = inputs_of(["--model", model_dir, "--data", str(tmp_path / "names.json"), "--layers", "0", "--lags", "0"])
+    assert "x chains 9 read 30" in made.preflight and made.preflight.count("\nchains ") == 1

@@ -16,7 +16,7 @@ from streamprobe.cli import train as main
 from streamprobe.data.files import read_rows
 from streamprobe.errors import InputError
 from streamprobe.probes.storage import load_probes
-from streamprobe.reporting.html import page
+from streamprobe.reporting.html import document
 from streamprobe.system.privacy import clean_url, for_others, without_secrets
 from streamprobe.tools import marked_text
 
@@ -219,4 +219,4 @@ def test_no_page_can_be_led_elsewhere():
     shown = marked_text.page("a", marked_text.Legend("b", 0.5), [])
     for policy in ("default-src 'none'", "base-uri 'none'", "form-action 'none'"):
         assert policy in shown.split("<style>")[0]
-        assert policy in Path(page.__file__).read_text(encoding="utf-8")
+        assert policy in Path(document.__file__).read_text(encoding="utf-8")
