@@ -39,6 +39,7 @@ class Encoded(NamedTuple):
     ids: Tensor  # [T], as in ScoredText
     tokens: list[str]  # [T]
     offsets: Tensor  # [T, 2]
+    read: str  # the text that the offsets count in
 
 
 def score(
@@ -92,8 +93,8 @@ def encode(record: Record, tokenizer: Any, options: TextOptions, most: int) -> E
     """A record as the model reads it, with the samples of a run of these options.
 
     Offsets are characters of the response (of a chat those of the text that its template writes); those of the problem,
-    where that is sampled too, are negative.  Raises
-    Unusable for a text that cannot be scored, such as one of more than `most` tokens, and InputError as `render` does.
+    where that is sampled too, are negative.  Raises Unusable for a text that cannot be scored, such as one of more than
+    `most` tokens, and InputError as `render` does.
     """
     if not is_unicode(record.problem + record.response):
         raise Unusable("with text that is not Unicode")
@@ -110,7 +111,7 @@ def encode(record: Record, tokenizer: Any, options: TextOptions, most: int) -> E
     first = 0 if options.support == "all" else head  # a token may straddle the border
     places = [(max(first, start), end) for start, end in (covered[t] for t in samples)]
     offsets = torch.tensor(places) - head
-    return Encoded(chain, chain.ids[samples], pieces(text, places), offsets)
+    return Encoded(chain, chain.ids[samples], pieces(text, places), offsets, text[head:])
 
 
 def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:

@@ -25,6 +25,7 @@ class ScoredRecord(NamedTuple):
 
     record: Record
     text: ScoredText
+    read: str  # the text that its offsets count in
 
 
 class Layout(NamedTuple):

@@ -106,7 +106,7 @@ def score_records(records: Sequence[Record | Refused], scorer: Scorer, tally: Ta
                     tally.leave_out(record, str(why))
                     bar.update()
             found = score_encoded(encoded, scorer.model, scorer.probes, scorer.max_batch_tokens, on_text=bar.update)
-            yield _finite(list(map(ScoredRecord, window, found)), tally)
+            yield _finite(list(map(ScoredRecord, window, found, [each.read for each in encoded])), tally)
 
 
 def _length(text: Encoded) -> int:
@@ -149,9 +149,9 @@ class Summary:
         begins = int(on[0] + (on.diff() > 0).sum())
         self.alarmed += begins > 0
         at = int(found.argmax())
-        tokens = scored.text.tokens
-        before, after = "".join(tokens[max(0, at - AROUND) : at]), "".join(tokens[at + 1 : at + 1 + AROUND])
-        where = " ".join(f"{before[-AROUND:]}▲{tokens[at]}{after[:AROUND]}".split())
+        start, end = (max(0, place) for place in scored.text.offsets[at].tolist())
+        before, after = scored.read[max(0, start - AROUND) : start], scored.read[end : end + AROUND]
+        where = " ".join(f"{before}▲{scored.read[start:end]}{after}".split())
         peak = Peak(float(found[at]), -record.row, record.id, len(found), begins, where)
         (heapq.heappush if len(self.peaks) < SHOWN else heapq.heappushpop)(self.peaks, peak)
 

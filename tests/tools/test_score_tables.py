@@ -26,7 +26,9 @@ def scored(id, tokens, probes=1):
     random = torch.Generator().manual_seed(len(id))
     given = torch.rand(len(tokens), 1, probes, generator=random)
     record = make_record("p", "".join(tokens), id=id)
-    return ScoredRecord(record, ScoredText(torch.zeros(len(tokens)), tokens, torch.stack([starts, ends], 1), given))
+    return ScoredRecord(
+        record, ScoredText(torch.zeros(len(tokens)), tokens, torch.stack([starts, ends], 1), given), record.response
+    )
 
 
 def written(path, layout, windows):

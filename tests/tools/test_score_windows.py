@@ -105,7 +105,7 @@ def texts(values, id="a", row=0):
     given = torch.tensor(values).reshape(-1, 1, 1)
     record = make_record("", response, id=id)
     text = ScoredText(offsets[:, 0], list(response), offsets, given)
-    return ScoredRecord(type(record)(**vars(record) | {"row": row}), text)
+    return ScoredRecord(type(record)(**vars(record) | {"row": row}), text, record.response)
 
 
 def test_a_summary_counts_alarms_where_they_begin_and_shows_where_the_probability_is_highest():
