@@ -54,7 +54,7 @@ class Tracker:
 
     def _summarise(self, name: str, grid: ProbeGrid, values: Tensor, step: int) -> None:
         """The median and the largest value of the probes that are no controls."""
-        own = values[:, [not column.control for column in grid.columns]].double().numpy()
+        own = values.cpu()[:, [not column.control for column in grid.columns]].double().numpy()
         known = own[~np.isnan(own)]
         if known.size:
             largest = float(known.max())
