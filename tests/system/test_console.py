@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from contextlib import suppress
@@ -132,19 +133,34 @@ def piped(content, *argv):
     return json.loads(ran.stdout), ran.stderr.decode()
 
 
+def more_of(terminal, last):
+    """What comes from a terminal; where nothing does, a control key that was `last` is pressed again.
+
+    One that comes before the program has put the terminal into its own mode is lost, as it may be for anyone.
+    """
+    for _ in range(20):
+        ready, *_rest = select.select([terminal], [], [], 2)
+        if ready:
+            return os.read(terminal, 1000)
+        if last in ("\x03", "\x04"):
+            os.write(terminal, last.encode())
+    raise TimeoutError("nothing comes from the terminal")
+
+
 def typed(keys, *argv):
     """What a terminal shows where these keys are typed, each after the sign."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", TYPED, *argv])
-    shown = b""
-    for number, key in enumerate([*keys, ""], 1):
-        while number <= len(keys) and shown.count(b"> ") < number:
-            shown += os.read(terminal, 1000)
+    shown, last = b"", ""
+    for number, key in enumerate(keys, 1):
+        while shown.count(b"> ") < number:
+            shown += more_of(terminal, last)
         os.write(terminal, key.encode())
+        last = key
     with suppress(OSError):  # the end of a terminal
-        while more := os.read(terminal, 1000):
+        while more := more_of(terminal, last):
             shown += more
     os.close(terminal)
     return shown.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
