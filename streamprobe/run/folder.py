@@ -122,7 +122,8 @@ def _claim(folder: Path, option: str = "output_dir") -> Claim | None:
             return None
         except (OSError, ValueError) as error:
             _take_away(made)
-            if not isinstance(error, FileNotFoundError) or attempt == TRIES - 1:
+            gone = isinstance(error, FileNotFoundError | FileExistsError)  # the latter if just before it was there
+            if not gone or attempt == TRIES - 1:
                 raise _refusal(folder, error, option) from error
     raise AssertionError("the last attempt returns or raises")
 

@@ -26,6 +26,13 @@ def test_a_resumed_run_hides_what_was_logged_behind_its_checkpoint(tmp_path: Pat
     assert curve(tmp_path) == [(1, 1.0), (2, 20.0)]
 
 
+def test_files_of_one_second_come_in_the_order_in_which_they_were_begun(tmp_path: Path) -> None:
+    for _ in range(12):
+        TensorBoard(tmp_path, {}).close()
+    begun = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert begun == sorted(tmp_path.iterdir())
+
+
 def test_it_shows_them_twice_without_a_purge(tmp_path: Path) -> None:
     """Negative control."""
     log(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0})

@@ -27,7 +27,8 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(NUMBERS)}"
+        own = f"{os.getpid()}.{next(NUMBERS):06d}"  # so that of one second the later file comes behind
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{own}"
         self.path = folder / name
         try:
             self.file = open(self.path, "xb", buffering=0)
