@@ -77,7 +77,8 @@ def place_chat(chat: Chat, response: str, tokenizer: Any, day: str | None = None
         if piece and parts:
             places = _places_of_field(response[piece.start : piece.end], text, parts, front)
             place[piece.start : piece.end] = places
-            pieces.append(Placed(turn, front, int(places[places >= 0].min()), int(places.max()) + 1))
+            if places.max() >= 0:  # not where the template writes something else, such as capitals
+                pieces.append(Placed(turn, front, int(places[places >= 0].min()), int(places.max()) + 1))
         front = max([front, *(end for _, (_, end) in parts)])
     return RenderedChat(text, place, pieces)
 

@@ -46,7 +46,7 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     source = open_data(data)
     tokenizer = load_tokenizer(model.model, **model.source)
     prompt = "chat" if source.found.name == "messages" else data.prompt
-    if prompt != data.prompt != DataConfig.prompt:
+    if prompt != data.prompt != DataConfig().prompt:
         say(f"prompt    chats go through the chat template: {data.prompt!r} is not used")
     day = resolve_day(prompt, data.chat_date, tokenizer)
     if day:

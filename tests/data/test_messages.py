@@ -150,6 +150,13 @@ def test_a_field_that_the_template_ignores_moves_no_other():
     assert words(record, tokenizer(CHATML), TextOptions(), 0).strip() == "six"
 
 
+@pytest.mark.parametrize("written", ["m.content | upper", "m.content | length", "'...'"])
+def test_what_the_template_writes_otherwise_has_no_place(written):
+    tok = tokenizer(CHATML.replace("m.content", written))
+    turns = [{"role": "user", "content": "so 4?"}, {"role": "assistant", "content": "wait, so four"}]
+    assert words(record_of({"messages": turns}), tok, TextOptions()) == ""
+
+
 def test_the_last_turn_is_the_response_and_what_is_before_it_the_prompt():
     tok = make_letters("bpe", "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}")
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]

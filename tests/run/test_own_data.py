@@ -66,6 +66,9 @@ def test_spans_give_the_results_of_the_annotated_copy(folder, model_dir):
 def test_a_chat_is_trained_and_resumed(folder, capsys):
     model, run = str(folder / "chat"), folder / "resumed"
     _, config = trained(folder, "messages", model=model)
+    assert "is not used" not in capsys.readouterr().out
+    prompt = ["--model", model, "--data", str(folder / "messages.jsonl"), *KEYS, "--prompt", "Q: {problem}"]
+    assert inputs_of(prompt) and "'Q: {problem}' is not used" in capsys.readouterr().out
     assert (config["format"], config["prompt"]) == ("messages", "chat")
     argv = ["--model", model, "--data", str(folder / "messages.jsonl"), "--output_dir", str(run), *KEYS]
     assert main([*argv, "--max_passes", "1"]) == 0 and main([*argv, "--resume"]) == 0
