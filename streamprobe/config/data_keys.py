@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamprobe.config.keys import is_day, key, require
-from streamprobe.data.detect import AUTO, FormatQuery
+from streamprobe.data.detect import AUTO, COLUMNS, FormatQuery
 from streamprobe.data.formats import FORMATS
 from streamprobe.data.label_rules import LabelRule, parse_rule
-
-COLUMNS = ("id", "problem", "response", "annotation")  # whose keys end in _column
 
 
 @dataclass

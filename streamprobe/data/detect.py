@@ -11,6 +11,7 @@ from streamprobe.data.values import say_yes_or_no
 from streamprobe.errors import InputError
 
 AUTO = "auto"
+COLUMNS = ("id", "problem", "response", "annotation")  # that are found: fields of FormatOptions, and keys in _column
 OTHER = 0.95  # of the likeness of names is left where the values are not what is looked for
 LIKE = 0.6  # likeness of names, from 0 to 1, from which on one is taken for a slip of the other
 
@@ -41,8 +42,7 @@ class Found(NamedTuple):
     @property
     def keys(self) -> dict[str, Any]:
         """The keys of a config that say so."""
-        names = ("id", "problem", "response", "annotation")
-        return {"format": self.name, **{f"{name}_column": getattr(self.options, name) for name in names}}
+        return {"format": self.name, **{f"{name}_column": getattr(self.options, name) for name in COLUMNS}}
 
 
 class _Fit(NamedTuple):
@@ -97,7 +97,7 @@ def find_format(rows: Sequence[Row], shown: str, asked: FormatQuery, options: Fo
 
 def _check_columns(table: Table, shown: str, asked: FormatQuery) -> None:
     """Raises InputError where a column that is named is not there."""
-    for key in ("id", "problem", "response", "annotation", "category"):
+    for key in (*COLUMNS, "category"):
         name = getattr(asked, key)
         if name is not None and name not in table:
             raise InputError(

@@ -19,11 +19,7 @@ from streamprobe.data.spans import find_spans, is_span, read_span
 from streamprobe.data.values import Named, label_names_of, outside
 
 BIO = re.compile(r"([BILUES])-(.+)", re.DOTALL)  # how taggers write where a stretch begins, goes on and ends
-SPACE_MARKS: dict[str, str | int | None] = {
-    "Ġ": " ",
-    "▁": " ",
-    "Ċ": "\n",
-}  # how tokenizers write the space before a token, and a line end
+SPACE_MARKS = {"Ġ": " ", "▁": " ", "Ċ": "\n"}  # how tokenizers write the space before a token, and a line end
 
 
 class Format(NamedTuple):
@@ -110,10 +106,9 @@ def text(row: Row, options: FormatOptions) -> Record:
 def pooled(row: Row, options: FormatOptions) -> Record:
     """A text and one label for the whole of it."""
     problem, response = text_of(row, options)
-    value = row.get(options.annotation or "")
-    named = (
-        Named([], []) if value is None and options.rules else label_names_of(value, options.annotation or "", options)
-    )
+    value, column = row.get(options.annotation or ""), options.annotation or ""
+    unlabelled = value is None and options.rules  # as far as the data go
+    named = Named([], []) if unlabelled else label_names_of(value, column, options)
     sections = [Section(label, 0, len(response)) for label in named.labels]
     return Record(response, Annotation(sections, names=named.given), problem, complete=True)
 
@@ -138,7 +133,7 @@ def _first(value: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _as_written(words: Sequence[str]) -> list[str]:
     """Tokens with the white space that lies between them."""
     if any(word.startswith(tuple(SPACE_MARKS)) for word in words):
-        return [word.translate(str.maketrans(SPACE_MARKS)) for word in words]
+        return [word.translate(str.maketrans(dict[str, Any](SPACE_MARKS))) for word in words]
     if any(word.startswith("##") for word in words[1:]):
         return [w[2:] if w.startswith("##") and i else f"{' ' if i else ''}{w}" for i, w in enumerate(words)]
     return _spaced(words)

@@ -21,25 +21,25 @@ ROLES = {  # what others call the roles of a chat template
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # fields with what is thought before the content
 LABELS = ("spans", "annotations", "annotation", "labels", "label")  # what a turn is labelled with
 TURN = ("message", "message_index", "turn", "turn_index")  # with which a span of the row says which turn it is in
-MESSAGES = Role(
-    "a list of turns, {role, content} each",
-    ("messages", "conversation", "conversations", "chat", "dialogue", "dialog", "turns"),
-    lambda value: is_chat(value),
-    lambda value: is_chat(value),
-)
 
 
 def is_chat(value: Any) -> bool:
     """Whether a value is a list of turns with one of the assistant's among them."""
-    roles = (
-        (str(turn.get("role", turn.get("from"))).lower() for turn in value) if columns.some_of(value, is_turn) else ()
-    )
-    return any(ROLES.get(role) == "assistant" for role in roles)
+    turns = value if columns.some_of(value, is_turn) else []
+    return any(ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)
 
 
 def is_turn(value: Any) -> bool:
     """Whether a value is a turn of a chat: {role, content}, or {from, value}."""
     return columns.has_keys(value, ("role", "from"), ("content", "value", "tool_calls"))
+
+
+MESSAGES = Role(
+    "a list of turns, {role, content} each",
+    ("messages", "conversation", "conversations", "chat", "dialogue", "dialog", "turns"),
+    is_chat,
+    is_chat,
+)
 
 
 class Marks(NamedTuple):

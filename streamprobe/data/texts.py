@@ -4,15 +4,13 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from streamprobe.data.detect import FormatQuery, find_format
+from streamprobe.data.detect import COLUMNS, FormatQuery, find_format
 from streamprobe.data.files import read_rows
 from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.sources import RowSource, read_records
 from streamprobe.errors import InputError
 from streamprobe.system.console import say
 from streamprobe.system.privacy import clean_url
-
-COLUMNS = ("id", "problem", "response", "annotation", "category")
 
 
 def read_texts_to_score(
@@ -31,8 +29,9 @@ def read_texts_to_score(
     """
     rows = read_rows(data, split=split, config=config)
     there = {column for row in rows for column in row}
-    known = {name: getattr(usual, name) for name in COLUMNS if getattr(usual, name) in there}
-    chosen: dict[str, Any] = {name: getattr(asked, name) or known.get(name) for name in COLUMNS}
+    names = (*COLUMNS, "category")
+    known = {name: getattr(usual, name) for name in names if getattr(usual, name) in there}
+    chosen: dict[str, Any] = {name: getattr(asked, name) or known.get(name) for name in names}
     found = find_format(rows, clean_url(data), asked._replace(**chosen, labelled=False), options)
     say(f"format    {found}")
     records = read_records(RowSource(rows, found))

@@ -125,7 +125,7 @@ def _judge_column(probes: ScoredProbes, k: int, metrics: Mapping[str, Tensor], w
     judged = []
     for i, site in enumerate(probes.sites):
         row: Row = {
-            **_place(probes.solver, site, column),
+            **place_fields(probes.solver, site, column),
             **{name: float(values[i, k]) for name, values in metrics.items()},
             **_interval("auroc", areas[:, i]),
             **_interval("average_precision", precisions[:, i]),
@@ -139,7 +139,7 @@ def _judge_column(probes: ScoredProbes, k: int, metrics: Mapping[str, Tensor], w
     return judged
 
 
-def _place(solver: str, site: Site, column: Column) -> Row:
+def place_fields(solver: str, site: Site, column: Column) -> Row:
     """The fields of a row that say which probe or control it is."""
     return {
         "solver": solver,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamprobe.evaluation.bootstrap import BLOCK, draw_chains, percentiles
 from streamprobe.evaluation.metrics import auroc, rank, tpr_at_fpr
-from streamprobe.evaluation.results import ScoredProbes
+from streamprobe.evaluation.results import ScoredProbes, place_fields
 from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.scores import Scored
 
@@ -108,16 +108,7 @@ def _rows_of_column(probes: ScoredProbes, k: int, weights: Tensor) -> list[Row]:
         points = {"auroc": auroc(ranking)} | {name: tpr_at_fpr(ranking, fpr) for name, fpr in RATES.items()}
         for i, site in enumerate(probes.sites):
             resampled = resample(scores[:, i], texts.targets, drawn)
-            row: Row = {
-                "solver": probes.solver,
-                "layer": "" if site.is_control else site.layer,
-                "label": column.label,
-                "target": column.target,
-                "lag": column.lag,
-                "split": "test",
-                "control": site.name if site.is_control else column.control,
-                "pooling": pooling,
-            }
+            row: Row = {**place_fields(probes.solver, site, column), "pooling": pooling}
             for name, values in points.items():
                 low, high = percentiles(resampled[name]).tolist()
                 row |= {name: float(values[i]), f"{name}_low": low, f"{name}_high": high}
