@@ -3,16 +3,17 @@
 Shapes: N tokens, L sites, K columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
+
+from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.evaluation.metrics import measure
-from streamprobe.evaluation.scores import Scored, evaluate
-from streamprobe.probes.base import Probes
+from streamprobe.evaluation.scores import evaluate
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.solvers.base import Solver
@@ -63,18 +64,15 @@ def train(
     validation tokens, `save(done)` the checkpoint after a pass.  `done` is what the checkpoint resumed from was given.
     """
     number, tokens = done
-    if number and not finished(jobs, number, max_passes):
-        needy = [job for job in jobs if job.solver.needs_first_pass]
-        recall(needy, memory, partial(source, 1), batch_size=batch_size, seed=seed + 1)
+    if number and memory.keep and not finished(jobs, number, max_passes):
+        memory.fill(partial(source, 1))
     while not finished(jobs, number, max_passes):
         number += 1
         live = [job for job in jobs if not job.best.stopped.all()]
-        batches = memory.shuffled(partial(source, number), batch_size, seed + number)
-        tokens = train_pass(live, batches, tracker, tokens)
-        banks = [(job.solver.bank(), job.feed) for job in live]
-        for job, (bank, _), scored in zip(live, banks, evaluate(banks, validation()), strict=True):
-            judge(job, bank, scored, done=Done(number, tokens), tracker=tracker)
-        tracker.compare(tokens)
+        shuffles = any(job.solver.shuffles for job in live)
+        order = partial(memory.shuffled, multiple=batch_size, seed=seed + number) if shuffles else memory.in_order
+        tokens = train_pass(live, order(partial(source, number)), tracker, tokens)
+        judge(live, validation, done=Done(number, tokens), tracker=tracker)
         tracker.number("progress/pass", number, tokens)
         tracker.number("progress/final_probes", sum(int(job.best.stopped.sum()) for job in jobs), tokens)
         tracker.write()  # what is logged lies there before the checkpoint that a resumed run goes on from
@@ -97,26 +95,36 @@ def train_pass(jobs: Sequence[Job], batches: Iterable[TokenBatch], tracker: Trac
     return tokens
 
 
-def judge(job: Job, bank: Probes, scored: Scored, *, done: Done, tracker: Tracker) -> None:
-    """Takes the probes of `bank` that are the best so far, by their validation scores after a pass."""
-    solver, best = job.solver, job.best
-    metrics = measure(scored.scores, scored.targets, scored.valid)
-    best.update(metrics["f1_at_half"], done.passes, bank, solver.converged)
+def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Tracker) -> None:
+    """Takes the best probes so far after a pass, and shows how they do.
+
+    Those that stop by their validation score are judged after each pass; others, to be looked at, after passes 1, 2, 4,
+    8 and so on, and once more when a run ends.
+    """
+    banks = [(job, job.solver.bank()) for job in jobs]
+    judged = [(job, bank) for job, bank in banks if looked_at(job, done)]
+    scored = evaluate([(bank, job.feed) for job, bank in judged], validation()) if judged else []
+    scores = {}
+    for (job, _), own in zip(judged, scored, strict=True):
+        metrics = measure(own.scores, own.targets, own.valid)
+        scores[job.name] = metrics["f1_at_half"]
+        log_metrics(tracker, job, metrics, done.tokens)
+    for job, bank in banks:
+        job.best.update(done.passes, bank, job.solver.converged, scores.get(job.name))
+        tracker.probes("gradient_norm", job.solver, job.solver.gradient_norm, done.tokens)
+    if judged:
+        tracker.compare(done.tokens)
+
+
+def looked_at(job: Job, done: Done) -> bool:
+    """Whether the validation scores of a job are looked at after this pass."""
+    return job.best.patience is not None or done.passes & (done.passes - 1) == 0
+
+
+def log_metrics(tracker: Tracker, job: Job, metrics: Mapping[str, Tensor], tokens: int) -> None:
+    """A point on the curves of validation metrics [L, K]."""
     for name in ("auroc", "average_precision", "f1", "f1_at_half"):
-        tracker.probes(f"{name}/validation", solver, metrics[name], done.tokens)
-    tracker.probes("gradient_norm", solver, solver.gradient_norm, done.tokens)
-
-
-def recall(jobs: Sequence[Job], memory: ActivationMemory, first: Source, *, batch_size: int, seed: int) -> None:
-    """The first pass once more, for a resumed run: it fills the memory, and gives solvers what no checkpoint holds."""
-    if not (memory.keep or jobs):
-        return
-    for batch in memory.shuffled(first, batch_size, seed):
-        for job in jobs:
-            job.solver.step(*job.feed.of(batch))
-    for job in jobs:
-        job.solver.end_pass()
-        job.solver.loss()
+        tracker.probes(f"{name}/validation", job.solver, metrics[name], tokens)
 
 
 def log_losses(tracker: Tracker, jobs: Sequence[Job], tokens: int) -> None:

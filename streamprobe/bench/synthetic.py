@@ -128,7 +128,7 @@ class Workbench:
         about = (layer_sites(self.layers), grid.columns, self.shape.hidden, grid.positive_weight)
         if name == "adam":
             return AdamSolver(*about, l2=L2, batch_size=batch_size, device=self.device)
-        return NewtonSolver(*about, l2=L2, shared=len(grid.labels) > 1, device=self.device)
+        return NewtonSolver(*about, n_tokens=grid.n_train, l2=L2, shared=len(grid.labels) > 1, device=self.device)
 
     def memories(self, grid: Grid) -> tuple[ActivationMemory, ActivationMemory]:
         """Room for all training and all validation tokens.  Raises InputError where there is none."""

@@ -16,8 +16,8 @@ class BestProbes:
     """The best snapshot of every probe so far, each probe judged alone.
 
     A probe whose validation score has not risen for `patience` passes is stopped: its snapshot is final, whatever
-    its live weights do later.  Without patience the newest weights are the best, until the solver says that they
-    have converged.
+    its live weights do later.  Without patience the newest weights are the best, whatever they score, until the solver
+    says that they have converged.
     """
 
     def __init__(self, bank: Probes, patience: int | None):
@@ -28,12 +28,13 @@ class BestProbes:
         self.misses = torch.zeros(shape, dtype=torch.int64)
         self.stopped = torch.zeros(shape, dtype=torch.bool)  # [L, K]: which probes are final
 
-    def update(self, score: Tensor, number: int, bank: Probes, converged: Tensor) -> None:
+    def update(self, number: int, bank: Probes, converged: Tensor, score: Tensor | None = None) -> None:
         """Takes the probes of `bank` whose score [L, K] is the best yet, as of pass `number`; NaN counts as 0.
 
-        `converged` [L, K] bool: which of them the solver calls final.
+        `converged` [L, K] bool: which of them the solver calls final.  With patience there must be a score.
         """
-        score = score.nan_to_num(0.0)
+        assert score is not None or self.patience is None, "patience goes by a score"
+        score = self.score if score is None else score.nan_to_num(0.0)
         better = ~self.stopped & (True if self.patience is None else score > self.score)
         self.misses = torch.where(better, 0, self.misses + (~self.stopped).long())
         self.stopped = self.stopped | converged.cpu() | (self.misses >= (self.patience or math.inf))

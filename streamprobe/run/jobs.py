@@ -16,6 +16,7 @@ from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.run.checkpoint import Checkpoint
 from streamprobe.run.inputs import Inputs
+from streamprobe.run.memory_plan import Kept
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.solvers.table import SOLVERS
@@ -51,12 +52,12 @@ def _on_the_side(place: slice) -> Callable[[TokenBatch], Tensor]:
 
 
 def make_jobs(
-    inputs: Inputs, feeds: Sequence[Feed], training: TrainingConfig, *, shared: bool, device: torch.device
+    inputs: Inputs, feeds: Sequence[Feed], training: TrainingConfig, *, kept: Kept, device: torch.device
 ) -> list[Job]:
-    """A new job for every solver and feed; `shared`: Newton's columns share one matrix per site."""
+    """A new job for every solver and feed, in a run that keeps so much in memory."""
     make: dict[str, Callable[[Feed], Job]] = {
         "adam": lambda feed: _adam_job(inputs, feed, training, device),
-        "newton": lambda feed: _newton_job(inputs, feed, training, device, shared=shared),
+        "newton": lambda feed: _newton_job(inputs, feed, training, device, kept=kept),
     }
     return [make[name](feed) for name in training.solvers for feed in feeds]
 
@@ -82,17 +83,22 @@ def _adam_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torc
     return Job(solver, BestProbes(solver.bank(), training.patience), feed._replace(columns=index.to(device)))
 
 
-def _newton_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device, *, shared: bool) -> Job:
+def _newton_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device, *, kept: Kept) -> Job:
+    """Where the model runs in every pass, matrices are taken in every pass, too: they cost little beside it."""
+    often = {} if kept.train else {"matrices_every": 1}
     solver = NewtonSolver(
         feed.sites,
         [inputs.columns[k] for k in feed.columns.tolist()],
         feed.n_features,
         inputs.positive_weight[feed.columns],
+        n_tokens=inputs.census["train"].tokens,
         l2=training.l2,
         tolerance=training.tolerance,
         standardize=training.standardize,
-        shared=shared,
+        shared=kept.shared,
+        seed=training.seed,
         device=device,
+        **often,
     )
     return Job(solver, BestProbes(solver.bank(), None), feed._replace(columns=feed.columns.to(device)))
 
@@ -120,10 +126,16 @@ def describe_progress(jobs: Sequence[Job]) -> str:
     for name in dict.fromkeys(job.solver.name for job in jobs):
         own = [job for job in jobs if job.solver.name == name]
         final, total = sum(int(job.best.stopped.sum()) for job in own), sum(job.best.stopped.numel() for job in own)
-        probed = own[0]
-        real = [k for k, column in enumerate(probed.solver.columns) if not column.control]
-        f1 = probed.best.score[:, real]
-        best = "best " * (probed.best.patience is not None)
-        scores = f"{best}validation F1 {f1.min():.3f} .. {f1.max():.3f}"
-        lines.append(f"{name}: {scores}, {final} of {total} probes and controls {SOLVERS[name].final}")
+        lines.append(f"{name}: {_how_good(own)}{final} of {total} probes and controls {SOLVERS[name].final}")
     return "   ".join(lines)
+
+
+def _how_good(jobs: Sequence[Job]) -> str:
+    """The best F1 of the probes of a solver so far where it goes by that, else how large their gradients are."""
+    probed, *_ = jobs
+    real = [k for k, column in enumerate(probed.solver.columns) if not column.control]
+    if probed.best.patience is not None:
+        f1 = probed.best.score[:, real]
+        return f"best validation F1 {f1.min():.3f} .. {f1.max():.3f}, "
+    norms = torch.cat([job.solver.gradient_norm.flatten() for job in jobs])
+    return "" if norms.isnan().any() else f"gradients at most {float(norms.max()):.1e}, "

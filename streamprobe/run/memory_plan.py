@@ -13,6 +13,7 @@ from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.reader import Backbone
+from streamprobe.solvers.curvature import HELD_BYTES
 from streamprobe.solvers.newton import curvature_bytes, vector_bytes
 from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
@@ -57,8 +58,11 @@ def estimate_reserve(
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
-    trained_on = 4 * 4 * CHUNK_TOKENS * sizes.layers * (sizes.hidden + 1)  # float32, in four steps of the arithmetic
-    return Reserve(forward + handed_on + trained_on, 3 * 4 * n_evaluated * n_probes)
+    trained_on = (
+        4 * CHUNK_TOKENS * (2 * sizes.layers * (sizes.hidden + 1) + 8 * sizes.columns)
+    )  # float32, in some steps
+    drawn = min(2 * HELD_BYTES, CHUNK_TOKENS * 8 * sizes.token_bytes())  # twice while they are joined
+    return Reserve(forward + handed_on + trained_on + drawn, 3 * 4 * n_evaluated * n_probes)
 
 
 def memory_room(memory_gb: float | None, device: torch.device, reserve: int = 0) -> int:

@@ -38,7 +38,7 @@ from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model,
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
-from streamprobe.trainer import Done, Job, train
+from streamprobe.trainer import Done, Job, log_metrics, looked_at, train
 
 
 def run(config: RunConfig) -> Path | None:
@@ -65,7 +65,7 @@ def run_in(folder: Path, config: RunConfig) -> None:
     config, backbone, checkpoint = setup.config, setup.backbone, earlier.checkpoint
     plan = plan_run(config, setup.inputs, backbone, setup.feeds, before=checkpoint.kept if checkpoint else None)
     memory, held_out = make_memories(plan)
-    jobs = make_jobs(setup.inputs, setup.feeds, config.training, shared=plan.kept.shared, device=backbone.device)
+    jobs = make_jobs(setup.inputs, setup.feeds, config.training, kept=plan.kept, device=backbone.device)
     done = take_up(jobs, checkpoint)
     check_room(folder, *needed_room(jobs, folder))
     write_config(folder, setup.facts)
@@ -176,10 +176,18 @@ def choose_thresholds(
     scored = evaluate([(calibrated(job, inputs), job.feed) for job in jobs], validation)
     thresholds = []
     for job, own in zip(jobs, scored, strict=True):
-        metrics = measure(own.scores, own.targets, own.valid)
+        metrics = measure(own.scores, own.targets, own.valid, half=half_logits(job, inputs))
+        if not looked_at(job, done):
+            log_metrics(tracker, job, metrics, done.tokens)
         tracker.curves(job.solver, own, metrics["auroc"], done.tokens)
         thresholds.append(metrics["threshold"])
+    tracker.compare(done.tokens)
     return thresholds
+
+
+def half_logits(job: Job, inputs: Inputs) -> Tensor:
+    """Where the class-weighted probability of calibrated probes is one half, [K]."""
+    return -inputs.positive_weight[job.feed.columns.cpu()].log()
 
 
 def judge_held_out(
@@ -225,7 +233,7 @@ def probes_to_keep(setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tenso
     final = []
     for job, threshold in zip(jobs, thresholds, strict=True):
         bank, best = calibrated(job, setup.inputs), job.best
-        half = -setup.inputs.positive_weight[job.feed.columns.cpu()].log()
+        half = half_logits(job, setup.inputs)
         whole = bank.choose(list(range(len(bank.columns))), threshold)
         final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
     embedded = setup.reader.embedded

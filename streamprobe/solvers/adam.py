@@ -31,7 +31,7 @@ class AdamSolver:
     """
 
     name = "adam"
-    needs_first_pass = False
+    shuffles, resumable = True, True
 
     def __init__(
         self,

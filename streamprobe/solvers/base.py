@@ -13,9 +13,10 @@ from streamprobe.probes.sites import Site
 
 
 class Solver(Protocol):
-    """Trains L x K probes, one chunk of shuffled tokens after another."""
+    """Trains L x K probes, one chunk of tokens after another."""
 
     name: str
+    shuffles: bool  # whether it wants tokens in random order; else they may come as they lie
     sites: list[Site]
     columns: list[Column]
     converged: Tensor  # [L, K] bool: probes that no further pass would change
@@ -32,8 +33,8 @@ class Solver(Protocol):
         ...
 
     @property
-    def needs_first_pass(self) -> bool:
-        """Whether a resumed run must show it the first pass once more, for what is too large for a checkpoint."""
+    def resumable(self) -> bool:
+        """Whether `state`, between two passes, holds all that the next one needs."""
         ...
 
     def loss(self) -> Tensor:
@@ -41,7 +42,7 @@ class Solver(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a later `load` needs to go on bit for bit."""
+        """Everything that a later `load` needs to go on bit for bit, where it is `resumable`."""
         ...
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """What every solver refuses to load."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from streamprobe.solvers.base import Solver
 from streamprobe.solvers.newton import NewtonSolver
 
 COLUMNS = make_columns(["backtracking"], ["token"], [-4, 0, 8])
-SOLVERS = {"weight": AdamSolver, "gradient_norm": NewtonSolver}  # and the tensor that is changed
+SOLVERS: dict[str, Any] = {"weight": AdamSolver, "gradient_norm": partial(NewtonSolver, n_tokens=100)}  # and the tensor that is changed
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t.half(), lambda t: t.flatten(), lambda t: t[..., None]])

@@ -1,14 +1,11 @@
-"""Running sums and their merge against numpy and plain sums."""
-
-from itertools import product
+"""Running sums, their merge and their affine maps against numpy and plain sums."""
 
 import numpy as np
 import pytest
 import torch
-from demo_tokens import Tokens, chunks, demo_problem, weights
 from torch import Tensor
 
-from streamprobe.solvers.running_sums import Grams, Moments, first_scaling, with_one
+from streamprobe.solvers.running_sums import Moments, mapped, mapped_vector
 
 
 def numbers(offset: float, n: int = 500) -> Tensor:
@@ -49,36 +46,11 @@ def test_moments_take_any_float(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(moments.std, x.double().numpy().std(0), rtol=1e-13)
 
 
-def naive(tokens: Tokens, mean: Tensor, scale: Tensor, p: Tensor, i: int, k: int) -> Tensor:
-    """The Gram [E, E] of column k's valid tokens in layer i, in float64."""
-    x = torch.nn.functional.pad((tokens.acts[:, i].double() - mean[i]) / scale[i], (0, 1), value=1.0)
-    weight = tokens.valid[:, k] * torch.where(tokens.targets[:, k], p[k].double(), 1.0)
-    return (x * weight[:, None]).T @ x
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_grams_are_the_plain_sums_and_shards_merge(shared) -> None:
-    """Each shard has the scaling of its own first chunk; what is merged is what one stream sums."""
-    tokens = demo_problem().tokens
-    p, parts = weights(tokens), list(chunks(tokens, 1500))
-    one, left, right = (Grams(*first_scaling(part.acts), p, shared) for part in (parts[0], parts[0], parts[2]))
-    for number, part in enumerate(parts):
-        for grams in (one, left if number < 2 else right):
-            grams.add(with_one(part.acts, grams.mean, grams.scale), part.targets, part.valid)
-    assert not torch.equal(left.mean, right.mean)
-    alone = left.curvature(0, 0, left.mean.double(), left.scale.double()).clone()
-    left.merge(right)
-    mean, scale = one.final_scaling()
-    x = tokens.acts.double()
-    torch.testing.assert_close(mean, x.mean(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(scale, x.std(0, correction=0), rtol=1e-5, atol=0)
-    for merged, single in zip(left.final_scaling(), (mean, scale), strict=True):
-        torch.testing.assert_close(merged, single, rtol=1e-6, atol=1e-6)
-    for i, k in product(range(2), range(6)):
-        expected = naive(tokens, mean, scale, p, i, k)
-        if shared:
-            expected = torch.stack([naive(tokens, mean, scale, p, i, j) for j in range(6)]).mean(0)
-        bound = 1e-5 * float(expected.diagonal().max())
-        assert float((one.curvature(i, k, mean, scale) - expected).abs().max()) < bound
-        assert float((left.curvature(i, k, mean, scale) - expected).abs().max()) < bound
-    assert float((alone - left.curvature(0, 0, left.mean.double(), left.scale.double())).abs().max()) > 10 * bound
+def test_mapped_sums_are_the_sums_of_mapped_features() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, r = torch.randn(50, 4, dtype=torch.float64, generator=random), torch.rand(50, generator=random).double()
+    d, c = torch.tensor([2.0, 0.5, 1.0, 3.0]).double(), torch.tensor([0.0, 1.0, -1.0, 2.0]).double()
+    before, after = (torch.nn.functional.pad(own, (0, 1), value=1.0) for own in (x, d * x + c))
+    torch.testing.assert_close(mapped_vector(r @ before, d, c), r @ after)
+    torch.testing.assert_close(mapped((before.T * r) @ before, d, c), (after.T * r) @ after)
+    assert (mapped((before.T * r) @ before, d, 0 * c) - (after.T * r) @ after).abs().max() > 1  # without the offset

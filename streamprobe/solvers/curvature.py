@@ -1,0 +1,155 @@
+"""The matrices of Newton's method, from a few tokens of each pass.
+
+Shapes: N tokens, n drawn ones, L layers, K columns, D hidden size, E = D + 1: a weight for each feature, and the bias.
+P places: (layer, column) pairs that a matrix is made for.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+HELD_BYTES = 2**29  # of drawn tokens that wait before they are added: an addition costs as much as many tokens
+WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
+
+
+class Place(NamedTuple):
+    """What a matrix is made for: a column of a layer, by their numbers; or with no column all of the layer's."""
+
+    layer: int
+    column: int | None = None
+
+
+class Features:
+    """Room for the features of one layer's tokens, centred, with a one behind them: used again for every chunk."""
+
+    def __init__(self) -> None:
+        self.room = torch.empty(0, 0)
+
+    def of(self, acts: Tensor, mean: Tensor) -> Tensor:
+        """acts [N, D] of any float dtype and mean [D] float32 -> [acts - mean, 1], float32 [N, E], until the next call.
+
+        Nothing is divided by a scale: weights are.
+        """
+        n, d = acts.shape
+        width = -(-(d + 1) // WIDTH) * WIDTH
+        if len(self.room) < n or self.room.shape[1] != width or self.room.device != acts.device:
+            self.room = torch.empty(n, width, device=acts.device)
+        rows = self.room[:n]
+        rows[:, d] = 1
+        rows[:, :d].copy_(acts)
+        rows[:, :d].sub_(mean)
+        return rows[:, : d + 1]
+
+
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    """Products of float32 matrices whose factors are rounded to bfloat16 or TF32 where that is faster.
+
+    Good enough for a matrix that only says where to step: what is stepped along, the gradient, is not touched by it.
+    """
+    every: Any = torch.backends
+    backends = [every.mkldnn.matmul, every.cuda.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, precision in zip(backends, ("bf16", "tf32"), strict=True):
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+class Grams:
+    """The sum over all tokens of a pass of x x' for each layer, x being its features, and their mean and deviation."""
+
+    def __init__(self, centre: Tensor):
+        """centre [L, D] is what features are centred by, near their mean: it keeps the sums precise."""
+        self.centre, (n_layers, d) = centre, centre.shape
+        self.sum_ = torch.zeros(n_layers, d + 1, d + 1, device=centre.device)
+        self.moments_ = torch.zeros(n_layers, 2, d + 1, dtype=torch.float64, device=centre.device)  # of x and x^2
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """Adds x [N, E] = Features.of(acts, centre[layer])."""
+        with coarse_products():
+            self.sum_[layer] += x.mT @ x
+        self.moments_[layer, 0] += x.sum(0)
+        self.moments_[layer, 1] += x.square().sum(0)
+
+    @property
+    def n(self) -> Tensor:
+        """How many tokens [], float64."""
+        return self.moments_[0, 0, -1]
+
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [L, D] of all tokens' raw features, float32; 1 where a feature is constant."""
+        offset, squares = (self.moments_[..., :-1] / self.n).unbind(1)
+        mean, variance = self.centre + offset, squares - offset.square()
+        varies = variance > 1e-12 * mean.square() + 1e-30  # rounding leaves as much of a constant
+        return mean.float(), torch.where(varies, variance, 1.0).sqrt().float()
+
+
+class DrawnTokens:
+    """Sums over some of a pass's tokens, drawn in proportion to how much each bends the objective of a place.
+
+    The second derivative of an objective is a sum over all tokens, h_t x_t x_t' with h_t the curvature of token t.  Of
+    M tokens drawn with probabilities q_t = min(1, M h_t / sum of all h), each counted h_t / q_t, the sum has the same
+    expectation, and 8 E of them will do for a step (Xu, Yang, Roosta-Khorasani, Re & Mahoney 2016).
+    """
+
+    def __init__(self, places: Sequence[Place], mean: Tensor):
+        """For these P places; features are centred by mean [L, D]."""
+        self.places, self.mean = list(places), mean
+        self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # acts [n, L, D] and what each token counts [P, n]
+
+    def add(self, acts: Tensor, counts: Tensor) -> None:
+        """Adds those of acts [N, L, D] that were drawn; counts [P, N] are 0 where one was not."""
+        rows = counts.any(0).nonzero()[:, 0]  # for which the host waits
+        self.waiting.append((acts[rows], counts[:, rows]))
+        if sum(waiting.nbytes + own.nbytes for waiting, own in self.waiting) >= HELD_BYTES:
+            self.settle()
+
+    def settle(self) -> None:
+        """Adds the tokens that wait."""
+        if not self.waiting:
+            return
+        acts, counts = torch.cat([own for own, _ in self.waiting]), torch.cat([own for _, own in self.waiting], 1)
+        self.waiting.clear()
+        rows = counts.nonzero()[:, 1].split((counts != 0).sum(1).tolist())
+        features = Features()
+        for number, (place, own) in enumerate(zip(self.places, rows, strict=True)):
+            x = features.of(acts[own, place.layer], self.mean[place.layer])
+            x = x.mul_(counts[number, own, None].sqrt())  # both factors alike: rounded, their product is definite, too
+            with coarse_products():
+                added = x.mT @ x
+            self.sums[place] = self.sums[place].add_(added) if place in self.sums else added
+
+    def take(self, place: Place) -> Tensor:
+        """The sum of a place [E, E], which is then let go."""
+        return self.sums.pop(place)
+
+
+def draw(curvature: Tensor, rate: Tensor, chance: Tensor) -> Tensor:
+    """What each token counts at each place [P, N], 0 where it is not drawn.
+
+    curvature [P, N] is what it counts in the sum over all; it is drawn with the probability min(1, curvature rate),
+    rate [P], where its chance [N], uniform in 0 .. 1, is below that.
+    """
+    drawn = chance < curvature * rate[:, None]
+    return torch.where(drawn, torch.maximum(curvature, 1 / rate[:, None]), 0.0)
+
+
+def factorised(matrix: Tensor, ridge: Tensor) -> Tensor | None:
+    """The Cholesky factor of matrix + diag(ridge), [E, E] and [E] float32; None where there is none.
+
+    The matrix is changed.
+    """
+    matrix.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info:  # features that say the same; products are rounded: outweigh that
+        matrix.diagonal().add_(torch.finfo(torch.float32).eps * matrix.trace())
+        factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if info or not matrix.trace().isfinite() else factor
