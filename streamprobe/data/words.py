@@ -16,7 +16,8 @@ FORMS = (
     rf"""\[{NAME}\]|【{NAME}】|</?[^\W\d_][^<>{INVISIBLE}]{{0,80}}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)"""
     rf"""|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]|\["[^"\[\]\n]{{1,80}}"\]"""
 )
-MARK = re.compile(rf"(?P<tag>{TAG})|{FORMS}")  # of folded text: a tag, or what may have been meant as one
+BEGIN = r"""(?=[\[【<{("'])"""  # that a mark begins so is looked at first, since nearly no place of a text does
+MARK = re.compile(rf"{BEGIN}(?:(?P<tag>{TAG})|{FORMS})")  # of folded text: a tag, or what may have been meant as one
 WORD = re.compile(rf"(?P<tag>{TAG})|\w+|[^\w\s]")
 
 
