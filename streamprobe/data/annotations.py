@@ -223,8 +223,7 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
             lost += len(labels)
             continue
         i, j = max(floor, int(first[hits[0]])), int(last[hits[-1]]) + 1
-        if fold(original[i:j]).text.split() != fold(words).text.split():
-            edited += len(labels)
+        edited += 0 if _same_words(original[i:j], words) else len(labels)
         for _ in range(len(words) - len(words.lstrip())):
             i -= i > floor and original[i - 1].isspace()
         for _ in range(len(words) - len(words.rstrip())):
@@ -235,9 +234,15 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
     return Annotation(found, edited=edited, lost=lost, unbalanced=unbalanced, names=written, strange=strange)
 
 
+def _same_words(a: str, b: str) -> bool:
+    """Whether two texts have the same words, apart from typography."""
+    return a.split() == b.split() or fold(a).text.split() == fold(b).text.split()
+
+
 def _without_strays(hits: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
     """The characters of a section that were found, less those behind a gap in the original longer than all of it."""
-    while len(hits) > 1 and (gaps := np.diff(first[hits])).max() > max(size, FAR):
+    far = max(size, FAR)
+    while len(hits) > 1 and first[hits[-1]] - first[hits[0]] > far and (gaps := np.diff(first[hits])).max() > far:
         cut = int(gaps.argmax()) + 1
         hits = max(hits[:cut], hits[cut:], key=len)
     return hits
