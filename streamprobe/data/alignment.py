@@ -1,5 +1,6 @@
 """An edited copy of a text laid beside it: which of its words is which, also in long texts and in looping ones."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import numpy as np
 from rapidfuzz.distance import LCSseq
 
 PLAIN = str.maketrans(dict.fromkeys("“”„‟«»", '"') | dict.fromkeys("‘’‚‛‹›", "'") | dict.fromkeys("‐‑‒–—―−", "-"))
+NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 MAX_CELLS = 2_000_000_000  # items of the one text times items of the other, an eighth of a byte each, at once
 ANCHOR = 16  # items of a run at which longer texts are cut in two
 
@@ -24,9 +26,15 @@ def fold(text: str) -> Folded:
     """Typography made plain as a keyboard does: Unicode's compatibility decomposition, straight quotes, hyphens."""
     if text.isascii():
         return Folded(text, np.arange(len(text) + 1))
-    pieces = [unicodedata.normalize("NFKD", c).translate(PLAIN) for c in text]
-    origin = np.repeat(np.arange(len(text)), [len(piece) for piece in pieces])
-    return Folded("".join(pieces), np.append(origin, len(text)))
+    sizes = np.ones(len(text) + 1, dtype=np.int64)
+
+    def fold_letter(found: re.Match[str]) -> str:
+        letters = unicodedata.normalize("NFKD", found[0]).translate(PLAIN)
+        sizes[found.start()] = len(letters)
+        return letters
+
+    folded = NOT_ASCII.sub(fold_letter, text)
+    return Folded(folded, np.repeat(np.arange(len(text) + 1), sizes))
 
 
 def match_runs(a: Sequence[int], b: Sequence[int], sizes: Sequence[int]) -> list[int]:
@@ -78,6 +86,8 @@ def _runs(a: Sequence[int], b: Sequence[int], size: int) -> list[list[int]]:
 
 def slide_both(partner: Sequence[int], a: Sequence[int], b: Sequence[int], border: Sequence[bool]) -> list[int]:
     """Partners of `a`, where what either text has more than the other is moved to a border of `a`: see `slide_gaps`."""
+    if list(partner) == list(range(len(b))):
+        return list(partner)
     slid = list(partner)
     slide_gaps(slid, a, b, border)
     back = invert(slid, len(b))

@@ -6,7 +6,6 @@ carried over.  What looks like a tag and stands in the original at that place is
 """
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import compress, groupby
@@ -17,19 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from streamprobe.data.alignment import fold, match_runs, slide_both
+from streamprobe.data.words import MARK, QUOTED, Words, in_stretches, split_words
 from streamprobe.errors import InputError
 
-INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"  # in no label
-DOUBLE, SINGLE = rf'"[^"\[\]{INVISIBLE}]{{1,80}}"', rf"'[^'\[\]{INVISIBLE}]{{1,80}}'"
-QUOTED = rf"(?:{DOUBLE}|{SINGLE})"
-TAG = rf"\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]"
-NAME = r"""(?:\\?[/"'`*]){0,2}(?=[\d ._:-]*[^\W\d_])\w[\w .:-]{0,60}(?:\\?["'`*]){0,2}"""  # holds a letter
-FORMS = (
-    rf"""\[{NAME}\]|【{NAME}】|</?[^\W\d_][^<>{INVISIBLE}]{{0,80}}>|(?<![\\\w^{{}}])\{{{NAME}\}}|\({QUOTED}\)"""
-    rf"""|\[{QUOTED}(?!\s*[,\]])|{QUOTED}\]|\["[^"\[\]\n]{{1,80}}"\]"""
-)
-MARK = re.compile(rf"(?P<tag>{TAG})|{FORMS}")  # of folded text: a tag, or what may have been meant as one
-WORD = re.compile(rf"(?P<tag>{TAG})|\w+|[^\w\s]")
 END = "end-section"
 NAMES: Mapping[str, str] = MappingProxyType({})  # as they are
 RUNS, LETTERS = (4, 1), (4, 2)  # words, and letters between them, in a row that are matched, the longest first
@@ -82,24 +71,6 @@ class Mark(NamedTuple):
     start: int
     end: int
     names: tuple[str, ...]  # the labels in a tag; none where its form is not understood
-
-
-class Word(NamedTuple):
-    """Characters start .. end of a folded text that are matched as one."""
-
-    key: str  # equal words have equal ones
-    start: int
-    end: int
-    tag: bool
-
-
-def split_words(text: str) -> list[Word]:
-    """The words, signs and tags of a folded text; in a tag neither the kind of quotes nor white space counts."""
-    words = []
-    for found in WORD.finditer(text):
-        tag = found["tag"] is not None
-        words.append(Word("".join(found[0].split()).replace("'", '"') if tag else found[0], *found.span(), tag))
-    return words
 
 
 def find_marks(text: str) -> list[Mark]:
@@ -171,22 +142,15 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     """
     a, b = fold(copy), fold(original)
     theirs = split_words(b.text)
-    mine, border = _words_without_tags(a.text, b.text, {word.key for word in theirs if word.tag})
-    extra = Counter(word.key for word in mine if word.tag) - Counter(word.key for word in theirs if word.tag)
+    mine, border = _words_without_tags(a.text, b.text, theirs.tags())
     ids: dict[str, int] = {}
-    x, y = ([ids.setdefault(word.key, len(ids)) for word in words] for words in (mine, theirs))
-    partner = [-1, *slide_both(match_runs(x, y, RUNS), x, y, border), len(y)]  # the texts' ends are matched
-    where = [-1] * len(a.text)
-    start = other = 0  # the first words that are not matched yet
-    for i, j in enumerate(partner[1:]):
-        if j < 0 or (i < len(mine) and mine[i].key in extra and partner[i] != j - 1 and partner[i + 2] != j + 1):
-            continue
-        if start < i and other < j:
-            _match_letters(where, a.text, b.text, mine=mine[start:i], theirs=theirs[other:j])
-        if i < len(mine):
-            where[mine[i].start : mine[i].end] = _spread(theirs[j], mine[i].end - mine[i].start)
-        start, other = i + 1, j + 1
-    places = np.array(where, dtype=np.int64)
+    x, y = ([ids.setdefault(key, len(ids)) for key in words.keys] for words in (mine, theirs))
+    partner = np.array([-1, *slide_both(match_runs(x, y, RUNS), x, y, border), len(y)])  # the texts' ends are matched
+    before, own, behind = partner[:-2], partner[1:-1], partner[2:]
+    extra = mine.tags() - theirs.tags()
+    alone = np.array([key in extra for key in mine.keys], dtype=bool) & (before != own - 1) & (behind != own + 1)
+    matched = np.flatnonzero(np.append((own >= 0) & ~alone, True))
+    places = _place_letters(a.text, b.text, mine, theirs, matched=matched, partner=partner[1 + matched])
     found = np.flatnonzero(places >= 0)
     first, last = np.full((2, len(copy)), -1, dtype=np.int64)
     first[a.origin[found[::-1]]] = b.origin[places[found[::-1]]]
@@ -194,41 +158,49 @@ def align(copy: str, original: str) -> tuple[np.ndarray, np.ndarray]:
     return first, last
 
 
-def _words_without_tags(copy: str, original: str, kept: Collection[str]) -> tuple[list[Word], list[bool]]:
+def _words_without_tags(copy: str, original: str, kept: Collection[str]) -> tuple[Words, list[bool]]:
     """The words of a copy without what is a tag, or looks like one, and is nowhere in the original.
 
     `kept` are the keys of the tags in the original.  With them comes for each word, and for the end of the text,
     whether a tag was taken out in front of it, or it is an end of the text: bool [words + 1].
     """
+    words, gone = split_words(copy), np.zeros(len(copy), dtype=bool)
     forms = [mark for mark in MARK.finditer(copy) if not mark["tag"]]
     strange = {form for form in {mark[0] for mark in forms} if form not in original}
-    gone = {i for mark in forms if mark[0] in strange for i in range(*mark.span())}
-    words, border = [], [True]
-    for word in split_words(copy):
-        if word.start in gone or (word.tag and word.key not in kept):
-            border[-1] = True
-        else:
-            words.append(word)
-            border.append(False)
-    border[-1] = True
-    return words, border
+    for mark in forms:
+        if mark[0] in strange:
+            gone[mark.start() : mark.end()] = True
+    out = gone[words.start]
+    for i in np.flatnonzero(words.tag):
+        out[i] |= words.keys[i] not in kept
+    border = np.diff(np.flatnonzero(~out), prepend=-1, append=len(out)) > 1
+    border[[0, -1]] = True
+    return words.choose(~out), border.tolist()
 
 
-def _spread(word: Word, size: int) -> Sequence[int]:
-    """The characters of a word as those of one of `size` characters: as they are, or the first and the last."""
-    places = range(word.start, word.end)
-    return places if len(places) == size else [word.start] * (size - 1) + [word.end - 1]
+def _place_letters(
+    copy: str, original: str, mine: Words, theirs: Words, *, matched: np.ndarray, partner: np.ndarray
+) -> np.ndarray:
+    """For each letter of a folded copy the one of the original that it is, or -1: int64 [len(copy)].
 
-
-def _match_letters(where: list[int], copy: str, original: str, *, mine: Sequence[Word], theirs: Sequence[Word]) -> None:
-    """Fills `where` for the letters of some words of a copy that are somewhere among those of other words."""
-    a, b = ([i for word in words if not word.tag for i in range(word.start, word.end)] for words in (mine, theirs))
-    if len(a) * len(b) > MAX_LETTERS:
-        return
-    partner = match_runs([ord(copy[i]) for i in a], [ord(original[j]) for j in b], LETTERS)
-    for i, j in zip(a, partner, strict=True):
-        if j >= 0:
-            where[i] = b[j]
+    `matched` are the numbers of its words that are matched, and `partner` those of their partners; behind the last of
+    them comes the number of all words of each text.
+    """
+    places = np.full(len(copy), -1, dtype=np.int64)
+    start, other = np.append(0, matched[:-1] + 1), np.append(0, partner[:-1] + 1)  # of the words in front of each
+    for gap in np.flatnonzero((start < matched) & (other < partner)):
+        a, b = mine.letters(start[gap], matched[gap]), theirs.letters(other[gap], partner[gap])
+        if len(a) * len(b) <= MAX_LETTERS:
+            found = np.array(match_runs([ord(copy[i]) for i in a], [ord(original[j]) for j in b], LETTERS), dtype=int)
+            places[a[found >= 0]] = b[found[found >= 0]]
+    i, j = matched[:-1], partner[:-1]
+    equal = mine.end[i] - mine.start[i] == theirs.end[j] - theirs.start[j]
+    own = in_stretches(mine.start[i[equal]], mine.end[i[equal]])
+    places[own] = in_stretches(theirs.start[j[equal]], theirs.end[j[equal]])
+    for k in np.flatnonzero(~equal):  # tags with other white space: their first and last letters
+        places[mine.start[i[k]] : mine.end[i[k]]] = theirs.start[j[k]]
+        places[mine.end[i[k]] - 1] = theirs.end[j[k]] - 1
+    return places
 
 
 def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) -> Annotation:
@@ -245,14 +217,13 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
     found, edited, lost, floor = [], 0, 0, 0
     for (start, end), group in groupby(sections, attrgetter("start", "end")):
         labels = [section.label for section in group]
-        words = "".join(compress(annotated[start:end], shown[start:end]))
+        words = "".join(compress(annotated[start:end], shown[start:end].tolist()))
         hits = _without_strays(start + np.flatnonzero(first[start:end] >= 0), first, end - start)
         if 2 * len(hits) < len("".join(words.split())) or last[hits[-1]] < floor:
             lost += len(labels)
             continue
         i, j = max(floor, int(first[hits[0]])), int(last[hits[-1]]) + 1
-        if fold(original[i:j]).text.split() != fold(words).text.split():
-            edited += len(labels)
+        edited += 0 if _same_words(original[i:j], words) else len(labels)
         for _ in range(len(words) - len(words.lstrip())):
             i -= i > floor and original[i - 1].isspace()
         for _ in range(len(words) - len(words.rstrip())):
@@ -263,9 +234,15 @@ def annotate(annotated: str, original: str, names: Mapping[str, str] = NAMES) ->
     return Annotation(found, edited=edited, lost=lost, unbalanced=unbalanced, names=written, strange=strange)
 
 
+def _same_words(a: str, b: str) -> bool:
+    """Whether two texts have the same words, apart from typography."""
+    return a.split() == b.split() or fold(a).text.split() == fold(b).text.split()
+
+
 def _without_strays(hits: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
     """The characters of a section that were found, less those behind a gap in the original longer than all of it."""
-    while len(hits) > 1 and (gaps := np.diff(first[hits])).max() > max(size, FAR):
+    far = max(size, FAR)
+    while len(hits) > 1 and first[hits[-1]] - first[hits[0]] > far and (gaps := np.diff(first[hits])).max() > far:
         cut = int(gaps.argmax()) + 1
         hits = max(hits[:cut], hits[cut:], key=len)
     return hits
@@ -307,7 +284,7 @@ def rejoin(annotated: str, response: str, names: Mapping[str, str] = NAMES) -> t
     shown = visible(annotated, tags)
     text, found = "", []
     for (start, end), group in groupby(sections, attrgetter("start", "end")):
-        piece = " " * bool(text) + "".join(compress(annotated[start:end], shown[start:end])).strip()
+        piece = " " * bool(text) + "".join(compress(annotated[start:end], shown[start:end].tolist())).strip()
         found += [Section(section.label, len(text), len(text) + len(piece)) for section in group]
         text += piece
     written, strange = _names_and_forms(annotated, tags, names)

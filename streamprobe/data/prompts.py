@@ -7,13 +7,14 @@ as the marker of a role.
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from streamprobe.errors import InputError, first_line
 
 PROBLEM = "\ue000"  # stands for a problem in a prompt whose own text is asked for: a letter that no text has
 MARKER = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 CLOCK = (  # in front of a chat template: its `strftime_now` writes the day that it is given, at midnight
     "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}{% for code, value in chat_day.items() %}"
     "{% set ns.text = ns.text.replace(code, value) %}{% endfor %}{{ ns.text }}{% endmacro %}\n"
@@ -32,7 +33,7 @@ TEMPLATE_RAISES = (  # a template is a program
 
 def is_unicode(text: str) -> bool:
     """Whether text holds no lone surrogate, so that it can be encoded."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    return not SURROGATE.search(text)
 
 
 def format_prompt(problem: str, prompt: str, tokenizer: Any, day: str | None = None) -> str:
@@ -173,6 +174,8 @@ def _letter_by_letter(offsets: Sequence[tuple[int, int]], text: str) -> list[tup
 
     Some tokenizers (Unigram with byte fallback) say of every byte of several unknown letters that it covers them all.
     """
+    if not any(one == other and other[1] - other[0] > 1 for one, other in pairwise(offsets)):
+        return list(offsets)
     found: list[tuple[int, int]] = []
     for (start, end), equal in groupby(offsets):
         n = len(list(equal))

@@ -106,22 +106,30 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
     """
     rendered = render(record, tokenizer, options)
     characters = _label_characters(record, rendered, labels, options)
-    special, text = special_ids(tokenizer), rendered.text
-    codes = np.full((len(rendered.ids), len(labels)), UNKNOWN, dtype=np.int8)
-    sample = np.zeros(len(rendered.ids), dtype=bool)
-    seen, first = [-1] * len(labels), len(rendered.ids)
-    for t, (token, (start, end)) in enumerate(zip(rendered.ids, rendered.offsets, strict=True)):
-        if token in special or start >= end:
-            continue
-        last = start + (len(text[start:end].rstrip()) or end - start) - 1
-        if characters.response[last]:
-            first = min(first, t)
-        found = _codes_at(characters.section[last].tolist(), characters.known[last].tolist(), seen)
-        if characters.support[last]:
-            sample[t] = True
-            codes[t] = found
-    tensors = torch.tensor(rendered.ids), torch.from_numpy(codes), torch.from_numpy(sample)
+    ids, offsets = np.array(rendered.ids, dtype=np.int64), np.array(rendered.offsets, dtype=np.int64).reshape(-1, 2)
+    special = np.isin(ids, list(special_ids(tokenizer)))
+    read = np.flatnonzero(~special & (offsets[:, 0] < offsets[:, 1]))  # the tokens that stand for text
+    last = _last_letters(rendered.text, offsets[read])
+    sample = np.zeros(len(ids), dtype=bool)
+    sample[read] = characters.support[last]
+    found = np.where(characters.known[last], _codes_along(characters.section[last]), UNKNOWN)
+    codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
+    codes[sample] = found[characters.support[last]]
+    first = next(iter(read[characters.response[last]].tolist()), len(ids))
+    tensors = torch.from_numpy(ids), torch.from_numpy(codes), torch.from_numpy(sample)
     return Chain(record.id, *tensors, first, record.category, record.row, rendered.marker)
+
+
+def _last_letters(text: str, offsets: np.ndarray) -> np.ndarray:
+    """Which character of a text is the last of each token that is not white space (the last one, where all are).
+
+    offsets: [T, 2] int64; returns [T] int64.
+    """
+    blank = np.fromiter(map(str.isspace, text), bool, len(text))
+    letter = np.maximum.accumulate(np.where(blank, -1, np.arange(len(text))))  # the last one up to each character
+    start, end = offsets.T
+    found = letter[end - 1]
+    return np.where(found < start, end - 1, found)
 
 
 def _label_characters(record: Record, rendered: Rendered, labels: Sequence[str], options: TextOptions) -> Characters:
@@ -158,11 +166,16 @@ def _in_region(rendered: Rendered, options: TextOptions) -> np.ndarray:
     return inside
 
 
-def _codes_at(numbers: Sequence[int], known: Sequence[bool], seen: list[int]) -> list[int]:
-    """The code of each label [C] at a token in the sections `numbers`; `seen` are the last ones, brought up to date."""
-    codes = []
-    for c, number in enumerate(numbers):
-        code = OUTSIDE if number < 0 else INSIDE if number == seen[c] else ONSET
-        codes.append(code if known[c] else UNKNOWN)
-        seen[c] = number if number >= 0 else seen[c]
-    return codes
+def _codes_along(section: np.ndarray) -> np.ndarray:
+    """The code of each label at each token of a text: [T, C] int8.
+
+    section: the number of each label's section, or -1, [T, C] int64.  A section begins at a token that is in another
+    one than the last token that was in any.
+    """
+    inside = section >= 0
+    t = np.arange(1, len(section) + 1)[:, None]
+    upto = np.maximum.accumulate(np.where(inside, t, 0), axis=0)  # the last token that was in any, from 1; 0: none yet
+    before = np.concatenate([np.zeros_like(upto[:1]), upto[:-1]])
+    number = np.concatenate([np.full_like(section[:1], -1), section])
+    begun = section != np.take_along_axis(number, before, axis=0)
+    return np.where(inside, np.where(begun, ONSET, INSIDE), OUTSIDE).astype(np.int8)

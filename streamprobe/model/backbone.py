@@ -18,6 +18,7 @@ from torch import nn
 
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import block_list, check_layers, drop_blocks
+from streamprobe.model.gguf_file import parsed_once
 from streamprobe.model.loading import build_empty, check_device, read_config, readable_errors
 from streamprobe.system.hardware import free_bytes
 from streamprobe.system.shipped import shipped_path
@@ -69,11 +70,12 @@ def load_backbone(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     _hide_progress_in_files()
-    with readable_errors(model):
-        if layers is None:
+    blocks = None if layers is None else max(layers) + 1
+    with readable_errors(model), parsed_once(where.get("gguf_file"), blocks):
+        if blocks is None:
             loaded = _whole_kind(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
         else:
-            loaded = _load_cut(folder, config, max(layers) + 1, options)
+            loaded = _load_cut(folder, config, blocks, options)
     backbone, info = loaded
     _check_loaded(model, backbone, info)
     return backbone.eval().requires_grad_(False)
@@ -132,16 +134,15 @@ def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple
 def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -> None:
     """Raises InputError where the host has no room for the weights, before they are read; a container may be killed.
 
-    A GGUF file is turned into float32 as a whole.  Of a device accelerate says what does not fit, and what quantized
-    weights take is known when they are there.
+    What is kept of a GGUF file is turned into float32 first.  Of a device accelerate says what does not fit, and what
+    quantized weights take is known when they are there.
     """
 
-    def size(module: nn.Module) -> int:
-        return sum(p.nbytes for p in module.parameters())
-
-    needed = size(empty) - size(nn.ModuleList(list(block_list(empty))[n:]))
+    dropped = {id(p) for p in nn.ModuleList(list(block_list(empty))[n:]).parameters()}
+    kept = [p for p in empty.parameters() if id(p) not in dropped]
+    needed = sum(p.nbytes for p in kept)
     if options.get("gguf_file"):
-        needed += sum(4 * p.numel() for p in empty.parameters())
+        needed += sum(4 * p.numel() for p in kept)
     on_host = options["device_map"] == "cpu" or not torch.cuda.is_available()
     free = free_bytes(torch.device("cpu"))
     if on_host and "quantization_config" not in options and needed > free:

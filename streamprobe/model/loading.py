@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from streamprobe.errors import InputError, first_line, out_of_memory
+from streamprobe.model.gguf_file import parsed_once
 from streamprobe.model.hooks import FOREIGN
 from streamprobe.system.network import look_for_hub
 from streamprobe.system.shipped import shipped_path
@@ -87,7 +88,7 @@ def read_config(model: str, **where: Any) -> Any:
     """The model's config (a few kB; no weights).  `where`: revision, gguf_file, trust_remote_code."""
     from transformers import AutoConfig
 
-    with readable_errors(model):
+    with readable_errors(model), parsed_once(where.get("gguf_file")):
         return AutoConfig.from_pretrained(shipped_path(model), **where)
 
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 from streamprobe.errors import InputError, first_line
+from streamprobe.model.gguf_file import parsed_once
 from streamprobe.model.loading import readable_errors
 from streamprobe.system.shipped import shipped_path
 
@@ -16,7 +17,7 @@ def load_tokenizer(model: str, **where: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with readable_errors(model):
+    with readable_errors(model), parsed_once(where.get("gguf_file")):
         try:
             tokenizer = AutoTokenizer.from_pretrained(shipped_path(model), **where)
         except Exception as error:

@@ -34,7 +34,8 @@ CHAINS, TOKENS = 5, 23  # of the text; 23 is no multiple of what attention may b
 
 def some_tokens(tokenizer: Any, config: Any) -> list[int]:
     """Ids that stand for text, evenly spaced in the vocabulary: special and added tokens may stand for pictures."""
-    known = {i for i in tokenizer.get_vocab().values() if i < vocabulary(config)}
+    size = vocabulary(config)
+    known = {i for i in tokenizer.get_vocab().values() if i < size}
     ids = sorted(known - set(tokenizer.added_tokens_decoder)) or sorted(known)
     return ids[:: max(1, len(ids) // (CHAINS + TOKENS))]
 

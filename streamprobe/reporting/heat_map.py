@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 DPI = 72  # at which a pixel is a point
@@ -52,11 +50,14 @@ def draw(
     scale: Scale,
     written: Callable[[float], str],
     number_size: float,
-) -> Figure:
+) -> Any:
     """The values [R, C] with the names of their rows and columns, each number in its cell as `written` gives it.
 
-    A NaN is a blank cell.  `number_size` is that of the numbers' font.
+    A NaN is a blank cell.  `number_size` is that of the numbers' font.  Returns a figure of matplotlib.
     """
+    import matplotlib  # here, since it takes half a second and most commands draw nothing
+    from matplotlib.figure import Figure
+
     cell, left, height = cell_width(width, rows, len(columns)), _names_width(rows), CELL_HEIGHT * (len(rows) + 1)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = figure.add_axes((left / width, 0, 1 - left / width, len(rows) / (len(rows) + 1)))

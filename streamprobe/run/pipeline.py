@@ -38,6 +38,7 @@ from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model,
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
+from streamprobe.system.start import no_collections
 from streamprobe.trainer import Done, Job, log_metrics, looked_at, train
 
 
@@ -61,7 +62,8 @@ def run_in(folder: Path, config: RunConfig) -> None:
     cost, earlier = Cost(), NOTHING
     if config.output.resume:
         earlier, config = find_earlier(config, folder)
-    setup = set_up(config, earlier, cost)
+    with no_collections():
+        setup = set_up(config, earlier, cost)
     config, backbone, checkpoint = setup.config, setup.backbone, earlier.checkpoint
     plan = plan_run(config, setup.inputs, backbone, setup.feeds, before=checkpoint.kept if checkpoint else None)
     memory, held_out = make_memories(plan)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import NAME, save_gguf
 from tiny_models import LAYER_TYPES, WINDOW, build, cut_model, full_model, hidden_states, outputs, token_ids
 from torch import Tensor, nn
 
@@ -125,38 +126,11 @@ def test_dropped_blocks_are_never_read(wide_folder, monkeypatch, quantization, d
 
 @pytest.fixture(scope="module")
 def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama as GGUF, in float32."""
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path_factory.mktemp("gguf")
-    writer = gguf.GGUFWriter(path / "model.gguf", "llama")
-    for name, value in {
-        "context_length": 64,
-        "embedding_length": 32,
-        "block_count": 6,
-        "feed_forward_length": 64,
-        "head_count": 4,
-        "head_count_kv": 4,
-        "vocab_size": 300,
-    }.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.add_layer_norm_rms_eps(1e-6)
-    random = torch.Generator().manual_seed(0)
-    shapes = {"token_embd": (300, 32), "output_norm": (32,), "output": (300, 32)}
-    for i in range(6):
-        shapes |= {f"blk.{i}.attn_{x}": (32, 32) for x in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{i}.attn_norm": (32,), f"blk.{i}.ffn_norm": (32,), f"blk.{i}.ffn_down": (32, 64)}
-        shapes |= {f"blk.{i}.ffn_{x}": (64, 32) for x in ("gate", "up")}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", (torch.randn(*shape, generator=random) * 0.3).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
+    return save_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 def test_gguf_is_cut(gguf_folder):
-    where = {"gguf_file": "model.gguf"}
+    where = {"gguf_file": NAME}
     whole, cut = full_model(gguf_folder, **where), cut_model(gguf_folder, [0, 2], **where)
     assert len(decoder_layers(whole)) == 6 and len(decoder_layers(cut)) == 3
     expected, got = outputs(whole, [0, 2]), outputs(cut, [0, 2])

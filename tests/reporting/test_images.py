@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from streamprobe.reporting.heat_map import CELL_HEIGHT, Scale, cell_width
-from streamprobe.reporting.tracking import images
 from streamprobe.reporting.tracking.images import WIDTH, Picture, draw, short
 
 SEQUENTIAL, DIVERGING = Scale("viridis", 0.5, 1.0), Scale("RdBu", -0.2, 0.2)
@@ -61,7 +60,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         found.append(figure)
         return FigureCanvasAgg(figure)
 
-    monkeypatch.setattr(images, "FigureCanvasAgg", canvas)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", canvas)
     return found
 
 

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from numpy.typing import NDArray
-from PIL import Image
 
 from streamprobe.reporting import heat_map
 from streamprobe.reporting.heat_map import Scale
@@ -35,6 +32,10 @@ def draw(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str
 
     Where columns are many their numbers have two digits rather than three, or none can be written at all.
     """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
     cell = heat_map.cell_width(WIDTH, rows, len(columns))
     digits = 3 if cell >= EMS[3] * LARGEST else 2
     size = min(LARGEST, cell / EMS[digits])
