@@ -47,7 +47,7 @@ def part(
     noise = torch.randn(shape, generator=random) + shared[chain]
     y = targets[:, None].expand(-1, len(columns))
     scores = noise + strength * y[:, None].float()
-    valid = torch.rand(y.shape, generator=random) < 0.9
+    valid = (torch.rand(len(targets), generator=torch.Generator().manual_seed(9)) < 0.9)[:, None].expand_as(y)
     nothing = torch.zeros(shape[1:])
     return ScoredProbes(
         name,
