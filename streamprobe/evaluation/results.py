@@ -21,14 +21,14 @@ from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.bootstrap import draw_chains, percentiles, rank_chains, resample
 from streamprobe.evaluation.metrics import auroc, brier, point_metrics, rank
 from streamprobe.evaluation.rows import NO_LIFT, Judged, Row, group_by, intervals_of_differences
-from streamprobe.evaluation.scores import Scored, evaluate, tokens_of_column
+from streamprobe.evaluation.scores import ColumnTokens, Scored, evaluate, tokens_of_column
 from streamprobe.evaluation.sorting import sort_carrying
 from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import Column
 from streamprobe.probes.kept import FinalProbes, KeptProbes
 from streamprobe.probes.sites import Site
 
-RESAMPLED, ENDS = ("auroc", "average_precision"), ("low", "high")  # what has intervals, and the fields of one
+CELLS = 2**22  # of a table of chains at once: bounds the memory
 BINS = 10  # of a reliability curve
 
 
@@ -117,32 +117,22 @@ def _judge_column(
 ) -> dict[tuple[int, int, int], Judged]:
     """The rows of one column, without their lifts, by number of the probes, of the site, and of the column in these."""
     asked = tokens_of_column([(probes[number].scored, k) for number, k in places])
-    ranking, table = rank_chains(asked.scores, asked.targets, asked.chain, weights.shape[1])
-    n, hits, n_positive_chains = len(asked.targets), ranking.n_positive, len(table.holders)
-    areas, precisions = resample(table, weights if n_positive_chains > 1 else weights[:0])
     threshold = torch.cat([probes[number].threshold[:, k] for number, k in places])
     half = torch.cat([probes[number].half[k].expand(len(probes[number].sites)) for number, k in places])
-    intervals = percentiles(torch.stack([areas, precisions]).transpose(0, 1))  # [2, P, 2]
-    numbers = {
-        **point_metrics(ranking, threshold=threshold, half=half),
-        "brier": brier(ranking),
-        **{f"{name}_{end}": intervals[m, :, e] for m, name in enumerate(RESAMPLED) for e, end in enumerate(ENDS)},
-    }
-    counts = {
-        "base_rate": hits / n if n else math.nan,
-        "n_tokens": n,
-        "n_positive": hits,
-        "n_chains": int(asked.chain.bincount().count_nonzero()),
-        "n_positive_chains": n_positive_chains,
-    }
-    by_probe = zip(*(values.tolist() for values in numbers.values()), strict=True)
+    counts = _count(asked)
+    at_once = max(1, CELLS // (weights.shape[1] * (counts["n_positive"] + 1)))
+    some = zip(*(each.split(at_once) for each in (asked.scores.T, threshold, half)), strict=True)
+    measured = [_measure(asked._replace(scores=own.T), weights, threshold=cut, half=at) for own, cut, at in some]
+    names = list(measured[0].numbers)
+    by_probe = torch.cat([torch.stack(list(each.numbers.values()), 1) for each in measured]).tolist()
+    areas = torch.cat([each.areas for each in measured], 1).T.cpu()
     where = [(number, i, k) for number, k in places for i in range(len(probes[number].sites))]
     found = {}
-    for (number, i, k), values, own in zip(where, by_probe, areas.T.cpu(), strict=True):
+    for (number, i, k), values, own in zip(where, by_probe, areas, strict=True):
         each = probes[number]
         row: Row = {
             **place_fields(each.solver, each.sites[i], each.columns[k]),
-            **dict(zip(numbers, values, strict=True)),
+            **dict(zip(names, values, strict=True)),
             **NO_LIFT,
             **counts,
             "auroc_spread": _spread(each, i, k),
@@ -151,6 +141,40 @@ def _judge_column(
         }
         found[number, i, k] = Judged(row, own)
     return found
+
+
+class Measured(NamedTuple):
+    """The numbers of P probes of a column."""
+
+    numbers: dict[str, Tensor]  # by field of a row, [P] float64
+    areas: Tensor  # [R, P] AUROC in every resample
+
+
+def _measure(asked: ColumnTokens, weights: Tensor, *, threshold: Tensor, half: Tensor) -> Measured:
+    """The metrics of probes that cut at threshold [P] and half [P], and their intervals in resamples [R, C]."""
+    weights = weights.to(asked.scores.device)
+    ranking, table = rank_chains(asked.scores, asked.targets, asked.chain, weights.shape[1])
+    areas, precisions = resample(table, weights if len(table.holders) > 1 else weights[:0])
+    points = point_metrics(ranking, threshold=threshold.to(weights.device), half=half) | {"brier": brier(ranking)}
+    low, high = percentiles(torch.stack([areas, precisions], 1)).unbind(-1)  # [2, P] each
+    intervals = {
+        f"{name}_{end}": values[row]
+        for row, name in enumerate(("auroc", "average_precision"))
+        for end, values in (("low", low), ("high", high))
+    }
+    return Measured(points | intervals, areas)
+
+
+def _count(asked: ColumnTokens) -> dict[str, Any]:
+    """The fields of a row that count tokens and chains."""
+    n, hits = len(asked.targets), int(asked.targets.sum())
+    return {
+        "base_rate": hits / n if n else math.nan,
+        "n_tokens": n,
+        "n_positive": hits,
+        "n_chains": int(asked.chain.bincount().count_nonzero()),
+        "n_positive_chains": int(asked.chain[asked.targets].bincount().count_nonzero()),
+    }
 
 
 def _spread(probes: ScoredProbes, i: int, k: int) -> float:
@@ -236,7 +260,9 @@ def by_category(probes: Sequence[ScoredProbes], categories: Sequence[str], resam
 
 def reliability(probes: Sequence[ScoredProbes]) -> list[Row]:
     """What the probes say and what is true, in BINS bins of equally many test tokens by falling probability."""
-    return [row for each in probes for k in each.real_columns() for row in _reliability_of_column(each, k)]
+    return [
+        row for each in probes if each.real() for k in each.real_columns() for row in _reliability_of_column(each, k)
+    ]
 
 
 def _reliability_of_column(probes: ScoredProbes, k: int) -> list[Row]:
