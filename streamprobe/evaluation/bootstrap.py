@@ -1,13 +1,21 @@
 """How far a score can be off by the chance of which chains were drawn: intervals that resample chains.
 
-Shapes: N tokens, P probes that share their targets (the layers of one column), M positives, C chains, R resamples.
+Shapes: N tokens, P probes that share their targets (the layers of one column), M positives, C chains, of which H hold
+a positive, R resamples.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 100  # resamples at once: bounds the memory of the bootstrap
+from streamprobe.evaluation.metrics import Ranking, rank_sorted
+from streamprobe.evaluation.sorting import MOST_CARRIED, sort_carrying, sort_rising
+
+BLOCK = 100  # resamples of texts at once: bounds the memory of the bootstrap
+COUNTS = 2**19  # counts at once: what a CPU's cache holds
 
 
 def draw_chains(n_chains: int, resamples: int, seed: int) -> Tensor:
@@ -17,74 +25,105 @@ def draw_chains(n_chains: int, resamples: int, seed: int) -> Tensor:
 
 
 def percentiles(resampled: Tensor, level: float = 0.95) -> Tensor:
-    """The interval [..., 2] (low, high) that holds the middle `level` of resampled [R, ...]; NaNs are left out."""
-    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    """The interval [..., 2] (low, high) that holds the middle `level` of resampled [R, ...]; NaNs are left out.
+
+    Between two resamples it is interpolated, as `torch.nanquantile` does.
+    """
     if not len(resampled):
-        return torch.full((*resampled.shape[1:], 2), float("nan"), dtype=resampled.dtype)
-    return resampled.nanquantile(levels, dim=0).movedim(0, -1)
+        return resampled.new_full((*resampled.shape[1:], 2), float("nan"))
+    rising = sort_rising(resampled.movedim(0, -1))  # [..., R]
+    last = (~rising.isnan()).sum(-1, keepdim=True) - 1  # -1 where all are NaN, which reads one of them
+    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=rising.dtype, device=rising.device)
+    place = (levels * last).clamp_min(0)
+    low, high = rising.gather(-1, place.floor().long()), rising.gather(-1, place.ceil().long())
+    return torch.lerp(low, high, place - place.floor())
+
+
+@dataclass
+class ChainTable:
+    """What every resample of P probes follows from: how many tokens of each chain each positive stands below.
+
+    Row i counts at the positive of rank i, from the highest score on; row 0 of `positives` is empty.
+    """
+
+    negatives: Tensor  # [P, C, M + 1] of each chain that score at least as high, float32; the last row counts all
+    positives: Tensor  # [P, H, M + 1] of each chain that holds some, the i highest, float32
+    holders: Tensor  # [H] the chains that hold a positive
+    pairs: Tensor  # [P, C, H] pairs of a negative and a positive in the right order, ties counted half, float64
+
+
+def rank_chains(scores: Tensor, targets: Tensor, chain: Tensor, n_chains: int) -> tuple[Ranking, ChainTable]:
+    """Ranks scores [N, P] (float32, finite) against targets [N] (bool) of tokens of chain [N], in 0 .. C - 1."""
+    assert n_chains <= MOST_CARRIED
+    places = (classed.nonzero()[:, 0] for classed in (targets, ~targets))
+    (rising, own), (negative, others) = (sort_carrying(scores.T.index_select(1, at), chain[at]) for at in places)
+    ranking = rank_sorted(rising, negative)
+    holders, numbers = own.flip(1).unique(return_inverse=True)
+    n_rows = ranking.n_positive + 1
+    positives = _count(ranking.tp, numbers, n_chains=len(holders), n_rows=n_rows).cumsum(2)
+    others = others.flip(1)
+    seen = [_count(_first_row(upto, others), others, n_chains=n_chains, n_rows=n_rows) for upto in _levels(ranking)]
+    pairs = sum(seen[1:], seen[0]) @ positives.transpose(1, 2)
+    return ranking, ChainTable(seen[0].cumsum_(2), positives, holders, pairs.double() / len(seen))
+
+
+def _levels(ranking: Ranking) -> list[Tensor]:
+    """The negatives [P, M] that score at least as high as each positive and, if any ties, those that score higher."""
+    return [ranking.fp, ranking.fp - ranking.tied] if ranking.tied.any() else [ranking.fp]
+
+
+def _first_row(upto: Tensor, falling: Tensor) -> Tensor:
+    """The first row [P, N] that counts each of `falling` [P, N]: row i counts the first upto[i] ([P, M], rising)."""
+    ends = upto.new_zeros(len(falling), falling.shape[1] + 1)
+    return ends.scatter_add_(1, upto, torch.ones_like(upto)).cumsum(1)[:, :-1]
+
+
+def _count(row: Tensor, chain: Tensor, *, n_chains: int, n_rows: int) -> Tensor:
+    """How many tokens of each chain have each row: [P, n_chains, n_rows] float32; row, chain [P, N]."""
+    cells = chain * n_rows + row
+    table = torch.zeros(len(cells), n_chains * n_rows, device=cells.device)
+    return table.scatter_add_(1, cells, table.new_ones(()).expand_as(cells)).view(len(cells), n_chains, n_rows)
 
 
 def chain_bootstrap(scores: Tensor, targets: Tensor, chain: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """AUROC and average precision over resampled chains: two tensors [R, P], float64.
 
-    scores [N, P], targets [N] bool, chain [N] int in 0 .. C - 1, weights [R, C]: how often resample r drew chain c.
-    Tokens of a chain are not independent, so chains are the unit that is drawn (cluster bootstrap: Davison & Hinkley
-    1997, section 3.8).  Both statistics of a resample follow from counts at the positives, so one table of how many
-    negatives of each chain stand at or above each positive serves all R resamples exactly.  Probes that share the
-    weights are paired: their difference in a resample is one draw of their difference.
-    NaN in a resample without both classes.
+    scores [N, P] (float32), targets [N] bool, chain [N] int64, weights [R, C]: how often resample r drew chain c.
     """
-    n_chains = weights.shape[1]
-    w = weights.to(torch.float32).T.contiguous()  # [C, R]
-    n_negative = torch.bincount(chain[~targets], minlength=n_chains).float() @ w  # [R]
-    n_positive = torch.bincount(chain[targets], minlength=n_chains).float() @ w
+    _, table = rank_chains(scores, targets, chain, weights.shape[1])
+    return resample(table, weights)
+
+
+def resample(table: ChainTable, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """AUROC and average precision over resampled chains: two tensors [R, P], float64.
+
+    weights [R, C]: how often resample r drew chain c.  Tokens of a chain are not independent, so chains are the unit
+    that is drawn (cluster bootstrap: Davison & Hinkley 1997, section 3.8).  A pair of tokens is there as often as both
+    of their chains, so AUROC is a quadratic form in the weights; average precision follows from the weights of what
+    stands at or above each positive: both are exact.  Probes that share the weights are paired: their difference in a
+    resample is one draw of their difference.  NaN in a resample without both classes.
+    """
+    drawn = weights.to(table.pairs)  # [R, C]
+    holding = drawn[:, table.holders]
+    n_negative = drawn @ table.negatives[0, :, -1].double()  # [R]
+    n_positive = holding @ table.positives[0, :, -1].double()
+    ordered = ((drawn @ table.pairs) * holding).sum(2)  # [P, R]
+    precisions = torch.zeros_like(ordered)
+    for precision_ in _precisions(table, drawn.T.float().contiguous()):
+        precisions += precision_
     usable = (n_negative > 0) & (n_positive > 0)
-    both = torch.full((2, len(weights), scores.shape[1]), float("nan"), dtype=torch.float64)
-    for p in range(scores.shape[1]) if usable.any() else ():
-        order = scores[:, p].argsort(descending=True)
-        s, y, c = scores[order, p], targets[order], chain[order]
-        above, tied = _negatives_per_chain(s, y, c, n_chains)  # [M, C] each
-        end = torch.searchsorted(-s[y], -s[y], right=True) - 1  # the last positive that ties with each
-        blocks = [
-            _resample(above, tied, w=w[:, r], n_negative=n_negative[r], chain=c[y], end=end)
-            for r in torch.arange(len(weights)).split(BLOCK)
-        ]
-        areas, precisions = (torch.cat(resampled) for resampled in zip(*blocks, strict=True))
-        both[0, :, p] = (areas / (n_positive.double() * n_negative)).where(usable, float("nan"))
-        both[1, :, p] = (precisions / n_positive).where(usable, float("nan"))
-    return both[0], both[1]
+    areas, precisions = ordered / (n_positive * n_negative), precisions / n_positive
+    return areas.where(usable, float("nan")).T, precisions.where(usable, float("nan")).T
 
 
-def _resample(
-    above: Tensor, tied: Tensor, *, w: Tensor, n_negative: Tensor, chain: Tensor, end: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of each resample, the pairs in the right order and the sum of precisions at the positives: [R] each.
-
-    above, tied [M, C]: negatives at or above each positive, and level with it; w [C, R] weights; n_negative [R];
-    chain [M] of each positive; end [M]: the last positive that ties with it.
-    """
-    mine = w[chain]  # [M, R] the weight of each positive's own chain
-    fp = above @ w  # [M, R] negatives that score at least as high
-    beaten = (n_negative - fp + 0.5 * (tied @ w)).double()
-    tp = mine.cumsum(0)[end]
-    return (mine * beaten).sum(0), (mine * (tp / (tp + fp).clamp_min(1))).double().sum(0)
-
-
-def _negatives_per_chain(s: Tensor, y: Tensor, c: Tensor, n_chains: int) -> tuple[Tensor, Tensor]:
-    """Negatives of each chain that score >= each positive, and those that tie: [M, C] float32 each.
-
-    s [N] falling scores, y [N] bool, c [N] chains.
-    """
-    falling = -s[~y]
-    chains = c[~y]
-
-    def counts(upto: Tensor) -> Tensor:
-        """Row m: of the first upto[m] negatives, how many each chain holds (upto rises)."""
-        step = torch.searchsorted(upto, torch.arange(len(falling)), right=True)  # the first row that sees negative j
-        table = torch.zeros(len(upto) + 1, n_chains)
-        table.index_put_((step, chains), torch.ones(()), accumulate=True)
-        return table[:-1].cumsum(0)
-
-    positives = -s[y]
-    at_least = counts(torch.searchsorted(falling, positives, right=True))
-    return at_least, at_least - counts(torch.searchsorted(falling, positives))
+def _precisions(table: ChainTable, w: Tensor) -> Iterator[Tensor]:
+    """The sum of precisions at the positives, each as often as its chain was drawn, in parts [P, R]; w [C, R]."""
+    n_probes, _, n_rows = table.positives.shape
+    holding, drawn = (each.expand(n_probes, -1, -1) for each in (w[table.holders], w))
+    step = max(1, COUNTS // max(1, n_probes * w.shape[1]))
+    for first in range(0, n_rows - 1, step):
+        last = min(first + step, n_rows - 1)
+        upto = torch.bmm(table.positives[:, :, first : last + 1].transpose(1, 2), holding)  # [P, rows + 1, R]
+        tp = upto[:, 1:]
+        said = torch.baddbmm(tp, table.negatives[:, :, first:last].transpose(1, 2), drawn)
+        yield upto.diff(dim=1).mul_(tp).div_(said.clamp_min_(1)).sum(1)

@@ -18,16 +18,17 @@ from torch import Tensor
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.data.tokenize import Chain
-from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
-from streamprobe.evaluation.metrics import measure
-from streamprobe.evaluation.rows import NO_LIFT, Judged, Row, group_by, interval_of_difference
-from streamprobe.evaluation.scores import Scored, evaluate
+from streamprobe.evaluation.bootstrap import draw_chains, percentiles, rank_chains, resample
+from streamprobe.evaluation.metrics import auroc, brier, point_metrics, rank
+from streamprobe.evaluation.rows import NO_LIFT, Judged, Row, group_by, intervals_of_differences
+from streamprobe.evaluation.scores import ColumnTokens, Scored, evaluate, tokens_of_column
+from streamprobe.evaluation.sorting import sort_carrying
 from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import Column
 from streamprobe.probes.kept import FinalProbes, KeptProbes
 from streamprobe.probes.sites import Site
 
-TOKENS = 4096  # at once, which bounds the memory of what needs float64
+CELLS = 2**22  # of a table of chains at once: bounds the memory
 BINS = 10  # of a reliability curve
 
 
@@ -45,7 +46,7 @@ class ScoredProbes(NamedTuple):
 
     def at(self, tokens: Tensor) -> "ScoredProbes":
         """The same for the tokens [N] where `tokens` is True alone, their chains counted anew from 0."""
-        chosen = Scored(*(x[tokens] for x in self.scored))
+        chosen = self.scored.at(tokens)
         _, chain = chosen.chain.unique(return_inverse=True)
         return self._replace(scored=chosen._replace(chain=chain))
 
@@ -61,10 +62,13 @@ class ScoredProbes(NamedTuple):
         grids = {name: getattr(self, name)[:, keep] for name in ("threshold", "best_pass", "gradient_norm")}
         return self._replace(columns=[self.columns[k] for k in keep], scored=chosen, half=self.half[keep], **grids)
 
+    def real_columns(self) -> list[int]:
+        """The numbers of the columns that are no controls, of the first seed."""
+        return [k for k, column in enumerate(self.columns) if not (column.control or column.seed)]
+
     def real(self) -> list[tuple[int, int]]:
         """The places (l, k) of the probes that are no controls, of the first seed, column by column."""
-        columns = [k for k, column in enumerate(self.columns) if not (column.control or column.seed)]
-        return [(i, k) for k in columns for i, site in enumerate(self.sites) if not site.is_control]
+        return [(i, k) for k in self.real_columns() for i, site in enumerate(self.sites) if not site.is_control]
 
 
 def score(final: Sequence[FinalProbes], feeds: Sequence[Feed], batches: Iterable[TokenBatch]) -> list[ScoredProbes]:
@@ -89,54 +93,100 @@ def judge(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: i
     two chains hold a positive there is no interval.
     """
     weights = draw_chains(n_chains, resamples, seed)
-    judged: list[Judged] = []
-    for each in probes:
-        judged += _judge_probes(each, weights)
+    found: dict[tuple[int, int, int], Judged] = {}
+    for places in _places_of_columns(probes):
+        found |= _judge_column(probes, places, weights)
+    judged = [found[place] for place in sorted(found)]
     for _, own in group_by(judged, itemgetter("solver", "label", "target")):
         compare_with_controls(own)
     return judged
 
 
-def _judge_probes(probes: ScoredProbes, weights: Tensor) -> list[Judged]:
-    """Rows without their lifts, in the order site, column."""
-    scored = probes.scored
-    metrics = measure(scored.scores, scored.targets, scored.valid, threshold=probes.threshold, half=probes.half)
-    metrics["brier"] = brier(scored)
-    first = [k for k, column in enumerate(probes.columns) if not column.seed]
-    by_column = [_judge_column(probes, k, metrics, weights) for k in first]
-    return [judged[i] for i in range(len(probes.sites)) for judged in by_column]
+def _places_of_columns(probes: Sequence[ScoredProbes]) -> list[list[tuple[int, int]]]:
+    """Where each column of the first seed stands: (number of the probes, number in these) for all that are asked it."""
+    places: dict[Column, list[tuple[int, int]]] = {}
+    for number, each in enumerate(probes):
+        for k, column in enumerate(each.columns):
+            if not column.seed:
+                places.setdefault(column, []).append((number, k))
+    return list(places.values())
 
 
-def _judge_column(probes: ScoredProbes, k: int, metrics: Mapping[str, Tensor], weights: Tensor) -> list[Judged]:
-    """The rows of one column, one for each site; metrics: name -> [L, K]."""
-    column, valid = probes.columns[k], probes.scored.valid[:, k]
-    targets, chain = probes.scored.targets[valid, k], probes.scored.chain[valid]
-    n, hits, n_positive_chains = len(targets), int(targets.sum()), int(chain[targets].unique().numel())
-    drawn = weights if n_positive_chains > 1 else weights[:0]
-    areas, precisions = chain_bootstrap(probes.scored.scores[valid][:, :, k], targets, chain, drawn)
-    seeds = [i for i, other in enumerate(probes.columns) if other._replace(seed=0) == column]
-    counts = {
+def _judge_column(
+    probes: Sequence[ScoredProbes], places: Sequence[tuple[int, int]], weights: Tensor
+) -> dict[tuple[int, int, int], Judged]:
+    """The rows of one column, without their lifts, by number of the probes, of the site, and of the column in these."""
+    asked = tokens_of_column([(probes[number].scored, k) for number, k in places])
+    threshold = torch.cat([probes[number].threshold[:, k] for number, k in places])
+    half = torch.cat([probes[number].half[k].expand(len(probes[number].sites)) for number, k in places])
+    counts = _count(asked)
+    at_once = max(1, CELLS // (weights.shape[1] * (counts["n_positive"] + 1)))
+    some = zip(*(each.split(at_once) for each in (asked.scores.T, threshold, half)), strict=True)
+    measured = [_measure(asked._replace(scores=own.T), weights, threshold=cut, half=at) for own, cut, at in some]
+    names = list(measured[0].numbers)
+    by_probe = torch.cat([torch.stack(list(each.numbers.values()), 1) for each in measured]).tolist()
+    areas = torch.cat([each.areas for each in measured], 1).T.cpu()
+    where = [(number, i, k) for number, k in places for i in range(len(probes[number].sites))]
+    found = {}
+    for (number, i, k), values, own in zip(where, by_probe, areas, strict=True):
+        each = probes[number]
+        row: Row = {
+            **place_fields(each.solver, each.sites[i], each.columns[k]),
+            **dict(zip(names, values, strict=True)),
+            **NO_LIFT,
+            **counts,
+            "auroc_spread": _spread(each, i, k),
+            "best_pass": int(each.best_pass[i, k]),
+            "gradient_norm": float(each.gradient_norm[i, k]),
+        }
+        found[number, i, k] = Judged(row, own)
+    return found
+
+
+class Measured(NamedTuple):
+    """The numbers of P probes of a column."""
+
+    numbers: dict[str, Tensor]  # by field of a row, [P] float64
+    areas: Tensor  # [R, P] AUROC in every resample
+
+
+def _measure(asked: ColumnTokens, weights: Tensor, *, threshold: Tensor, half: Tensor) -> Measured:
+    """The metrics of probes that cut at threshold [P] and half [P], and their intervals in resamples [R, C]."""
+    weights = weights.to(asked.scores.device)
+    ranking, table = rank_chains(asked.scores, asked.targets, asked.chain, weights.shape[1])
+    areas, precisions = resample(table, weights if len(table.holders) > 1 else weights[:0])
+    points = point_metrics(ranking, threshold=threshold.to(weights.device), half=half) | {"brier": brier(ranking)}
+    low, high = percentiles(torch.stack([areas, precisions], 1)).unbind(-1)  # [2, P] each
+    intervals = {
+        f"{name}_{end}": values[row]
+        for row, name in enumerate(("auroc", "average_precision"))
+        for end, values in (("low", low), ("high", high))
+    }
+    return Measured(points | intervals, areas)
+
+
+def _count(asked: ColumnTokens) -> dict[str, Any]:
+    """The fields of a row that count tokens and chains."""
+    n, hits = len(asked.targets), int(asked.targets.sum())
+    return {
         "base_rate": hits / n if n else math.nan,
         "n_tokens": n,
         "n_positive": hits,
-        "n_chains": int(chain.unique().numel()),
-        "n_positive_chains": n_positive_chains,
+        "n_chains": int(asked.chain.bincount().count_nonzero()),
+        "n_positive_chains": int(asked.chain[asked.targets].bincount().count_nonzero()),
     }
-    judged = []
-    for i, site in enumerate(probes.sites):
-        row: Row = {
-            **place_fields(probes.solver, site, column),
-            **{name: float(values[i, k]) for name, values in metrics.items()},
-            **_interval("auroc", areas[:, i]),
-            **_interval("average_precision", precisions[:, i]),
-            **NO_LIFT,
-            **counts,
-            "auroc_spread": float(metrics["auroc"][i, seeds].std()) if len(seeds) > 1 else math.nan,
-            "best_pass": int(probes.best_pass[i, k]),
-            "gradient_norm": float(probes.gradient_norm[i, k]),
-        }
-        judged.append(Judged(row, areas[:, i]))
-    return judged
+
+
+def _spread(probes: ScoredProbes, i: int, k: int) -> float:
+    """The standard deviation of the AUROC at site i over the seeds of column k; NaN where there is only one."""
+    scored, column = probes.scored, probes.columns[k]
+    others = [j for j, other in enumerate(probes.columns) if other.seed and other._replace(seed=0) == column]
+    if not others:
+        return math.nan
+    areas = [
+        auroc(rank(scored.scores[:, i : i + 1, j], scored.targets[:, j], scored.valid[:, j])) for j in [k, *others]
+    ]
+    return float(torch.cat(areas).std())
 
 
 def place_fields(solver: str, site: Site, column: Column) -> Row:
@@ -150,21 +200,6 @@ def place_fields(solver: str, site: Site, column: Column) -> Row:
         "split": "test",
         "control": site.name if site.is_control else column.control,
     }
-
-
-def _interval(name: str, resampled: Tensor) -> dict[str, float]:
-    low, high = percentiles(resampled).tolist()
-    return {f"{name}_low": low, f"{name}_high": high}
-
-
-def brier(scored: Scored) -> Tensor:
-    """Mean squared error [L, K] of the probabilities: Brier (1950)."""
-    error_ = torch.zeros(scored.scores.shape[1:], dtype=torch.float64)
-    parts = (each.split(TOKENS) for each in (scored.scores, scored.targets, scored.valid))
-    for scores, targets, valid in zip(*parts, strict=True):
-        error = (scores.sigmoid().double() - targets[:, None].double()).square()
-        error_ += (error * valid[:, None]).sum(0)
-    return error_ / scored.valid.sum(0)
 
 
 @dataclass(frozen=True)
@@ -194,25 +229,19 @@ class TestResults:
 
 def differences(judged: Sequence[Judged]) -> list[Row]:
     """Paired differences of AUROC with 95% intervals: between layers at the same lag, and lags of the same layer."""
-    rows: list[Row] = []
+    pairs: list[tuple[Judged, Judged]] = []
+    places: list[Row] = []
     probes = [each for each in judged if not each.row["control"]]
     for between, other in (("layer", "lag"), ("lag", "layer")):
         for (*family, at), own in group_by(probes, itemgetter("solver", "label", "target", other)):
+            named = dict(zip(("solver", "label", "target"), family, strict=True)) | {"between": between, "at": at}
             for a, b in combinations(sorted(own, key=lambda each: each.row[between]), 2):
-                low, high = interval_of_difference(a, b)
-                rows.append(
-                    {
-                        **dict(zip(("solver", "label", "target"), family, strict=True)),
-                        "between": between,
-                        "at": at,
-                        "a": a.row[between],
-                        "b": b.row[between],
-                        "difference": a.row["auroc"] - b.row["auroc"],
-                        "low": low,
-                        "high": high,
-                    }
-                )
-    return rows
+                pairs.append((a, b))
+                places.append({**named, "a": a.row[between], "b": b.row[between]})
+    return [
+        {**place, "difference": a.row["auroc"] - b.row["auroc"], "low": low, "high": high}
+        for place, (a, b), (low, high) in zip(places, pairs, intervals_of_differences(pairs), strict=True)
+    ]
 
 
 def by_category(probes: Sequence[ScoredProbes], categories: Sequence[str], resamples: int, seed: int) -> list[Row]:
@@ -224,31 +253,40 @@ def by_category(probes: Sequence[ScoredProbes], categories: Sequence[str], resam
     sizes = Counter(categories)
     for name in sorted(name for name, n in sizes.items() if n > 1 and len(sizes) > 1):
         own = torch.tensor([category == name for category in categories])
-        chosen = [each.at(own[each.scored.chain]) for each in probes]
+        chosen = [each.at(own.to(each.scored.chain.device)[each.scored.chain]) for each in probes]
         rows += [{"category": name, **each.row} for each in judge(chosen, sizes[name], resamples, seed)]
     return rows
 
 
 def reliability(probes: Sequence[ScoredProbes]) -> list[Row]:
     """What the probes say and what is true, in BINS bins of equally many test tokens by falling probability."""
+    return [
+        row for each in probes if each.real() for k in each.real_columns() for row in _reliability_of_column(each, k)
+    ]
+
+
+def _reliability_of_column(probes: ScoredProbes, k: int) -> list[Row]:
+    """The rows of the layers at one column."""
+    column, asked = probes.columns[k], tokens_of_column([(probes.scored, k)])
+    layers = [i for i, site in enumerate(probes.sites) if not site.is_control]
+    rising, order = sort_carrying(asked.scores.T[layers], torch.arange(len(asked.chain), device=asked.chain.device))
+    said, true = rising.flip(1).sigmoid().double(), asked.targets[order.flip(1)].double()  # [l, n]
     rows: list[Row] = []
-    for each in probes:
-        for i, k in each.real():
-            column, valid = each.columns[k], each.scored.valid[:, k]
-            targets = each.scored.targets[valid, k].double()
-            said = each.scored.scores[valid, i, k].sigmoid().double()
-            for number, bin in enumerate(said.argsort(descending=True).tensor_split(BINS)):
-                rows.append(
-                    {
-                        "solver": each.solver,
-                        "layer": each.sites[i].layer,
-                        "label": column.label,
-                        "target": column.target,
-                        "lag": column.lag,
-                        "bin": number,
-                        "n_tokens": len(bin),
-                        "mean_probability": float(said[bin].mean()),
-                        "share_positive": float(targets[bin].mean()),
-                    }
-                )
+    bins = list(zip(said.tensor_split(BINS, 1), true.tensor_split(BINS, 1), strict=True))
+    means = torch.stack([torch.stack([each.mean(1) for each in bin], 1) for bin in bins], 1).tolist()  # [l, BINS, 2]
+    for layer, own in zip(layers, means, strict=True):
+        for number, (probability, share) in enumerate(own):
+            rows.append(
+                {
+                    "solver": probes.solver,
+                    "layer": probes.sites[layer].layer,
+                    "label": column.label,
+                    "target": column.target,
+                    "lag": column.lag,
+                    "bin": number,
+                    "n_tokens": bins[number][0].shape[1],
+                    "mean_probability": probability,
+                    "share_positive": share,
+                }
+            )
     return rows

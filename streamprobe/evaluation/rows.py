@@ -4,10 +4,11 @@ Shapes: R resamples.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from streamprobe.evaluation.bootstrap import percentiles
@@ -34,12 +35,15 @@ def group_by(judged: Iterable[Judged], key: Callable[[Row], Any]) -> list[tuple[
     return [(value, list(own)) for value, own in groupby(ordered, key=lambda each: key(each.row))]
 
 
-def interval_of_difference(a: Judged, b: Judged) -> tuple[float, float]:
-    """The 95% interval of a's AUROC less b's; NaN where one of them was not resampled."""
-    if len(a.areas) != len(b.areas):
-        return math.nan, math.nan
-    low, high = percentiles(a.areas - b.areas).tolist()
-    return low, high
+def intervals_of_differences(pairs: Sequence[tuple[Judged, Judged]]) -> list[tuple[float, float]]:
+    """For each pair the 95% interval of the first AUROC less the second; NaN where one of them was not resampled."""
+    found = [(math.nan, math.nan)] * len(pairs)
+    known = [n for n, (a, b) in enumerate(pairs) if len(a.areas) == len(b.areas) > 0]
+    if known:
+        resampled = torch.stack([pairs[n][0].areas - pairs[n][1].areas for n in known], dim=1)  # [R, pairs]
+        for n, (low, high) in zip(known, percentiles(resampled).tolist(), strict=True):
+            found[n] = (low, high)
+    return found
 
 
 def place(row: Row) -> str:

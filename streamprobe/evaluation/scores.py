@@ -15,14 +15,41 @@ from streamprobe.errors import InputError
 from streamprobe.probes.base import Probes
 
 
-class Scored(NamedTuple):
-    """Tokens as L x K probes see them, on the CPU."""
+class ColumnTokens(NamedTuple):
+    """The n tokens at which one column is asked, as L probes see them."""
 
-    scores: Tensor  # [N, L, K] logits, float32
+    scores: Tensor  # [n, L] logits, float32
+    targets: Tensor  # [n] bool
+    chain: Tensor  # [n] int64
+    token: Tensor  # [n] int64: the token's place in its chain
+
+
+class Scored(NamedTuple):
+    """Tokens as L x K probes see them, on the device of their scores."""
+
+    scores: Tensor  # [N, L, K] logits, float32; each probe's lie side by side in memory
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64
     token: Tensor  # [N] int64: the token's place in its chain
+
+    def at(self, tokens: Tensor) -> "Scored":
+        """The same for the tokens [N] where `tokens` is True alone."""
+        place = tokens.nonzero()[:, 0]
+        scores = self.scores.permute(1, 2, 0).index_select(-1, place).permute(2, 0, 1)
+        targets, valid = (each.T.index_select(-1, place).T for each in (self.targets, self.valid))
+        return Scored(scores, targets, valid, self.chain[place], self.token[place])
+
+
+def tokens_of_column(places: Sequence[tuple[Scored, int]]) -> ColumnTokens:
+    """The tokens at which a column is asked, as all of its probes see them; places: (tokens, number of the column)."""
+    scored, k = places[0]
+    valid, targets = scored.valid[:, k], scored.targets[:, k]
+    for other, j in places[1:]:
+        assert other.valid[:, j].equal(valid) and other.targets[:, j].equal(targets), "a column asks all the same"
+    place = valid.nonzero()[:, 0]
+    scores = torch.cat([other.scores[:, :, j].T.index_select(1, place) for other, j in places])
+    return ColumnTokens(scores.T, targets[place], scored.chain[place], scored.token[place])
 
 
 def evaluate(pairs: Sequence[tuple[Probes, Feed]], batches: Iterable[TokenBatch]) -> list[Scored]:
@@ -31,13 +58,13 @@ def evaluate(pairs: Sequence[tuple[Probes, Feed]], batches: Iterable[TokenBatch]
     rest = []
     for batch in batches:
         for (bank, feed), own in zip(pairs, scores, strict=True):
-            own.append(bank.scores(feed.features(batch)).cpu())
-        rest.append((batch.targets.cpu(), batch.valid.cpu(), batch.chain.cpu(), batch.token.cpu()))
-    targets, valid, chain, token = (torch.cat(each) for each in zip(*rest, strict=True))
-    columns = [feed.columns.cpu() for _, feed in pairs]
-    result = [
-        Scored(torch.cat(own), targets[:, k], valid[:, k], chain, token) for own, k in zip(scores, columns, strict=True)
-    ]
+            own.append(bank.scores(feed.features(batch)).permute(1, 2, 0))
+        rest.append((batch.targets.T, batch.valid.T, batch.chain, batch.token))
+    targets, valid, chain, token = (torch.cat(each, -1) for each in zip(*rest, strict=True))
+    result = []
+    for (_, feed), own in zip(pairs, scores, strict=True):
+        k = feed.columns.to(targets.device)
+        result.append(Scored(torch.cat(own, -1).permute(2, 0, 1), targets[k].T, valid[k].T, chain, token))
     if not all(scored.scores.isfinite().all() for scored in result):
         raise InputError("scores that are infinite or not numbers", "finite weights", "lower --learning_rate")
     return result

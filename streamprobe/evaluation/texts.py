@@ -16,7 +16,7 @@ from streamprobe.evaluation.bootstrap import BLOCK, draw_chains, percentiles
 from streamprobe.evaluation.metrics import auroc, rank, tpr_at_fpr
 from streamprobe.evaluation.results import ScoredProbes, place_fields
 from streamprobe.evaluation.rows import Row
-from streamprobe.evaluation.scores import Scored
+from streamprobe.evaluation.scores import Scored, tokens_of_column
 
 POOLINGS = ("mean", "max", "last")
 RATES = {"tpr_at_1fpr": 0.01, "tpr_at_5fpr": 0.05}  # false positive rates
@@ -79,9 +79,9 @@ def _is_of_texts(scored: Scored, k: int) -> bool:
 
 def pool(scored: Scored, k: int) -> PooledTexts:
     """The texts of column k, of the tokens at which it is asked; the last one is that furthest on in its chain."""
-    valid = scored.valid[:, k]
-    said, token = scored.scores[:, :, k][valid].double().sigmoid(), scored.token[valid]
-    chain, index = scored.chain[valid].unique(return_inverse=True)
+    asked = tokens_of_column([(scored, k)])
+    said, token = asked.scores.double().sigmoid(), asked.token
+    chain, index = asked.chain.unique(return_inverse=True)
     shape = (len(chain), said.shape[1])
     sums = said.new_zeros(shape).index_add_(0, index, said)
     highest = said.new_zeros(shape).scatter_reduce(0, index[:, None].expand_as(said), said, "amax")
@@ -92,9 +92,10 @@ def pool(scored: Scored, k: int) -> PooledTexts:
         "max": highest,
         "last": said.new_zeros(shape).index_copy_(0, index[is_last], said[is_last]),
     }
-    targets = torch.zeros(len(chain), dtype=torch.bool)
-    targets[index[scored.targets[valid, k]]] = True
-    return PooledTexts(scores, targets, chain)
+    targets = torch.zeros(len(chain), dtype=torch.bool, device=chain.device)
+    targets[index[asked.targets]] = True
+    pooled = {name: values.cpu() for name, values in scores.items()}  # a text is a number: what follows is small
+    return PooledTexts(pooled, targets.cpu(), chain.cpu())
 
 
 def _rows_of_column(probes: ScoredProbes, k: int, weights: Tensor) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from streamprobe.evaluation.rows import Judged, Row, group_by, interval_of_difference
+from streamprobe.evaluation.rows import Judged, Row, group_by, intervals_of_differences
 from streamprobe.evaluation.significance import LEAST_CHAINS, lower_bounds
 
 
@@ -42,11 +42,15 @@ def compare_with_controls(family: Sequence[Judged]) -> None:
     The corrected low end is for probes that can be judged by enough chains.
     """
     compared = [Comparison(probe, control) for probe in family for control in _controls_of(probe, family)]
+    hardest: dict[int, Comparison] = {}  # of each probe, the control that leaves it the least lift
     for each in compared:
-        row = each.probe.row
-        if math.isnan(row["lift"]) or each.lift < row["lift"]:
-            low, high = interval_of_difference(each.probe, each.control)
-            row |= {"lift": each.lift, "lift_low": low, "lift_high": high, "best_control": each.control.row["control"]}
+        before = hardest.setdefault(id(each.probe), each)
+        if each.lift < before.lift:
+            hardest[id(each.probe)] = each
+    intervals = intervals_of_differences([(each.probe, each.control) for each in hardest.values()])
+    for each, (low, high) in zip(hardest.values(), intervals, strict=True):
+        lift = {"lift": each.lift, "lift_low": low, "lift_high": high, "best_control": each.control.row["control"]}
+        each.probe.row.update(lift)
     sound = [each for each in compared if each.is_sound]
     if not sound:
         return

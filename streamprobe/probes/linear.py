@@ -43,10 +43,13 @@ class ProbeBank:
         return self.weight.shape[2]
 
     def scores(self, acts: Tensor) -> Tensor:
-        """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype, on whatever device these lie."""
+        """Logits [N, L, K], float32, of activations [N, L, D] of any float dtype, on whatever device these lie.
+
+        Those of a probe lie side by side in memory: what follows takes one probe after another.
+        """
         weight, bias = self.weight.to(acts.device), self.bias.to(acts.device)
-        x = acts.to(weight.dtype).transpose(0, 1)  # [L, N, D]
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)).transpose(0, 1)
+        x = acts.to(weight.dtype).permute(1, 2, 0)  # [L, D, N]
+        return torch.baddbmm(bias[..., None], weight, x).permute(2, 0, 1)
 
     def probabilities(self, acts: Tensor) -> Tensor:
         """Probabilities [N, L, K], float32, of activations [N, L, D]: see `scores`."""

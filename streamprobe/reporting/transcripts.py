@@ -14,6 +14,7 @@ from torch import Tensor
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import ScoredProbes
 from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.scores import Scored, tokens_of_column
 from streamprobe.lags import UNKNOWN
 
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"  # of the square root of a probability
@@ -45,14 +46,6 @@ class Probe(NamedTuple):
         column = self.group.columns[self.column]
         named = (self.group.solver, self.group.sites[self.layer].layer, column.label, column.target, column.lag)
         return dict(zip(PLACE, named, strict=True))
-
-    def scores(self) -> Tensor:
-        """Its logits [N] of the test tokens."""
-        return self.group.scored.scores[:, self.layer, self.column]
-
-    def valid(self) -> Tensor:
-        """At which tokens [N] it is asked."""
-        return self.group.scored.valid[:, self.column]
 
     def threshold(self) -> float | None:
         """The probability from which validation would have it say yes; None where it had no class to choose by."""
@@ -129,7 +122,8 @@ def encode(probability: Tensor, asked: Tensor, threshold: float | None) -> str:
     if threshold is not None:
         shown, true = (steps / top).square() >= threshold, probability >= threshold
         steps = (steps + (true & ~shown).long() - (shown & ~true).long()).clamp(0, top)
-    return "".join(LEVELS[n] if a else UNASKED for n, a in zip(steps.tolist(), asked.tolist(), strict=True))
+    letters = np.frombuffer((LEVELS + UNASKED).encode(), np.uint8)
+    return letters[steps.where(asked, len(LEVELS)).numpy()].tobytes().decode()
 
 
 def collect(
@@ -155,7 +149,7 @@ def collect(
         "reference": best and {name: best[name] for name in PLACE},
         "picked_by": "the highest AUROC" if best is None or math.isnan(best["lift"]) else "the largest lift",
         "chains": [
-            _excerpt(each, chains[each.chain], probes, n_labels=len(labels), longest=longest, tokenizer=tokenizer)
+            _excerpt(each, chains[each.chain], groups, n_labels=len(labels), longest=longest, tokenizer=tokenizer)
             for each in picks
         ],
     }
@@ -164,26 +158,19 @@ def collect(
 def _picks(probes: Sequence[Probe], best: Row) -> list[Pick]:
     """The picks of the probe whose row is `best`."""
     probe = next(probe for probe in probes if all(best[name] == value for name, value in probe.place().items()))
-    scored, valid = probe.group.scored, probe.valid()
-    targets = scored.targets[valid, probe.column]
-    return pick(probe.scores()[valid], targets, scored.chain[valid], scored.token[valid])
+    asked = tokens_of_column([(probe.group.scored, probe.column)])
+    scores, targets, chain, token = (each.cpu() for each in asked)
+    return pick(scores[:, probe.layer], targets, chain, token)
 
 
 def _excerpt(
-    why: Pick, chain: Chain, probes: Sequence[Probe], *, n_labels: int, longest: int, tokenizer: Any
+    why: Pick, chain: Chain, groups: Sequence[ScoredProbes], *, n_labels: int, longest: int, tokenizer: Any
 ) -> dict[str, Any]:
     """At most `longest` tokens of a chain around the pick."""
     length = len(chain.ids)
     first = max(0, min((why.first + why.last - longest) // 2, length - longest))
     shown = slice(first, min(length, first + longest))
     codes = ["".join("-" if c == UNKNOWN else str(c) for c in row) for row in chain.codes[shown, :n_labels].T.tolist()]
-    said = []
-    for probe in probes:
-        own = probe.group.scored.chain == why.chain
-        token, asked = probe.group.scored.token[own], torch.zeros(length, dtype=torch.bool)
-        probability = torch.zeros(length)
-        asked[token], probability[token] = probe.valid()[own], probe.scores()[own].sigmoid()
-        said.append(encode(probability[shown], asked[shown], probe.threshold()))
     return {
         "id": chain.id,
         "kind": why.kind,
@@ -192,5 +179,16 @@ def _excerpt(
         "length": length,
         "tokens": pieces(chain.ids.tolist(), tokenizer)[shown],
         "codes": codes,
-        "said": said,
+        "said": [line for group in groups for line in _said(group, why.chain, length, shown)],
     }
+
+
+def _said(group: ScoredProbes, chain: int, length: int, shown: slice) -> list[str]:
+    """What each of the group's probes that are no controls says of the tokens `shown` of a chain of that length."""
+    own = Scored(*(each.cpu() for each in group.scored.at(group.scored.chain == chain)))
+    lines = []
+    for i, k in group.real():
+        asked, probability = torch.zeros(length, dtype=torch.bool), torch.zeros(length)
+        asked[own.token], probability[own.token] = own.valid[:, k], own.scores[:, i, k].sigmoid()
+        lines.append(encode(probability[shown], asked[shown], Probe(group, i, k).threshold()))
+    return lines

@@ -39,8 +39,8 @@ class Plan(NamedTuple):
 class Reserve(NamedTuple):
     """Bytes that a run fills for a while, beside the activations that it keeps and what its solvers hold."""
 
-    device: int = 0  # in a pass: a batch in the model, and a chunk of tokens on its way through the solvers
-    host: int = 0  # after a pass: scores of all probes, or a checkpoint that is being written
+    device: int = 0  # in a pass: a batch in the model, and a chunk for the solvers; after it: scores of all probes
+    host: int = 0  # after a pass: a checkpoint that is being written
 
     def on(self, home: torch.device, device: torch.device) -> int:
         """Those of them that lie on `home`, in a run on `device`."""
@@ -58,11 +58,10 @@ def estimate_reserve(
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
-    trained_on = (
-        4 * CHUNK_TOKENS * (2 * sizes.layers * (sizes.hidden + 1) + 8 * sizes.columns)
-    )  # float32, in some steps
+    trained_on = 4 * CHUNK_TOKENS * (2 * sizes.layers * (sizes.hidden + 1) + 8 * sizes.columns)  # float32
     drawn = min(2 * HELD_BYTES, CHUNK_TOKENS * 8 * sizes.token_bytes())  # twice while they are joined
-    return Reserve(forward + handed_on + trained_on + drawn, 3 * 4 * n_evaluated * n_probes)
+    scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
+    return Reserve(max(forward + handed_on + trained_on + drawn, scored))
 
 
 def memory_room(memory_gb: float | None, device: torch.device, reserve: int = 0) -> int:

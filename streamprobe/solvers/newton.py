@@ -6,6 +6,7 @@ each feature, and the bias.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from streamprobe.probes.linear import ProbeBank, fold
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import DrawnTokens, Features, Grams, Place, draw, factorised
+from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember
 from streamprobe.solvers.running_sums import mapped, mapped_vector
 
-PAIRS = 5  # steps that L-BFGS remembers
 DRAWN = 8  # tokens that are drawn for a matrix, in units of its E rows
 DRAWN_SHARED = 64  # the same for one that all columns of a layer share
 LEAST_DRAWN = 4_096  # and at the least, for features that are few
@@ -65,8 +66,7 @@ class NewtonSolver:
     weight, and one sum over all tokens of a layer serves all columns, with the rarer class of each beside it: the first
     pass ends in the Newton step from zero, the class-balanced ridge, all that a ranking needs.  Every `matrices_every`
     passes H is taken anew at the points of that pass, from tokens drawn in proportion to their curvature
-    (`DrawnTokens`); between, L-BFGS makes of it and of the last PAIRS steps what it can (Nocedal & Wright 2006,
-    algorithm 7.4).
+    (`DrawnTokens`); between, L-BFGS makes of it and of the last steps what it can.
 
     `shared`: one H per layer, for when K of them do not fit: the mean shape of its columns', in the size of each.
     """
@@ -238,7 +238,8 @@ class NewtonSolver:
         """
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
         shorter = self._step_back(loss)
-        self._remember(better & (self.passes > 0), gradient - self.best_gradient)
+        bends = better & (self.passes > 0)
+        self.past = remember(self.past, self.point - self.best, gradient - self.best_gradient, where=bends)
         keep = better[..., None]
         self.best, self.best_gradient = self.point.where(keep, self.best), gradient.where(keep, self.best_gradient)
         self.best_loss = loss.where(better, self.best_loss)
@@ -247,7 +248,8 @@ class NewtonSolver:
         self.gradient_norm = norm.where(self.converged | (self.passes > 0), math.nan)
         moving = better & ~self.converged
         self._take_matrices(moving, d, c)
-        self.point = torch.where(moving[..., None], self.best - self._direction(moving), shorter)
+        direction = newton_step(self.past, self.best_gradient, partial(self._solve, where=moving))
+        self.point = torch.where(moving[..., None], self.best - direction, shorter)
         self.point = torch.where(self.converged[..., None], self.best, self.point)
 
     def _take_matrices(self, moving: Tensor, d: Tensor, c: Tensor) -> None:
@@ -293,27 +295,6 @@ class NewtonSolver:
         slope = (step * self.best_gradient).sum(-1)
         fraction = -slope / (2 * (loss - self.best_loss - slope))
         return self.best + fraction.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
-
-    def _remember(self, where: Tensor, y: Tensor) -> None:
-        """The step from `best` to `point` and the change of the gradient over it, [L, K, E], where J bends upwards."""
-        step = self.point - self.best
-        where = where & ((step * y).sum(-1) > 0)
-        new = torch.cat([torch.stack([step, y])[:, None], self.past[:, :-1]], dim=1)
-        self.past = new.where(where[..., None], self.past)
-
-    def _direction(self, moving: Tensor) -> Tensor:
-        """What L-BFGS takes for the Newton step from `best`, [L, K, E]; H^-1 g where there is no past."""
-        steps, changes = self.past  # [PAIRS, L, K, E], newest first
-        curvature = (steps * changes).sum(-1)
-        rho = torch.where(curvature > 0, 1 / curvature, 0.0)[..., None]
-        q, alphas = self.best_gradient, []
-        for s, y, r in zip(steps, changes, rho, strict=True):
-            alphas.append(r * (s * q).sum(-1, keepdim=True))
-            q = q - alphas[-1] * y
-        q = self._solve(q, moving)
-        for s, y, r, alpha in reversed(list(zip(steps, changes, rho, alphas, strict=True))):
-            q = q + s * (alpha - r * (y * q).sum(-1, keepdim=True))
-        return q
 
     def _solve(self, gradient: Tensor, where: Tensor) -> Tensor:
         """H^-1 g for g [L, K, E] where a probe [L, K] asks for it, else 0."""

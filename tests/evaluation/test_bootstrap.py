@@ -7,7 +7,8 @@ from scored_samples import KINDS, columns, sample
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from streamprobe.evaluation.bootstrap import chain_bootstrap, percentiles
+from streamprobe.evaluation import bootstrap
+from streamprobe.evaluation.bootstrap import chain_bootstrap, percentiles, rank_chains
 from streamprobe.evaluation.metrics import auroc, average_precision, rank
 
 
@@ -89,3 +90,47 @@ def test_an_interval_fails_without_chains_as_the_unit_that_is_drawn() -> None:
         ratio = (chains[:, 1] - chains[:, 0]) / (tokens[:, 1] - tokens[:, 0])
         assert (ratio > 3).all() and (ratio < 8).all()
     assert torch.allclose(by_chain[0], once[0], rtol=0, atol=1e-6)  # copies add nothing
+
+
+def test_a_probe_without_ties_is_resampled_alike_beside_one_with_ties() -> None:
+    """Tables of tied negatives are only made where a probe has some."""
+    scores, targets, chain = chained_sample("no ties", 5)
+    weights = drawn(12, 20, 1)
+    mixed = torch.cat([scores, scores.mul(2).round()], 1)
+    tied = [bool(rank_chains(each, targets, chain, 12)[0].tied.any()) for each in (scores, mixed)]
+    assert tied == [False, True]
+    (areas, precisions), beside = (chain_bootstrap(each, targets, chain, weights) for each in (scores, mixed))
+    torch.testing.assert_close(beside[0][:, :2], areas, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(beside[1][:, :2], precisions, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_areas_fail_without_ties_that_count_half() -> None:
+    """Negative control: ties that are broken by position are not what the loop finds."""
+    scores, targets, chain = chained_sample("many ties", 5)
+    weights = drawn(12, 20, 1)
+    broken = scores - 1e-3 * targets[:, None]
+    areas, unlike = (chain_bootstrap(each, targets, chain, weights)[0] for each in (scores, broken))
+    assert (areas - unlike).abs().nanquantile(0.0) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resamples_do_not_depend_on_how_many_counts_are_made_at_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, targets, chain = chained_sample(kind, 6)
+    weights = drawn(12, 20, 1)
+    whole = chain_bootstrap(scores, targets, chain, weights)
+    monkeypatch.setattr(bootstrap, "COUNTS", 1)
+    for at_once, row_by_row in zip(whole, chain_bootstrap(scores, targets, chain, weights), strict=True):
+        torch.testing.assert_close(at_once, row_by_row, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.5, 1.0])
+def test_percentiles_are_torchs_quantiles(level: float) -> None:
+    resampled = torch.randn(101, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    resampled[::3, 1] = torch.nan
+    resampled[:, 2] = torch.nan
+    resampled[1:, 3, 0] = torch.nan
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    expected = resampled.nanquantile(ends, dim=0).movedim(0, -1)
+    torch.testing.assert_close(percentiles(resampled, level), expected, rtol=0, atol=1e-15, equal_nan=True)

@@ -4,10 +4,27 @@ import numpy as np
 import pytest
 import torch
 from scored_samples import KINDS, columns, sample
-from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    f1_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 from torch import Tensor
 
-from streamprobe.evaluation.metrics import auroc, average_precision, best_threshold, f1_at, measure, rank, tpr_at_fpr
+from streamprobe.evaluation.metrics import (
+    auroc,
+    average_precision,
+    best_threshold,
+    brier,
+    f1_at,
+    measure,
+    point_metrics,
+    rank,
+    tpr_at_fpr,
+)
 
 
 def same(ours: Tensor, reference: list[float]) -> None:
@@ -52,15 +69,16 @@ def test_the_best_threshold_is_the_highest_with_scikit_learns_best_f1(kind: str,
 def test_f1_is_scikit_learns(kind: str, threshold: float) -> None:
     scores, targets = sample(kind, 5)
     expected = [f1_score(targets, s >= threshold, zero_division=0) for s in columns(scores)]
-    same(f1_at(scores, targets, threshold), expected)
-    same(f1_at(scores, targets, torch.full((4,), threshold)), expected)
+    ranking = rank(scores, targets)
+    same(f1_at(ranking, threshold), expected)
+    same(f1_at(ranking, torch.full((4,), threshold)), expected)
 
 
 def test_f1_takes_a_threshold_for_each_probe() -> None:
     scores, targets = sample("no ties", 6)
     cuts = torch.tensor([-1.0, 0.0, 0.3, 2.0])
     same(
-        f1_at(scores, targets, cuts),
+        f1_at(rank(scores, targets), cuts),
         [f1_score(targets, s >= cut) for s, cut in zip(columns(scores), cuts.tolist(), strict=True)],
     )
 
@@ -72,6 +90,13 @@ def test_tpr_at_fpr_is_read_off_scikit_learns_curve(kind: str, seed: int) -> Non
     curves = [roc_curve(targets, s, drop_intermediate=False)[:2] for s in columns(scores)]
     for fpr in (0.0, 0.05, 0.1, 0.5, 1.0):
         same(tpr_at_fpr(rank(scores, targets), fpr), [true[false <= fpr].max() for false, true in curves])
+
+
+@every_kind
+def test_brier_is_scikit_learns(kind: str) -> None:
+    scores, targets = sample(kind, 0)
+    expected = [brier_score_loss(targets, 1 / (1 + np.exp(-s))) for s in columns(scores)]
+    np.testing.assert_allclose(brier(rank(scores, targets)).numpy(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_negative", range(20, 420, 20))
@@ -100,7 +125,7 @@ def test_an_absent_class_is_nan(present: bool | None) -> None:
     ranking = rank(scores, targets)
     for value in (auroc(ranking), average_precision(ranking), tpr_at_fpr(ranking)):
         assert value.shape == (3,) and value.isnan().all()
-    for value in (best_threshold(ranking), f1_at(scores, targets, 0.0)):
+    for value in (best_threshold(ranking), f1_at(ranking, 0.0)):
         assert value.shape == (3,) and value.isnan().all() == (present is not True)
 
 
@@ -123,8 +148,8 @@ def masked_sample() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("given", [False, True])
 def test_measure_is_scikit_learn_on_the_valid_tokens_of_each_column(given: bool) -> None:
     scores, targets, valid = masked_sample()
-    threshold = torch.linspace(-1, 1, 10).reshape(2, 5) if given else None
-    result = measure(scores, targets, valid, threshold=threshold)
+    threshold = torch.linspace(-1, 1, 10).reshape(2, 5)
+    result = measure_at(scores, targets, valid, threshold) if given else measure(scores, targets, valid)
     assert all(value.shape == (2, 5) and value.dtype == torch.float64 for value in result.values())
     for i in range(2):
         for k in range(3):
@@ -148,6 +173,15 @@ def test_measure_is_scikit_learn_on_the_valid_tokens_of_each_column(given: bool)
             assert {name: value[i, k].item() for name, value in result.items()} == pytest.approx(expected, abs=1e-12)
     for name in result.keys() - {"threshold"}:
         assert result[name][:, 3:].isnan().all(), name
+
+
+def measure_at(scores: Tensor, targets: Tensor, valid: Tensor, threshold: Tensor) -> dict[str, Tensor]:
+    """What `measure` gives, with thresholds [L, K] that were chosen before."""
+    columns = []
+    for k in range(targets.shape[1]):
+        ranking = rank(scores[:, :, k], targets[:, k], valid[:, k])
+        columns.append(point_metrics(ranking, threshold=threshold[:, k], half=torch.zeros(2)))
+    return {name: torch.stack([each[name] for each in columns], dim=1) for name in columns[0]}
 
 
 def test_measure_fails_without_the_mask() -> None:

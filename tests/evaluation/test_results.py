@@ -11,9 +11,10 @@ from scipy.stats import t
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
 
+from streamprobe.evaluation import results
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
 from streamprobe.evaluation.results import BINS, ScoredProbes, by_category, differences, judge, reliability
-from streamprobe.evaluation.rows import FIELDS, Judged
+from streamprobe.evaluation.rows import FIELDS, NO_LIFT, Judged
 from streamprobe.evaluation.scores import Scored
 from streamprobe.evaluation.significance import lower_bounds
 from streamprobe.evaluation.verdict import verdicts
@@ -47,7 +48,7 @@ def part(
     noise = torch.randn(shape, generator=random) + shared[chain]
     y = targets[:, None].expand(-1, len(columns))
     scores = noise + strength * y[:, None].float()
-    valid = torch.rand(y.shape, generator=random) < 0.9
+    valid = (torch.rand(len(targets), generator=torch.Generator().manual_seed(9)) < 0.9)[:, None].expand_as(y)
     nothing = torch.zeros(shape[1:])
     return ScoredProbes(
         name,
@@ -78,6 +79,36 @@ def parts() -> list[ScoredProbes]:
 @pytest.fixture(scope="module")
 def judged(parts: list[ScoredProbes]) -> list[Judged]:
     return judge(parts, N_CHAINS, 100, 7)
+
+
+def assert_alike(judged: Sequence[Judged], others: Sequence[Judged]) -> None:
+    """The same rows, but for rounding and for what compares them with others."""
+    for each, other in zip(judged, others, strict=True):
+        assert each.row.keys() == other.row.keys() and torch.equal(each.areas, other.areas)
+        for name, value in each.row.items():
+            if name not in NO_LIFT and isinstance(value, float):
+                assert value == pytest.approx(other.row[name], rel=0, abs=1e-6, nan_ok=True), name
+            elif name not in NO_LIFT:
+                assert value == other.row[name], name
+
+
+def test_probes_are_judged_alike_alone_and_beside_others(parts: list[ScoredProbes], judged: list[Judged]) -> None:
+    """All probes of a column are ranked together."""
+    assert_alike([each for alone in parts for each in judge([alone], N_CHAINS, 100, 7)], judged)
+
+
+def test_judging_does_not_depend_on_how_large_a_table_is(
+    parts: list[ScoredProbes], judged: list[Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "CELLS", 1)
+    assert_alike(judge(parts, N_CHAINS, 100, 7), judged)
+
+
+def test_judging_together_fails_without_the_same_tokens(parts: list[ScoredProbes]) -> None:
+    scored = parts[1].scored
+    other = parts[1]._replace(scored=scored._replace(valid=scored.valid.roll(1, 0)))
+    with pytest.raises(AssertionError, match="a column asks all the same"):
+        judge([parts[0], other], N_CHAINS, 100, 7)
 
 
 def find(judged: Sequence[Judged], layer: object, lag: int, control: str = "") -> dict[str, object]:

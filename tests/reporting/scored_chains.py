@@ -42,7 +42,7 @@ def scored_probes(
     codes = torch.cat([chain.codes[:, 0] for chain in chains])
     y = (codes >= INSIDE)[:, None].expand(-1, len(columns))
     valid = (codes != UNKNOWN)[:, None].expand(-1, len(columns)).clone()
-    valid[50:52, -1] = False
+    valid[50:52] &= torch.tensor([column.lag == 0 for column in columns])
     scores = torch.randn(len(codes), len(layers), len(columns), generator=random) - 2 + strength * y[:, None]
     chain = torch.arange(len(chains)).repeat_interleave(LENGTH)
     token = torch.arange(LENGTH).repeat(len(chains))

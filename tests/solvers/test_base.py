@@ -13,7 +13,10 @@ from streamprobe.solvers.base import Solver
 from streamprobe.solvers.newton import NewtonSolver
 
 COLUMNS = make_columns(["backtracking"], ["token"], [-4, 0, 8])
-SOLVERS: dict[str, Any] = {"weight": AdamSolver, "gradient_norm": partial(NewtonSolver, n_tokens=100)}  # and the tensor that is changed
+SOLVERS: dict[str, Any] = {
+    "weight": AdamSolver,
+    "gradient_norm": partial(NewtonSolver, n_tokens=100),
+}  # and the tensor that is changed
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t.half(), lambda t: t.flatten(), lambda t: t[..., None]])

@@ -79,7 +79,7 @@ class TensorBoard:
 
         ranking = rank(scores[:, None], targets)
         at = torch.linspace(ranking.n_positive, 1, POINTS).round().long() - 1
-        tp, fp = ranking.tp[at, 0].double(), ranking.fp[at, 0].double()
+        tp, fp = ranking.tp[0, at].double(), ranking.fp[0, at].double()
         tn, fn = ranking.n_negative - fp, ranking.n_positive - tp
         precision, recall = tp / (tp + fp), tp / ranking.n_positive
         counts = (tp, fp, tn, fn, precision, recall)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from streamprobe.evaluation.scores import Scored
+from streamprobe.evaluation.scores import Scored, tokens_of_column
 from streamprobe.reporting.tracking.base import Backend, Separation
 from streamprobe.reporting.tracking.layout import SUMMARISED, layout
 from streamprobe.reporting.tracking.metric_grid import SCALES, metric_grids
@@ -99,9 +99,9 @@ class Tracker:
         for k, column in enumerate(grid.columns):
             if column.control or column.seed or grid.sites[0].is_control or auroc[:, k].isnan().all():
                 continue
-            i, valid = int(auroc[:, k].nan_to_num(-1).argmax()), scored.valid[:, k]
+            asked, i = tokens_of_column([(scored, k)]), int(auroc[:, k].nan_to_num(-1).argmax())
             name = tag(family(grid, column), column.lag, "best layer")
-            found = Separation(name, scored.scores[valid, i, k], scored.targets[valid, k])
+            found = Separation(name, asked.scores[:, i].cpu(), asked.targets.cpu())
             for backend in self.backends:
                 backend.separation(found, step)
 
