@@ -79,9 +79,9 @@ def stream(
     pass `on_forward` is given the tokens in it and those with padding.  The layers of `embedded` stand behind the
     probed ones, and `side` gives a chain's features [T, P].
 
-    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own: the same
-    but for rounding, in float32 at most about a millionth of the largest activation.  Raises InputError for an empty
-    stream, and for so long a chain if the model cannot read one in chunks.
+    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
+    float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
+    a chain if the model cannot read one in chunks.
     """
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
@@ -89,12 +89,12 @@ def stream(
     pairing = _Pairing(LagBuffer(columns, labels), embedded, side)
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in _plan_batches(chains, backbone, max_batch_tokens, seed):
-            longest = max(len(chains[i].ids) for i in batch)
-            cache = make_cache(backbone.config) if longest > max_batch_tokens else None
             some, asked = {i: chains[i] for i in batch}, None
+            longest = max(len(chain.ids) for chain in some.values())
+            cache = make_cache(backbone.config) if longest > max_batch_tokens else None
             for start in range(0, longest, max_batch_tokens):
                 part = slice(start, start + max_batch_tokens)
-                ids = [chains[i].ids[part] for i in batch]
+                ids = [chain.ids[part] for chain in some.values()]
                 forward(backbone, ids, cache, last=blocks[max(layers)])
                 check_taken(taken, layers, len(ids), max(map(len, ids)))
                 if on_forward:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
 FORMAT = 2  # of the checkpoint; raised whenever what is in it changes
+SECONDS = 60.0  # between the beginnings of two of them
 
 
 class Checkpoint(NamedTuple):
@@ -25,6 +29,45 @@ class Checkpoint(NamedTuple):
     passes: int
     tokens: int  # seen in them
     kept: Kept  # of the activations, which decides the order of the tokens
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run while it trains: now and then, each in a thread, whole or not at all.
+
+    As a context manager it ends when the last write has, whatever else went wrong: no thread outlives it.
+    """
+
+    def __init__(self, folder: Path, seconds: float = SECONDS):
+        """At most one in so many `seconds`, from now on."""
+        self.folder, self.seconds = folder, seconds
+        self.begun = time.monotonic()
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def offer(self, snapshot: Callable[[], Checkpoint]) -> None:
+        """Writes what `snapshot` gives if it is time for that.  Raises what was in the way of the last write."""
+        if self.writing and self.writing.done():
+            self.wait()
+        if not self.writing and time.monotonic() - self.begun >= self.seconds:
+            self.write(snapshot())
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Begins to write a checkpoint that nothing changes any more, once the last one is written."""
+        self.wait()
+        self.begun = time.monotonic()
+        self.writing = self.thread.submit(save_run, self.folder, checkpoint)
+
+    def wait(self) -> None:
+        """Waits until the last write has ended.  Raises what was in its way."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
 
 def save_run(folder: Path, checkpoint: Checkpoint) -> None:
