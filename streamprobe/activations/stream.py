@@ -78,7 +78,6 @@ def stream(
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
     pass `on_forward` is given the tokens in it and those with padding.  The layers of `embedded` stand behind the
     probed ones, and `side` gives a chain's features [T, P].
-
     A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
     float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
     a chain if the model cannot read one in chunks.

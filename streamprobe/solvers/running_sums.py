@@ -134,11 +134,6 @@ class Grams:
         return mapped(gram, own_scale / scale[layer], (own_mean - mean[layer]) / scale[layer])
 
 
-def scaled(acts: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """acts [N, L, D] of any float dtype -> (acts - mean) / scale in float32 [L, N, D]."""
-    return with_one(acts, mean, scale)[..., :-1]
-
-
 def with_one(acts: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """acts [N, L, D] of any float dtype -> (acts - mean) / scale with a one behind, in float32 [L, N, E]."""
     (n, n_layers, hidden_size) = acts.shape
