@@ -39,6 +39,7 @@ from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model,
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
+from streamprobe.system.hardware import exact_float32
 from streamprobe.trainer import Done, Job, train
 
 
@@ -57,6 +58,7 @@ def run(config: RunConfig) -> Path | None:
     return folder
 
 
+@exact_float32()
 def run_in(folder: Path, config: RunConfig) -> None:
     """The whole run, from the config to the last file in `folder`."""
     cost, earlier = Cost(), NOTHING

@@ -1,12 +1,46 @@
-"""How much memory is there to use: of a device, or of the host less what its container may not have."""
+"""A device and its host: how much memory there is to use, exact float32, and numbers that the host does not wait for.
 
+Of the host's memory only what its container may have counts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+class Arriving:
+    """A number of a device on its way to the host, which waits for what was asked of the device before, not after."""
+
+    def __init__(self, number: Tensor):
+        """`number` is []."""
+        self.number = number.to("cpu", non_blocking=True)
+        self.there = torch.cuda.current_stream(number.device).record_event() if number.is_cuda else None
+
+    def get(self) -> Any:
+        """The number itself."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.number.item()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products of float32 numbers are computed in float32 here, also where an environment lets CUDA round (TF32)."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.fp32_precision
+    try:
+        matmul.fp32_precision = cudnn.fp32_precision = "ieee"
+        yield
+    finally:
+        matmul.fp32_precision, cudnn.fp32_precision = before
 
 
 def free_bytes(device: torch.device) -> int:
