@@ -1,6 +1,13 @@
 """The one exception that means: the person who launched this can fix it; and what says that memory has run out."""
 
-NO_MEMORY = ("defaultcpuallocator", "allocate memory", "not enough memory", "out of memory", "alloc_failed")
+NO_MEMORY = (  # what libraries say, in small letters
+    "defaultcpuallocator",
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
+    "cusolverdncreate",  # which has no other name for it
+)
 
 
 def first_line(error: BaseException) -> str:

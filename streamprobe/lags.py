@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 UNKNOWN, OUTSIDE, INSIDE, ONSET = -1, 0, 1, 2
 Target = Literal["token", "onset", "within"]
@@ -93,7 +94,7 @@ class LagBuffer:
             support = torch.cat([self.support, support])
         past = len(codes) - len(acts)
         done = len(acts) if last else max(0, len(acts) - self.ahead)
-        targets, valid = self._look_up(codes, torch.arange(past, past + done))
+        targets, valid = self._look_up(codes, past, past + done)
         valid &= support[:done, None]
         pairs = Pairs(acts[:done], targets & valid, valid, torch.arange(self.returned, self.returned + done))
         if last:
@@ -104,25 +105,23 @@ class LagBuffer:
             self.codes = codes[max(0, past + done - self.behind) :].clone()
         return pairs
 
-    def _look_up(self, codes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets and validity [M, K] of the tokens at rows t [M] of `codes` [P, C]."""
-        there = t[:, None] + self.lags  # [M, K] row of the label that is predicted
-        valid = (there >= 0) & (there < len(codes))
-        there = there.clamp(0, len(codes) - 1)
-        code = codes[there, self.label_of]
-        here = codes[t][:, self.label_of]
+    def _look_up(self, codes: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Targets and validity [M, K] of the tokens at rows start .. stop of `codes` [P, C]."""
+        padded = pad(codes, (0, 0, self.behind, self.ahead + 1), value=UNKNOWN)  # off the chain nothing is known
+        here, code = self._at_lags(padded, start, stop)
+        late = self.onset & (self.lags > 0) & (here != OUTSIDE)
         if not self.within.any():
-            targets = torch.where(self.onset, code == ONSET, code >= INSIDE)
-            valid &= (code != UNKNOWN) & ~(self.onset & (self.lags > 0) & (here != OUTSIDE))
-            return targets, valid
-        begun = (codes == ONSET).int().cumsum(0)
-        blank = (codes == UNKNOWN).int().cumsum(0)
-        begins = begun[there, self.label_of] > begun[t][:, self.label_of]
-        blanks = blank[there, self.label_of] > blank[t][:, self.label_of]
-        targets = torch.where(self.within, begins, torch.where(self.onset, code == ONSET, code >= INSIDE))
-        valid &= ~torch.where(self.within, blanks, code == UNKNOWN)
-        valid &= ~(self.onset & (self.lags > 0) & (here != OUTSIDE))
-        return targets, valid
+            return torch.where(self.onset, code == ONSET, code >= INSIDE), (code != UNKNOWN) & ~late
+        begun, begun_there = self._at_lags((padded == ONSET).int().cumsum(0), start, stop)
+        blank, blank_there = self._at_lags((padded == UNKNOWN).int().cumsum(0), start, stop)
+        targets = torch.where(self.onset, code == ONSET, code >= INSIDE)
+        targets = torch.where(self.within, begun_there > begun, targets)
+        return targets, ~torch.where(self.within, blank_there > blank, code == UNKNOWN) & ~late
+
+    def _at_lags(self, padded: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """What [behind + P + ahead, C] holds for each column's label at rows start .. stop of P, and `lag` rows on."""
+        window = padded.unfold(0, self.behind + 1 + self.ahead, 1)[start:stop]  # [M, C, W]
+        return window[:, self.label_of, self.behind], window[:, self.label_of, self.behind + self.lags]
 
 
 def make_columns(labels: Sequence[str], targets: Sequence[str], lags: Sequence[int]) -> list[Column]:

@@ -61,7 +61,7 @@ def train(
     """Trains until all probes are final or `max_passes` are over; returns how far that was.
 
     Every pass feeds all solvers.  `source(n)` is pass n over the training chains, `validation()` one trip over the
-    validation tokens, `save(done)` the checkpoint after a pass.  `done` is what the checkpoint resumed from was given.
+    validation tokens, `save(done)` what is done after a pass.  `done` is what the checkpoint resumed from was given.
     """
     number, tokens = done
     if number and memory.keep and not finished(jobs, number, max_passes):
@@ -75,9 +75,7 @@ def train(
         judge(live, validation, done=Done(number, tokens), tracker=tracker)
         tracker.number("progress/pass", number, tokens)
         tracker.number("progress/final_probes", sum(int(job.best.stopped.sum()) for job in jobs), tokens)
-        tracker.write()  # what is logged lies there before the checkpoint that a resumed run goes on from
         save(Done(number, tokens))
-        tracker.flush()
     return Done(number, tokens)
 
 

@@ -12,25 +12,37 @@ from streamprobe.activations.stream import stream_samples
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.probes.sites import Site
+from streamprobe.system.hardware import Arriving
 
 
 def check_finite(batches: Iterable[TokenBatch], chains: Sequence[Chain], sites: Sequence[Site]) -> Iterator[TokenBatch]:
-    """The batches of a stream over `chains`, each looked through as it is read; `sites` [L] names their activations.
+    """The batches of a stream over `chains`, each looked through; `sites` [L] names their activations.
 
-    Raises InputError for the first activation that is infinite or not a number, by chain, token and layer.
+    What was found is asked for when the next batch is on its way, or the last one was taken: so the host need not wait
+    for the device.  Raises InputError then for the first activation that is infinite or not a number, by chain, token
+    and layer.
     """
+    last: tuple[TokenBatch, Arriving] | None = None
     for batch in batches:
-        # A sum tells of any such number at the price of one read; where it overflows itself, a closer look decides.
-        if not batch.acts.sum(2).isfinite().all():
-            for n, i in (~batch.acts.isfinite().all(2)).nonzero()[:1].tolist():
-                chain, token, site = chains[int(batch.chain[n])], int(batch.token[n]), sites[i]
-                other = "other --controls" if site.is_control else "leave such chains out by --bad_chains skip"
-                raise InputError(
-                    f"activations that are infinite or not numbers: chain {chain.id!r}, token {token}, {site.title}",
-                    "finite numbers",
-                    f"use --dtype float32 or bfloat16, or {other}",
-                )
+        if last and not last[1].get():
+            _refuse(last[0], chains, sites)
+        # A sum reports any such number at the price of one read; where it overflows itself, a closer look decides.
+        last = batch, Arriving(batch.acts.sum(2).isfinite().all())
         yield batch
+    if last and not last[1].get():
+        _refuse(last[0], chains, sites)
+
+
+def _refuse(batch: TokenBatch, chains: Sequence[Chain], sites: Sequence[Site]) -> None:
+    """Raises InputError for the first activation of a batch that is infinite or not a number, if there is one."""
+    for n, i in (~batch.acts.isfinite().all(2)).nonzero()[:1].tolist():
+        chain, token, site = chains[int(batch.chain[n])], int(batch.token[n]), sites[i]
+        other = "other --controls" if site.is_control else "leave such chains out by --bad_chains skip"
+        raise InputError(
+            f"activations that are infinite or not numbers: chain {chain.id!r}, token {token}, {site.title}",
+            "finite numbers",
+            f"use --dtype float32 or bfloat16, or {other}",
+        )
 
 
 def find_bad_chains(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
-from streamprobe.lags import Column, LagBuffer, Pairs
+from streamprobe.lags import Column, LagBuffer
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.chunks import frequencies_change, make_cache
 from streamprobe.model.hooks import check_taken, read, tap
@@ -78,10 +78,9 @@ def stream(
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
     pass `on_forward` is given the tokens in it and those with padding.  The layers of `embedded` stand behind the
     probed ones, and `side` gives a chain's features [T, P].
-
-    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens, each a batch of its own: the same
-    but for rounding, in float32 at most about a millionth of the largest activation.  Raises InputError for an empty
-    stream, and for so long a chain if the model cannot read one in chunks.
+    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
+    float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
+    a chain if the model cannot read one in chunks.
     """
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
@@ -89,17 +88,18 @@ def stream(
     pairing = _Pairing(LagBuffer(columns, labels), embedded, side)
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in _plan_batches(chains, backbone, max_batch_tokens, seed):
-            longest = max(len(chains[i].ids) for i in batch)
+            some, asked = {i: chains[i] for i in batch}, None
+            longest = max(len(chain.ids) for chain in some.values())
             cache = make_cache(backbone.config) if longest > max_batch_tokens else None
             for start in range(0, longest, max_batch_tokens):
                 part = slice(start, start + max_batch_tokens)
-                ids = [chains[i].ids[part] for i in batch]
+                ids = [chain.ids[part] for chain in some.values()]
                 forward(backbone, ids, cache, last=blocks[max(layers)])
                 check_taken(taken, layers, len(ids), max(map(len, ids)))
                 if on_forward:
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
-                acts = [taken[layer] for layer in layers]
-                yield pairing.label({i: chains[i] for i in batch}, part, acts)
+                asked = asked or pairing.look_up(list(some.values()))  # while the device computes
+                yield pairing.lay(asked, some, part, [taken[layer] for layer in layers])
 
 
 def stream_samples(
@@ -134,17 +134,23 @@ def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Mo
     `cache` (of `make_cache`) holds the keys and values of the tokens before these, and afterwards those of these too.
     Nothing behind the block `last` is computed.  Raises InputError for a model that leaves the cache empty.
     """
-    device: torch.device = backbone.device
-    before = 0 if cache is None else cache.get_seq_length()
-    lengths = torch.tensor([len(x) for x in ids])
-    padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: the mask hides it
-    mask = torch.arange(before + padded.shape[1]) < before + lengths[:, None]
-    read(backbone, send(padded, device), send(mask.long(), device), last=last, cache=cache)
+    padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: no token sees a later one
+    read(backbone, send(padded, backbone.device), last=last, cache=cache)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`, by a copy that the host does not wait for."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+class _Asked(NamedTuple):
+    """The tokens of B chains that are valid for some column, chain by chain, with all but their activations."""
+
+    row: Tensor  # [N] int64: which of the B chains
+    token: Tensor  # [N] int64
+    side: Tensor  # [N, P]
+    targets: Tensor  # [N, K] bool
+    valid: Tensor  # [N, K] bool
 
 
 class _Pairing(NamedTuple):
@@ -154,31 +160,44 @@ class _Pairing(NamedTuple):
     embedded: LayersOfTokens | None
     side: Callable[[Chain], Tensor]
 
-    def label(self, chains: Mapping[int, Chain], part: slice, acts: Sequence[Tensor]) -> TokenBatch:
-        """Activations [B, T, D] of each layer for a part of B chains, by their number -> the valid tokens, in order."""
-        device = acts[0].device
-        paired = [
-            self._pair(chain, part, [a[b, : len(chain.ids[part])].to(device) for a in acts])
-            for b, chain in enumerate(chains.values())
-        ]
-        some = [pairs.valid.any(1).nonzero()[:, 0] for pairs in paired]
-        side = [
-            self.side(chain)[pairs.token[at]] for chain, pairs, at in zip(chains.values(), paired, some, strict=True)
-        ]
-        # From here on the host waits for the device, which has been computing while the labels were looked up.
-        return TokenBatch(
-            torch.cat([pairs.acts.index_select(0, send(at, device)) for pairs, at in zip(paired, some, strict=True)]),
-            torch.cat(side),
-            torch.cat([pairs.targets[at] for pairs, at in zip(paired, some, strict=True)]),
-            torch.cat([pairs.valid[at] for pairs, at in zip(paired, some, strict=True)]),
-            torch.cat([torch.full((len(at),), i) for i, at in zip(chains, some, strict=True)]),
-            torch.cat([pairs.token[at] for pairs, at in zip(paired, some, strict=True)]),
-        )
+    def look_up(self, chains: Sequence[Chain]) -> _Asked:
+        """What the whole of these chains is asked."""
+        found = []
+        for b, chain in enumerate(chains):
+            pairs = self.buffer.push(chain.ids, chain.codes, chain.support, last=True)
+            at = pairs.valid.any(1).nonzero()[:, 0]
+            row, token = torch.full((len(at),), b), pairs.token[at]
+            found.append(_Asked(row, token, self.side(chain)[token], pairs.targets[at], pairs.valid[at]))
+        return _Asked(*(torch.cat(every) for every in zip(*found, strict=True)))
 
-    def _pair(self, chain: Chain, part: slice, rows: list[Tensor]) -> Pairs:
-        """The activations [t, D] of each layer for a part of a chain, and embedded layers, with their labels."""
-        codes, support = chain.codes[part], chain.support[part]
+    def lay(self, asked: _Asked, chains: Mapping[int, Chain], part: slice, acts: Sequence[Tensor]) -> TokenBatch:
+        """Those of the tokens that lie in a part of each of the chains, of which the layers are acts [B, T, D]."""
+        inside = (asked.token >= part.start) & (asked.token < part.stop)
+        if not inside.all():
+            asked = _Asked(*(x[inside] for x in asked))
+        place = asked.token - part.start  # [N] in this part
+        sources = [(layer.flatten(0, 1), asked.row * layer.shape[1] + place) for layer in acts]
         if self.embedded is not None:
-            seen = send(chain.ids[max(0, part.start - self.embedded.before) : part.stop], rows[0].device)
-            rows = [*rows, *self.embedded.rows(seen, len(codes)).to(rows[0]).unbind(1)]
-        return self.buffer.push(torch.stack(rows, dim=1), codes, support, last=part.stop >= len(chain.ids))
+            embedded = self._embed(self.embedded, list(chains.values()), part, acts[0])
+            lengths = torch.tensor([len(chain.ids[part]) for chain in chains.values()])
+            before = lengths.cumsum(0) - lengths  # tokens of the chains before each
+            sources += [(layer, before[asked.row] + place) for layer in embedded.unbind(1)]
+        numbers = torch.tensor(list(chains))
+        taken = _gather(sources, acts[0].device)
+        return TokenBatch(taken, asked.side, asked.targets, asked.valid, numbers[asked.row], asked.token)
+
+    def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, like: Tensor) -> Tensor:
+        """The embedded layers [n, S, D] at the n tokens of a part of the chains, one chain behind the other."""
+        starts = max(0, part.start - layers.before)
+        seen = [send(chain.ids[starts : part.stop], like.device) for chain in chains]
+        lengths = [len(chain.ids[part]) for chain in chains]
+        return torch.cat([layers.rows(ids, n).to(like) for ids, n in zip(seen, lengths, strict=True) if n])
+
+
+def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """Rows [N] of each of L layers [n, D], together [N, L, D] on `device`."""
+    (first, rows), *_ = sources
+    taken = torch.empty(len(rows), len(sources), first.shape[1], dtype=first.dtype, device=device)
+    for i, (layer, rows) in enumerate(sources):
+        torch.index_select(layer.to(device), 0, send(rows, device), out=taken[:, i])
+    return taken

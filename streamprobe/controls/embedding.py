@@ -35,8 +35,8 @@ def recent_tokens(words: Any, embedded: Tensor, n: int) -> Tensor:
     end = torch.arange(len(embedded) - n + 1, len(embedded) + 1, device=x.device)
     text = torch.zeros_like(embedded[-n:])
     for i, window in enumerate(WINDOWS):
-        begin = (end - window).clamp_min(0)
-        text[:, i * width : (i + 1) * width] = middle + (sums[end] - sums[begin]) / (end - begin)[:, None]
+        before = nn.functional.pad(sums, (0, 0, window, 0))[-n - window : -window]  # nothing before the chain
+        text[:, i * width : (i + 1) * width] = middle + (sums[-n:] - before) / end.clamp_max(window)[:, None]
     return text
 
 

@@ -131,15 +131,16 @@ def _until(last: nn.Module | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def read(model: nn.Module, ids: Tensor, mask: Tensor, *, last: nn.Module | None = None, cache: Any = None) -> None:
+def read(model: nn.Module, ids: Tensor, *, last: nn.Module | None = None, cache: Any = None) -> None:
     """Runs the model over ids [B, T], up to the block `last` if it is given; taps hold what the blocks computed.
 
-    `mask` [B, T with what came before] is 1 at tokens.  `cache` holds the keys and values of the tokens before these,
-    and afterwards those of these too.  A model that takes no mask is given none: padding on the right is invisible
-    where a token sees no later one.  Raises InputError for a model that cannot read this, and for one that leaves the
+    It is given no mask: where a token sees no later one, padding on the right is invisible, and attention without a
+    mask is computed by its fastest kernels.  `cache` holds the keys and values of the tokens before these, and
+    afterwards those of these too.  Raises InputError for a model that cannot read this, and for one that leaves the
     cache empty.
     """
-    options: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
+    length = ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+    options: dict[str, Any] = {"use_cache": cache is not None}
     if cache is not None:
         options["past_key_values"] = cache
     known = inspect.signature(type(model).forward).parameters
@@ -153,12 +154,12 @@ def read(model: nn.Module, ids: Tensor, mask: Tensor, *, last: nn.Module | None 
         if out_of_memory(error):
             raise
         raise InputError(
-            f"a {type(model).__name__}, which cannot read a text of {mask.shape[1]} tokens alone "
+            f"a {type(model).__name__}, which cannot read a text of {length} tokens alone "
             f"({type(error).__name__}: {first_line(error)})",
             "a causal decoder",
             "choose another --model",
         ) from error
-    if cache is not None and cache.get_seq_length() != mask.shape[1]:
+    if cache is not None and cache.get_seq_length() != length:
         raise InputError(
             f"a {type(model).__name__}, which keeps no keys and values of the tokens that it has read",
             "a model that can read a chain in chunks",

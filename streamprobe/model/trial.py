@@ -84,13 +84,10 @@ def _states(model: Any, layers: Sequence[int], chunks: Sequence[Tensor], cache: 
     blocks, config = decoder_layers(model), model.config
     last = blocks[max(layers)] if isinstance(block_list(model), Kept) else None
     by_chunk: list[dict[int, Tensor]] = []
-    seen = 0
     with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
         for chunk in chunks:
-            seen += chunk.shape[1]
-            mask = torch.ones(len(chunk), seen, dtype=torch.int64, device=model.device)
             with quiet():
-                read(model, chunk.to(model.device), mask, last=last, cache=cache)
+                read(model, chunk.to(model.device), last=last, cache=cache)
             check_taken(taken, layers, *chunk.shape)
             for layer in layers:
                 if runs[layer] > len(by_chunk) + 1:

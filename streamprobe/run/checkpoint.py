@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,8 @@ from streamprobe.run.memory_plan import Kept
 from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
-FORMAT = 2  # of the checkpoint; raised whenever what is in it changes
+FORMAT = 3  # of the checkpoint; raised whenever what is in it changes
+SECONDS = 60.0  # between the beginnings of two of them
 
 
 class Checkpoint(NamedTuple):
@@ -25,6 +28,50 @@ class Checkpoint(NamedTuple):
     passes: int
     tokens: int  # seen in them
     kept: Kept  # of the activations, which decides the order of the tokens
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run while it trains: now and then, each in a thread, whole or not at all.
+
+    As a context manager it ends when the last write has, whatever else went wrong: no thread outlives it.
+    """
+
+    def __init__(self, folder: Path, seconds: float = SECONDS):
+        """At most one in so many `seconds`, from now on."""
+        self.folder, self.seconds = folder, seconds
+        self.begun = time.monotonic()
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+        self.last: Checkpoint | None = None  # that was written, or is about to be
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def offer(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, which nothing changes any more, if it is time for that.
+
+        Raises what was in the way of the last write.
+        """
+        if self.writing and self.writing.done():
+            self.wait()
+        if not self.writing and time.monotonic() - self.begun >= self.seconds:
+            self.write(checkpoint)
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Begins to write a checkpoint once the last one is written, unless it is that."""
+        self.wait()
+        if checkpoint is not self.last:
+            self.begun, self.last = time.monotonic(), checkpoint
+            self.writing = self.thread.submit(save_run, self.folder, checkpoint)
+
+    def wait(self) -> None:
+        """Waits until the last write has ended.  Raises what was in its way."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
 
 def save_run(folder: Path, checkpoint: Checkpoint) -> None:
@@ -73,7 +120,7 @@ def _unpack(flat: dict[str, Tensor], about: dict[str, Any]) -> Checkpoint:
         raise ValueError("no facts of a run")
     if [type(each) for each in plan] != [int, bool, bool, bool] or plan[0] < 1:
         raise ValueError(f"plan {plan!r}")
-    if not all(type(n) is int and 0 < n < 2**63 for n in (passes, tokens)):
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (passes, tokens)):
         raise ValueError(f"pass {passes!r} and {tokens!r} tokens")
     return Checkpoint(parts, facts, passes, tokens, Kept(*plan))
 

@@ -32,6 +32,7 @@ from streamprobe.run.opened import check_chains
 from streamprobe.run.provenance import facts_of
 from streamprobe.run.reader import Backbone, Reader, find_bad_rows, load_model
 from streamprobe.system.console import say
+from streamprobe.system.hardware import exact_float32
 
 FOLDER = "evaluations"  # in that of the run
 PLACE = ("solver", "label", "target", "layer", "lag")
@@ -59,6 +60,7 @@ class Setup(NamedTuple):
     reader: Reader
 
 
+@exact_float32()
 def evaluate_run(asked: Asked, name: str, out: str | None) -> Path:
     """Judges the probes and controls of a run; writes into `out`, or into evaluations/`name` in the run's folder.
 
@@ -74,6 +76,7 @@ def evaluate_run(asked: Asked, name: str, out: str | None) -> Path:
     return folder
 
 
+@exact_float32()
 def rows_of_run(asked: Asked) -> list[Row]:
     """The rows of the run's own results.csv.  Raises InputError where that is not of its probes."""
     path = asked.folder / "results.csv"

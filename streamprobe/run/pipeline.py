@@ -15,6 +15,7 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.load import RunConfig
 from streamprobe.data.overlap import problem_hashes
+from streamprobe.errors import InputError
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.scores import evaluate
@@ -26,7 +27,7 @@ from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
 from streamprobe.reporting.tracking.tracker import Tracker
-from streamprobe.run.checkpoint import STATE, Checkpoint, save_run
+from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.folder import claim_folder
@@ -38,6 +39,7 @@ from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model,
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
+from streamprobe.system.hardware import exact_float32
 from streamprobe.system.start import no_collections
 from streamprobe.trainer import Done, Job, log_metrics, looked_at, train
 
@@ -57,6 +59,7 @@ def run(config: RunConfig) -> Path | None:
     return folder
 
 
+@exact_float32()
 def run_in(folder: Path, config: RunConfig) -> None:
     """The whole run, from the config to the last file in `folder`."""
     cost, earlier = Cost(), NOTHING
@@ -72,20 +75,22 @@ def run_in(folder: Path, config: RunConfig) -> None:
     check_room(folder, *needed_room(jobs, folder))
     write_config(folder, setup.facts)
     tracker = make_tracker(folder, setup, jobs, done)
-    save = PassEnd(folder, setup.facts, plan.kept, jobs, tracker, backbone.device)
     validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
-    done = train(
-        jobs,
-        memory,
-        lambda number: setup.reader.read("train", config.training.seed + number, f"pass {number}"),
-        validation,
-        tracker=tracker,
-        save=save,
-        max_passes=config.training.max_passes,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        done=done,
-    )
+    with Checkpoints(folder) as checkpoints:
+        save = PassEnd(checkpoints, setup.facts, plan.kept, jobs, tracker, backbone.device, begun=done)
+        done = train(
+            jobs,
+            memory,
+            lambda number: setup.reader.read("train", config.training.seed + number, f"pass {number}"),
+            validation,
+            tracker=tracker,
+            save=save,
+            max_passes=config.training.max_passes,
+            batch_size=config.training.batch_size,
+            seed=config.training.seed,
+            done=done,
+        )
+        save.finish()
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
     cost_once = cache(partial(describe_cost, cost, plan, done))  # the same in every file and in the terminal
     results = judge_held_out(setup, folder, jobs, thresholds=thresholds, cost=cost_once)
@@ -142,23 +147,43 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
 
 @dataclass
 class PassEnd:
-    """What is done at the end of every pass, when the trainer calls it: a checkpoint, a line, and two curves."""
+    """What is done at the end of every pass, when the trainer calls it: two curves, a line, and a checkpoint."""
 
-    folder: Path
+    checkpoints: Checkpoints
     facts: dict[str, Any]
     kept: Kept
     jobs: Sequence[Job]
     tracker: Tracker
     device: torch.device
+    begun: Done  # how far training had come when this process began
     lap: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        self.newest = self.snapshot(self.begun)
+
     def __call__(self, done: Done) -> None:
-        """Saves the run as it stands after a pass."""
-        save_run(self.folder, Checkpoint(states_of(self.jobs), self.facts, done.passes, done.tokens, self.kept))
+        """Notes what a pass took, and puts its curves on disk before a checkpoint that a resumed run goes on from."""
         seconds, self.lap = time.perf_counter() - self.lap, time.perf_counter()
         self.tracker.number("progress/tokens_per_second", done.tokens / done.passes / seconds, done.tokens)
         self.tracker.number("progress/memory_gb", peak_memory(self.device) / 1e9, done.tokens)
         say(f"pass {done.passes:<4}{seconds:>8.1f} s   {describe_progress(self.jobs)}")
+        if all(job.solver.resumable for job in self.jobs):
+            self.newest = self.snapshot(done)
+        try:
+            self.tracker.flush()
+        except InputError:  # which ends the run
+            self.finish()
+            raise
+        self.checkpoints.offer(self.newest)
+
+    def snapshot(self, done: Done) -> Checkpoint:
+        """The run as it stands after a pass, sharing no memory with what trains on."""
+        return Checkpoint(states_of(self.jobs), self.facts, done.passes, done.tokens, self.kept)
+
+    def finish(self) -> None:
+        """Returns when the run is on disk as it stood when it could last be resumed."""
+        self.checkpoints.write(self.newest)
+        self.checkpoints.wait()
 
 
 def calibrated(job: Job, inputs: Inputs) -> Probes:

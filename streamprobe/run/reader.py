@@ -105,7 +105,7 @@ class Reader:
     def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
         """One trip over a split, with a progress bar in a terminal; `seed` orders the batches (None: by length).
 
-        Raises InputError for an activation that is infinite or not a number, at the moment it is read.
+        Raises InputError for an activation that is infinite or not a number, before the trip is over.
         """
         chains = self.splits[split]
         total = sum(len(c.ids) for c in chains)

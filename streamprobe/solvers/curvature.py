@@ -4,12 +4,13 @@ Shapes: N tokens, n drawn ones, L layers, K columns, D hidden size, E = D + 1: a
 P places: (layer, column) pairs that a matrix is made for.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from streamprobe.system.hardware import coarse_float32
 
 HELD_BYTES = 2**29  # of drawn tokens that wait before they are added: an addition costs as much as many tokens
 WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
@@ -44,24 +45,6 @@ class Features:
         return rows[:, : d + 1]
 
 
-@contextmanager
-def coarse_products() -> Iterator[None]:
-    """Products of float32 matrices whose factors are rounded to bfloat16 or TF32 where that is faster.
-
-    Good enough for a matrix that only says where to step: what is stepped along, the gradient, is not touched by it.
-    """
-    every: Any = torch.backends
-    backends = [every.mkldnn.matmul, every.cuda.matmul]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend, precision in zip(backends, ("bf16", "tf32"), strict=True):
-            backend.fp32_precision = precision
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
 class Grams:
     """The sum over all tokens of a pass of x x' for each layer, x being its features, and their mean and deviation."""
 
@@ -73,7 +56,7 @@ class Grams:
 
     def add(self, layer: int, x: Tensor) -> None:
         """Adds x [N, E] = Features.of(acts, centre[layer])."""
-        with coarse_products():
+        with coarse_float32():
             self.sum_[layer] += x.mT @ x
         self.moments_[layer, 0] += x.sum(0)
         self.moments_[layer, 1] += x.square().sum(0)
@@ -123,7 +106,7 @@ class DrawnTokens:
         for number, (place, own) in enumerate(zip(self.places, rows, strict=True)):
             x = features.of(acts[own, place.layer], self.mean[place.layer])
             x = x.mul_(counts[number, own, None].sqrt())  # both factors alike: rounded, their product is definite, too
-            with coarse_products():
+            with coarse_float32():
                 added = x.mT @ x
             self.sums[place] = self.sums[place].add_(added) if place in self.sums else added
 

@@ -13,7 +13,7 @@ PAIRS = 5  # that are remembered
 
 
 def remember(pairs: Tensor, step: Tensor, change: Tensor, *, where: Tensor) -> Tensor:
-    """The pairs with a new one of step and change [L, K, E], `where` [L, K] asks for it and the objective bends upwards."""
+    """The pairs with a new one of step and change [L, K, E], `where` [L, K] asks for it and the objective bends up."""
     where = where & ((step * change).sum(-1) > 0)
     new = torch.cat([torch.stack([step, change])[:, None], pairs[:, :-1]], dim=1)
     return new.where(where[..., None], pairs)

@@ -50,14 +50,6 @@ def first_scaling(acts: Tensor) -> tuple[Tensor, Tensor]:
     return moments.mean.float().to(acts.device), std.float().to(acts.device)
 
 
-def scaled(acts: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """acts [N, L, D] of any float dtype -> (acts - mean) / scale in float32 [L, N, D]."""
-    x = torch.empty(acts.shape[1], len(acts), acts.shape[2], device=acts.device)
-    torch.sub(acts.transpose(0, 1), mean[:, None], out=x)
-    x /= scale[:, None]
-    return x
-
-
 def mapped_vector(vector: Tensor, d: Tensor, c: Tensor) -> Tensor:
     """A sum of r [x, 1] over tokens -> the sum of r [d x + c, 1]: vector [..., E], d and c [..., D]."""
     return torch.cat([d * vector[..., :-1] + c * vector[..., -1:], vector[..., -1:]], dim=-1)

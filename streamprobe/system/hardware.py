@@ -1,12 +1,63 @@
-"""How much memory is there to use: of a device, or of the host less what its container may not have."""
+"""A device and its host: how much memory there is to use, exact float32, and numbers that the host does not wait for.
 
+Of the host's memory only what its container may have counts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+class Arriving:
+    """A number of a device on its way to the host, which waits for what was asked of the device before, not after."""
+
+    def __init__(self, number: Tensor):
+        """`number` is []."""
+        self.number = number.to("cpu", non_blocking=True)
+        self.there = torch.cuda.current_stream(number.device).record_event() if number.is_cuda else None
+
+    def get(self) -> Any:
+        """The number itself."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.number.item()
+
+
+@contextmanager
+def _float32_products(cpu: str, cuda: str) -> Iterator[None]:
+    """How products of float32 matrices are computed here, in the words of torch's `fp32_precision`."""
+    backends: Any = torch.backends
+    wanted = [(backends.mkldnn.matmul, cpu), (backends.cuda.matmul, cuda), (backends.cudnn, cuda)]
+    before = [backend.fp32_precision for backend, _ in wanted]
+    try:
+        for backend, precision in wanted:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for (backend, _), precision in zip(wanted, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products of float32 numbers are computed in float32 here, also where an environment lets them be rounded."""
+    with _float32_products(cpu="ieee", cuda="ieee"):
+        yield
+
+
+@contextmanager
+def coarse_float32() -> Iterator[None]:
+    """Factors of products are rounded to bfloat16 or TF32 here where that is faster; sums are float32."""
+    with _float32_products(cpu="bf16", cuda="tf32"):
+        yield
 
 
 def free_bytes(device: torch.device) -> int:

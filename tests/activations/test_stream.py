@@ -27,6 +27,7 @@ from streamprobe.model.chunks import make_cache
 
 CPU = torch.device("cpu")
 LABELS = ["backtracking", "deduction"]
+DEMO = str(Path(module.__file__).parents[1] / "demo" / "model")
 LAYERS = [2, 0]  # not in the order of the model
 COLUMNS = [
     *(Column(label, "token", lag) for label in LABELS for lag in (-3, 0, 5)),
@@ -179,13 +180,13 @@ def test_tokens_hear_of_earlier_ones_only(full, backbone):
     assert (a[place:] - b[place:]).abs().amax((1, 2)).min() > 1e-3
 
 
-def test_the_mask_and_the_padded_tokens_are_told(backbone):
+def test_the_model_reads_padded_ids_alone_and_both_counts_are_reported(backbone):
     chains = make_chains(7, seed=1)
-    told, seen = [], []
+    counted, seen = [], []
 
     def look(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        assert not torch.is_grad_enabled()
-        seen.append((kwargs["input_ids"], kwargs["attention_mask"]))
+        assert not torch.is_grad_enabled() and kwargs.keys() == {"input_ids", "use_cache"}
+        seen.append(kwargs["input_ids"])
 
     handle = backbone.register_forward_pre_hook(look, with_kwargs=True)
     try:
@@ -198,19 +199,48 @@ def test_the_mask_and_the_padded_tokens_are_told(backbone):
                 labels=LABELS,
                 max_batch_tokens=100,
                 seed=0,
-                on_forward=lambda real, padded: told.append((real, padded)),
+                on_forward=lambda real, padded: counted.append((real, padded)),
             )
         )
     finally:
         handle.remove()
-    assert len(told) == len(seen) == len(batches) > 1
-    assert sum(real for real, _ in told) == sum(len(c.ids) for c in chains)
-    for (real, padded), (ids, mask), batch in zip(told, seen, make_batches_of(chains, 100), strict=True):
-        assert (real, padded) == (mask.sum(), mask.numel())
-        for row, (i, line) in enumerate(zip(batch, mask, strict=True)):
-            n = len(chains[i].ids)
-            assert line.tolist() == [1] * n + [0] * (len(line) - n)
-            assert torch.equal(ids[row, :n], chains[i].ids)
+    assert len(counted) == len(seen) == len(batches) > 1
+    assert sum(real for real, _ in counted) == sum(len(c.ids) for c in chains)
+    for (real, padded), ids, batch in zip(counted, seen, make_batches_of(chains, 100), strict=True):
+        assert (real, padded) == (sum(len(chains[i].ids) for i in batch), ids.numel())
+        for row, i in enumerate(batch):
+            assert torch.equal(ids[row, : len(chains[i].ids)], chains[i].ids)
+
+
+@torch.no_grad()
+def with_and_without_a_mask(model: Any) -> tuple[Tensor, Tensor]:
+    """The last hidden states of the real tokens [N, D] of a batch that is padded on the right."""
+    ids = [c.ids % model.config.vocab_size for c in make_chains(7, seed=1)]
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([len(x) for x in ids])[:, None]
+    masked = model(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    return masked[mask], model(input_ids=padded, use_cache=False).last_hidden_state[mask]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["tiny", "demo"])
+def test_real_tokens_are_bit_equal_without_a_mask(model_dir, name, attention, dtype):
+    from transformers import AutoModel
+
+    folder = {"tiny": model_dir, "demo": DEMO}[name]
+    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    assert torch.equal(*with_and_without_a_mask(model))
+
+
+def test_bit_equality_fails_without_causal_attention(model_dir):
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(model_dir)
+    config.is_causal = False
+    model = AutoModel.from_pretrained(model_dir, config=config, dtype=torch.float32).eval()
+    masked, bare = with_and_without_a_mask(model)
+    assert (masked - bare).abs().max() > 1e-3
 
 
 def make_batches_of(chains: list[Chain], max_tokens: int, seed: int | None = 0) -> list[list[int]]:
@@ -341,7 +371,6 @@ def test_empty_stream(backbone):
 
 # --- chains longer than a forward pass ---
 
-DEMO = str(Path(module.__file__).parents[1] / "demo" / "model")
 LONG = 40  # tokens of the longest chains; ten times the window of Gemma3
 
 

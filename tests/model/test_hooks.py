@@ -143,14 +143,14 @@ def test_nothing_behind_the_last_block_is_computed(model_dir):
         block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     before = n_hooks(model)
     with tap({1: blocks[1]}) as taken, steer(blocks[1], add=torch.ones(32)):
-        read(model, ids, torch.ones_like(ids), last=blocks[1])
+        read(model, ids, last=blocks[1])
         assert ran == [0, 1] and torch.equal(taken[1], expected)
     assert n_hooks(model) == before
     ran.clear()
-    read(model, ids, torch.ones_like(ids))
+    read(model, ids)
     assert ran == [0, 1, 2, 3]  # negative control
     with pytest.raises(InputError, match="^a LlamaModel, which cannot read a text of 24 tokens alone .IndexError"):
-        read(model, ids + 10_000, torch.ones_like(ids), last=blocks[1])
+        read(model, ids + 10_000, last=blocks[1])
     assert n_hooks(model) == before
 
 
@@ -163,6 +163,6 @@ def test_a_lack_of_memory_is_no_fault_of_the_model(model_dir):
 
         handle = model.register_forward_pre_hook(fail)
         with pytest.raises(type(error)) as raised:
-            read(model, ids, torch.ones_like(ids))
+            read(model, ids)
         assert not isinstance(raised.value, InputError)
         handle.remove()

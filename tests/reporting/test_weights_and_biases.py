@@ -64,7 +64,6 @@ def test_no_text_of_the_data_leaves(tmp_path: Path) -> None:
     backend.text("2 preflight", SECRET)
     backend.charts([])
     backend.separation(Separation("a", torch.zeros(2), torch.tensor([True, False])), 1)
-    backend.write()
     backend.close()
     assert [kind for kind, _ in lines_of(tmp_path)] == ["init", "config", "finish"]
     assert SECRET not in json.dumps(lines_of(tmp_path))

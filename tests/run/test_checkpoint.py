@@ -4,8 +4,10 @@ import builtins
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +23,7 @@ from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.sites import layer_sites
 from streamprobe.probes.storage import load_probes, pack_probes, raw_bytes
 from streamprobe.run import checkpoint
-from streamprobe.run.checkpoint import STATE, Checkpoint, load_run, save_run
+from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints, load_run, save_run
 from streamprobe.run.memory_plan import Kept
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.system import files
@@ -543,3 +545,66 @@ def test_a_tensor_is_summed_by_its_numbers_whatever_its_strides():
     assert raw_bytes(torch.tensor(3, dtype=torch.bfloat16)) == b"\x40\x40"
     with pytest.raises(RuntimeError, match="stride"):  # negative control
         part.contiguous().flatten().view(torch.uint8)
+
+
+def held_back(monkeypatch: pytest.MonkeyPatch) -> tuple[Event, list[int]]:
+    """Writes wait for an event; which passes were written."""
+    go, written = Event(), []
+
+    def save(folder: Path, checkpoint: Checkpoint) -> None:
+        assert go.wait(60)
+        save_run(folder, checkpoint)
+        written.append(checkpoint.passes)
+
+    monkeypatch.setattr(checkpoint, "save_run", save)
+    return go, written
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would begin meanwhile is passed over; at the end the last one is waited for."""
+    go, written = held_back(monkeypatch)
+    with Checkpoints(tmp_path, seconds=0.0) as checkpoints:
+        for number in (1, 2):
+            checkpoints.offer(lambda number=number: state(PARTS, passes=number))
+        assert not (tmp_path / STATE).exists()
+        go.set()
+        checkpoints.write(state(PARTS, passes=3))
+        checkpoints.wait()
+        assert written == [1, 3] and load_run(tmp_path).passes == 3
+
+
+def test_no_snapshot_is_taken_before_it_is_time(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, seconds=3600.0) as checkpoints:
+        checkpoints.offer(lambda: pytest.fail("a snapshot"))
+        checkpoints.begun -= 3600.0
+        checkpoints.offer(lambda: state(PARTS))
+        checkpoints.offer(lambda: pytest.fail("another snapshot"))
+    assert load_run(tmp_path).passes == 3
+
+
+def test_a_write_ends_before_its_run_does_whatever_ends_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, written = held_back(monkeypatch)
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, seconds=0.0) as checkpoints:
+        checkpoints.offer(lambda: state(PARTS))
+        Timer(0.1, go.set).start()
+        raise KeyboardInterrupt
+    assert written == [3] and load_run(tmp_path).passes == 3
+
+
+@pytest.mark.parametrize("ask", ["offer", "write", "wait"])
+def test_what_was_in_the_way_of_a_write_is_reported_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    with Checkpoints(tmp_path, seconds=0.0) as checkpoints:
+        with monkeypatch.context() as patch:
+            fail_at(patch, "replace")
+            checkpoints.offer(lambda: state(PARTS))
+            wait([checkpoints.writing])
+        calls: dict[str, Callable[[], None]] = {
+            "offer": lambda: checkpoints.offer(lambda: state(PARTS)),
+            "write": lambda: checkpoints.write(state(PARTS)),
+            "wait": checkpoints.wait,
+        }
+        with pytest.raises(InputError, match="state.safetensors.*No space.*make room.*--resume"):
+            calls[ask]()
+    assert load_run(tmp_path) is None

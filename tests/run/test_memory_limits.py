@@ -113,14 +113,14 @@ def test_memory_that_runs_out_is_no_fault_of_the_model(whose, model_dir, monkeyp
 
     monkeypatch.setattr(type(model), "forward", fail)
     with pytest.raises(type(SAID[whose])):
-        read(model, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+        read(model, torch.zeros(1, 3, dtype=torch.int64))
     monkeypatch.setattr(type(model), "from_pretrained", fail)
     assert guard(lambda: load_backbone(model_dir, [1], "float32", device_map="cpu")) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "memory (" in told and "check --model" not in told
     with pytest.raises(InputError, match="choose another --model"):  # negative control
         monkeypatch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
-        read(model, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+        read(model, torch.zeros(1, 3, dtype=torch.int64))
 
 
 GROUP = Path(f"/sys/fs/cgroup/memory/streamprobe-test-{os.getpid()}")

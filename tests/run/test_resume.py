@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from forked import forked
 
 from streamprobe.cli import train as main
 from streamprobe.run import pipeline
-from streamprobe.run.checkpoint import STATE, load_run, save_run
+from streamprobe.run.checkpoint import STATE, Checkpoints, load_run, save_run
 from streamprobe.run.folder import claim_folder
 
 COSTS = ("seconds", "model_seconds", "tokens_per_second", "peak_memory_gb", "model_forwards", "model_tokens", "padding")
@@ -102,6 +103,7 @@ def killer(name: str, after: bool) -> Callable[[], None]:
                 die()
 
         os.replace = deadly  # type: ignore[assignment]
+        pipeline.Checkpoints = partial(Checkpoints, seconds=0.0)  # type: ignore[assignment,misc]  # as often as it may
 
     return prepare
 

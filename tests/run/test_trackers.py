@@ -1,13 +1,13 @@
 """Where curves go changes nothing else: results, checkpoint and resume are those of a run without them."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
 import pytest
 import yaml
 from forked import forked
+from killed import killed_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trackers import lines_of, use_stub
 
@@ -98,23 +98,11 @@ def test_a_wrong_place_is_refused(
     assert f"report_to {shown}" in error and "one or more of tensorboard, wandb" in error and "\x1b" not in error
 
 
-def die_at_the_second_checkpoint() -> None:
-    save, count = pipeline.save_run, [0]
-
-    def deadly(*given: object) -> None:
-        count[0] += 1
-        if count[0] == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(*given)  # type: ignore[arg-type]  # whatever it is given
-
-    pipeline.save_run = deadly
-
-
 def test_a_killed_run_goes_on_and_may_report_elsewhere(config: str) -> None:
     """What was logged behind the checkpoint is hidden in TensorBoard; W&B goes on with the same run."""
     both = ["--report_to", "tensorboard", "wandb"]
     assert main([config, "--report_to", "none", "--output_dir", "straight"]) == 0
-    [done] = forked([config, *both, "--output_dir", "killed"], prepare=die_at_the_second_checkpoint)
+    [done] = forked([config, *both, "--output_dir", "killed"], prepare=killed_after(2, saved=1))
     assert done.status == -signal.SIGKILL
     name = "auroc/validation/newton/backtracking/token lag+00 best layer"
     assert len(EventAccumulator("killed").Reload().Scalars(name)) == 2

@@ -51,8 +51,8 @@ def make_chunks(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> list[Chunk]:
     return chunks
 
 
-def make_solver(standardize: bool, seed: int = 0) -> AdamSolver:
-    options = {"learning_rate": 1e-3, "l2": 0.01, "batch_size": BATCH, "standardize": standardize, "seed": seed}
+def make_solver(standardize: bool, seed: int = 0, batch_size: int = BATCH) -> AdamSolver:
+    options = {"learning_rate": 1e-3, "l2": 0.01, "batch_size": batch_size, "standardize": standardize, "seed": seed}
     return AdamSolver(SITES, COLUMNS, HIDDEN, POSITIVE_WEIGHT, **options)
 
 
@@ -138,8 +138,9 @@ def start_loss(solver: AdamSolver, chunk: Chunk) -> Tensor:
     return loss * valid[:, None]
 
 
-def test_loss_is_the_mean_before_training_over_the_valid_tokens_since_the_last_call() -> None:
-    solver = make_solver(standardize=False)
+def losses_of(batch_size: int) -> tuple[Tensor, Tensor]:
+    """The loss [L, K] of a solver, and the mean over the valid tokens of two chunks, each before it was trained on."""
+    solver = make_solver(standardize=False, batch_size=batch_size)
     sums, counts = [], []
     for chunk in make_chunks()[:2]:
         sums.append(start_loss(solver, chunk).sum(0))
@@ -147,8 +148,18 @@ def test_loss_is_the_mean_before_training_over_the_valid_tokens_since_the_last_c
         solver.step(*chunk)
     loss = solver.loss()
     assert loss[:, 0].isnan().all() and loss[:, 1:].isfinite().all()  # column 0 is never valid
-    torch.testing.assert_close(loss, sum(sums) / sum(counts), rtol=1e-5, atol=0, equal_nan=True)
     assert solver.loss().isnan().all()
+    return loss, sum(sums) / sum(counts)
+
+
+def test_loss_is_the_mean_before_each_step_over_the_valid_tokens_since_the_last_call() -> None:
+    loss, expected = losses_of(batch_size=max(SIZES))  # a chunk is one mini-batch
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_loss_before_the_step_fails_without_one_mini_batch_a_chunk() -> None:
+    loss, expected = losses_of(batch_size=BATCH)
+    assert ((loss - expected).abs() / expected)[:, 1:].max() > 1e-3
 
 
 @both

@@ -115,7 +115,7 @@ def first_step(tokens: Tokens, x: np.ndarray, k: int) -> np.ndarray:
 def test_one_pass_is_the_newton_step_from_zero(tokens, size, monkeypatch) -> None:
     """Whatever the chunks, and nearly so where factors of products are rounded."""
     coarse = trained(make(tokens), tokens, 1, size).bank()
-    monkeypatch.setattr(curvature, "coarse_products", nullcontext)
+    monkeypatch.setattr(curvature, "coarse_float32", nullcontext)
     bank = trained(make(tokens), tokens, 1, size).bank()
     for i, k in grid():
         x, mean, std = standardised(tokens, i)
@@ -186,7 +186,7 @@ def test_a_shared_matrix_is_one_for_a_layer(tokens) -> None:
 
 def test_raw_features(tokens, monkeypatch) -> None:
     """Without standardisation the penalty is on the raw weights."""
-    monkeypatch.setattr(curvature, "coarse_products", nullcontext)
+    monkeypatch.setattr(curvature, "coarse_float32", nullcontext)
     solver = trained(make(tokens, standardize=False), tokens, 1)
     assert torch.equal(solver.mean, torch.zeros_like(solver.mean)) and (solver.scale == 1).all()
     bank, step = solver.bank(), first_step(tokens, tokens.acts[:, 0].double().numpy(), 1)

@@ -23,7 +23,7 @@ class Separation(NamedTuple):
 class Backend(Protocol):
     """A place that what a run logs goes to; what it cannot show it leaves out.
 
-    What fails while a run trains waits for `flush`, which is called behind a checkpoint.
+    What fails while a run trains waits for `flush`, which is called at the end of a pass.
     """
 
     def charts(self, categories: Sequence[Category]) -> None:
@@ -43,9 +43,6 @@ class Backend(Protocol):
 
     def outcome(self, said: str, numbers: Mapping[str, float]) -> None:
         """What the run ends with: the verdict with its table, and the numbers by which runs compare."""
-
-    def write(self) -> None:
-        """Puts on disk what was logged so far, as far as that goes."""
 
     def flush(self) -> None:
         """Puts on disk what was logged so far.  Raises InputError where something was not logged."""

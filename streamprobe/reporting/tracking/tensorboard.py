@@ -125,10 +125,6 @@ class TensorBoard:
             self.events.add(summary, None)
         self.points(numbers, 0)
 
-    def write(self) -> None:
-        """Puts on disk what was logged so far, as far as that goes."""
-        self.events.write()
-
     def flush(self) -> None:
         """Puts on disk what was logged so far.  Raises InputError where it does not take it."""
         self.events.flush()

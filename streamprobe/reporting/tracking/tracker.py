@@ -129,11 +129,6 @@ class Tracker:
         for backend in self.backends:
             backend.outcome(said, numbers)
 
-    def write(self) -> None:
-        """Puts on disk what was logged so far, as far as that goes."""
-        for backend in self.backends:
-            backend.write()
-
     def flush(self) -> None:
         """Puts on disk what was logged so far.  Raises InputError where something was not logged."""
         for backend in self.backends:

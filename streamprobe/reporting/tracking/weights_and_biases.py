@@ -95,9 +95,6 @@ class WeightsAndBiases:
         self._log(lambda: self.tracker.log_table("verdict", ["line"], lines))
         self._log(lambda: self.tracker.log(dict(numbers)))
 
-    def write(self) -> None:
-        """Nothing: W&B writes what it is given by itself."""
-
     def flush(self) -> None:
         """Raises InputError where something was not logged."""
         if self.failure:

@@ -1,0 +1,121 @@
+"""On a pretended CUDA device: a run crosses no devices, ends with the CPU's bytes, and hardly ever waits."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+from fake_device import DEVICE, Seen, aside, fake_cuda
+
+from streamprobe import cli, trainer
+from streamprobe.model.backbone import load_backbone
+from streamprobe.probes.early_stopping import BestProbes
+from streamprobe.probes.linear import ProbeBank
+from streamprobe.trainer import train_pass
+
+STORES = {"kept": "auto", "streamed": "0.003"}  # by memory_gb
+WAITING = {"hooks.py"}  # transformers looks at the positions of every batch
+
+
+def load_on_device(name: str, layers: Any, **options: Any) -> Any:
+    with aside():
+        loaded = load_backbone(name, layers, **options | {"device_map": "cpu"})
+    return loaded.to(DEVICE)
+
+
+@pytest.fixture
+def device() -> Iterator[Seen]:
+    """The device, with every model that is loaded on it."""
+    places = [patch(f"streamprobe.run.{module}.load_backbone", load_on_device) for module in ("reader", "opened")]
+    with fake_cuda() as seen, places[0], places[1]:
+        yield seen
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: str, chains_file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    keys = {
+        "model": model_dir,
+        "data": str(chains_file),
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "layers": [0, 2],
+        "lags": [-2, 0, 4],
+        "labels": ["backtracking"],
+        "targets": ["token", "onset"],
+        "max_passes": 2,
+        "max_batch_tokens": 512,
+        "bootstrap": 10,
+        "solvers": ["adam", "newton"],
+    }
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(keys))
+    return "tiny.yaml"
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_run_on_the_device_ends_as_on_the_cpu(config: str, store: str, request: pytest.FixtureRequest) -> None:
+    argv = [config, "--memory_gb", STORES[store]]
+    assert cli.train([*argv, "--output_dir", "near"]) == 0
+    request.getfixturevalue("device")
+    assert cli.train([*argv, "--output_dir", "far"]) == 0
+    assert Path("near/results.csv").read_bytes() == Path("far/results.csv").read_bytes()
+    assert "cuda:0" in Path("far/summary.json").read_text()
+
+
+def test_probes_of_a_run_are_used_on_the_device(config: str, request: pytest.FixtureRequest) -> None:
+    """Evaluated on other chains, scoring, watching and steering, as on the CPU."""
+    assert cli.train([config, "--output_dir", "run", "--solvers", "newton"]) == 0
+    Path("texts.jsonl").write_text(json.dumps({"text": "wait , so it is ."}) + "\n")
+    data = yaml.safe_load(Path(config).read_text())["data"]
+    commands = [
+        ["evaluate", "run", "--data", data, "--out", "evaluated"],
+        ["score", "run", "texts.jsonl", "--out", "scores.csv"],
+        ["watch", "run", "--prompt", "so it is", "--max_new_tokens", "4"],
+    ]
+    for words in commands:
+        assert cli.main(words) == 0, words
+    near = {name: Path(name).read_bytes() for name in ("evaluated/results.csv", "scores.csv")}
+    shutil.rmtree("evaluated")
+    Path("scores.csv").unlink()
+    request.getfixturevalue("device")
+    for words in commands:
+        assert cli.main(words) == 0, words
+    assert near == {name: Path(name).read_bytes() for name in near}
+
+
+def waits_in_training(argv: list[str], device: Seen) -> tuple[Counter[str], int]:
+    """How often the host waited while solvers were fed, by the file that it waited in, and how many chunks there were."""
+    found, chunks = Counter[str](), []
+
+    def feed(jobs: Any, batches: Any, tracker: Any, tokens: int) -> int:
+        before = device.waits.copy()
+        seen = train_pass(jobs, (chunks.append(batch.chain.shape[0]) or batch for batch in batches), tracker, tokens)
+        for (line, _operator), n in (device.waits - before).items():
+            found[line.split(":")[0]] += n
+        return seen
+
+    with patch.object(trainer, "train_pass", feed):
+        assert cli.train(argv) == 0
+    return found, len(chunks)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_the_host_does_not_wait_while_the_device_is_fed(config: str, store: str, device: Seen) -> None:
+    found, chunks = waits_in_training([config, "--memory_gb", STORES[store]], device)
+    assert chunks and sum(n for name, n in found.items() if name not in WAITING) <= chunks, found
+    assert not found["stream.py"] and not found["finite.py"] and not found["adam.py"]
+    assert found["hooks.py"]  # negative control: waits are seen
+
+
+def test_a_mask_that_is_left_on_the_cpu_is_caught(device: Seen) -> None:
+    """Negative control: the pretence refuses what CUDA would."""
+    bank = ProbeBank([], [], torch.zeros(1, 2, 3, device=DEVICE), torch.zeros(1, 2, device=DEVICE))
+    best = BestProbes(bank, None)
+    with pytest.raises(RuntimeError, match="same device"):
+        best.bank.take(torch.ones(1, 2, dtype=torch.bool), bank)
