@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from streamprobe.system.hardware import send
+
 
 class TokenBatch(NamedTuple):
     """The only thing that crosses from the model to the probes."""
@@ -25,4 +27,4 @@ class TokenBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The batch on `device`."""
-        return TokenBatch(*(x.to(device, non_blocking=True) for x in self))
+        return TokenBatch(*(send(x, device) for x in self))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
+from streamprobe.system.hardware import send
 
 MIXING_TOKENS = 65_536  # tokens that pass 1, or a pass that streams, mixes before it trains on any of them
 CHUNK_TOKENS = 4_096  # tokens handed on at once
@@ -101,10 +102,11 @@ class ActivationMemory:
             yield self.pool.rows(slice(start, min(start + CHUNK_TOKENS, self.used))).to(self.device)
 
     def _put(self, index: Tensor, batch: TokenBatch) -> None:
-        for store, new in zip(self.pool, batch, strict=True):
-            store.index_copy_(0, index.to(store.device), new.to(store))
+        index = send(index, self.home)
+        for store, new in zip(self.pool, batch.to(self.home), strict=True):
+            store.index_copy_(0, index, new.to(store.dtype))
 
     def _hand_out(self, index: Tensor, multiple: int) -> Iterator[TokenBatch]:
         size = max(multiple, CHUNK_TOKENS // multiple * multiple)
         for part in index.split(size) if len(index) else ():
-            yield self.pool.rows(part.to(self.home)).to(self.device)
+            yield self.pool.rows(send(part, self.home)).to(self.device)

@@ -18,6 +18,7 @@ from streamprobe.lags import Column, LagBuffer
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.chunks import frequencies_change, make_cache
 from streamprobe.model.hooks import check_taken, read, tap
+from streamprobe.system.hardware import send
 
 
 class LayersOfTokens(Protocol):
@@ -136,11 +137,6 @@ def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Mo
     """
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: no token sees a later one
     read(backbone, send(padded, backbone.device), last=last, cache=cache)
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`, by a copy that the host does not wait for."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class _Asked(NamedTuple):

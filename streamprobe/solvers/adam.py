@@ -13,7 +13,7 @@ from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, fold
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
-from streamprobe.solvers.running_sums import first_scaling
+from streamprobe.solvers.scaling import first_scaling
 
 
 class AdamSolver:

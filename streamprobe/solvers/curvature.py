@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamprobe.system.hardware import coarse_float32
+from streamprobe.system.hardware import Arriving, coarse_float32
 
 HELD_BYTES = 2**29  # of drawn tokens that wait before they are added: an addition costs as much as many tokens
 WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
@@ -74,6 +74,15 @@ class Grams:
         return mean.float(), torch.where(varies, variance, 1.0).sqrt().float()
 
 
+class Newest(NamedTuple):
+    """Tokens that were handed over last."""
+
+    acts: Tensor  # [N, L, D]
+    counts: Tensor  # [P, N]
+    drawn: Tensor  # [N] bool
+    n: Arriving  # how many were drawn
+
+
 class DrawnTokens:
     """Sums over some of a pass's tokens, drawn in proportion to how much each bends the objective of a place.
 
@@ -87,16 +96,27 @@ class DrawnTokens:
         self.places, self.mean = list(places), mean
         self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
         self.waiting: list[tuple[Tensor, Tensor]] = []  # acts [n, L, D] and what each token counts [P, n]
+        self.newest: Newest | None = None
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
         """Adds those of acts [N, L, D] that were drawn; counts [P, N] are 0 where one was not."""
-        rows = counts.any(0).nonzero()[:, 0]  # for which the host waits
-        self.waiting.append((acts[rows], counts[:, rows]))
+        self._pick()
+        drawn = counts.any(0)
+        self.newest = Newest(acts, counts, drawn, Arriving(drawn.sum()))
         if sum(waiting.nbytes + own.nbytes for waiting, own in self.waiting) >= HELD_BYTES:
             self.settle()
 
+    def _pick(self) -> None:
+        """Keeps of the newest tokens those that were drawn: later, when the host need not wait for their number."""
+        if self.newest is not None:
+            acts, counts, drawn, n = self.newest
+            rows = torch.nonzero_static(drawn, size=n.get())[:, 0]
+            self.waiting.append((acts[rows], counts[:, rows]))
+            self.newest = None
+
     def settle(self) -> None:
         """Adds the tokens that wait."""
+        self._pick()
         if not self.waiting:
             return
         acts, counts = torch.cat([own for own, _ in self.waiting]), torch.cat([own for _, own in self.waiting], 1)
@@ -125,14 +145,22 @@ def draw(curvature: Tensor, rate: Tensor, chance: Tensor) -> Tensor:
     return torch.where(drawn, torch.maximum(curvature, 1 / rate[:, None]), 0.0)
 
 
-def factorised(matrix: Tensor, ridge: Tensor) -> Tensor | None:
-    """The Cholesky factor of matrix + diag(ridge), [E, E] and [E] float32; None where there is none.
+def factorise(matrices: Sequence[Tensor]) -> tuple[list[Tensor], int | None]:
+    """The Cholesky factors of matrices [E, E] float32, and the first one that has none, if there is one.
 
-    The matrix is changed.
+    Where features say the same, what rounding has left of their difference is outweighed: such a matrix is changed.
     """
-    matrix.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info:  # features that say the same; products are rounded: outweigh that
+    tried = [torch.linalg.cholesky_ex(matrix) for matrix in matrices]
+    factors = [factor for factor, _ in tried]
+    for number in _failed([info for _, info in tried]):
+        matrix = matrices[number]
         matrix.diagonal().add_(torch.finfo(torch.float32).eps * matrix.trace())
-        factor, info = torch.linalg.cholesky_ex(matrix)
-    return None if info or not matrix.trace().isfinite() else factor
+        factors[number], info = torch.linalg.cholesky_ex(matrix)
+        if _failed([info]) or not factors[number].isfinite().all():
+            return factors, number
+    return factors, None
+
+
+def _failed(infos: Sequence[Tensor]) -> list[int]:
+    """Where a factorisation broke off; the host waits once for all of them."""
+    return torch.stack(list(infos)).nonzero()[:, 0].tolist() if infos else []

@@ -7,24 +7,22 @@ each feature, and the bias.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, fold
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
-from streamprobe.solvers.curvature import DrawnTokens, Features, Grams, Place, draw, factorised
+from streamprobe.solvers.curvature import Place, factorise
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember
-from streamprobe.solvers.running_sums import mapped, mapped_vector
+from streamprobe.solvers.newton_sums import LiveColumns, NewtonSums, Points
+from streamprobe.solvers.scaling import mapped, mapped_vector
+from streamprobe.system.hardware import send
 
-DRAWN = 8  # tokens that are drawn for a matrix, in units of its E rows
-DRAWN_SHARED = 64  # the same for one that all columns of a layer share
-LEAST_DRAWN = 4_096  # and at the least, for features that are few
 STATE = (  # of a NewtonSolver, for a checkpoint
     "mean",
     "scale",
@@ -48,6 +46,13 @@ def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
 def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
     """What a NewtonSolver takes beside the matrices."""
     return n_layers * n_columns * (hidden_size + 1) * 8 * (4 + 2 * PAIRS)
+
+
+class Affine(NamedTuple):
+    """The map d x + c of features."""
+
+    d: Tensor  # [L, D]
+    c: Tensor  # [L, D]
 
 
 class NewtonSolver:
@@ -95,7 +100,7 @@ class NewtonSolver:
         self.positive_weight = positive_weight.to(device, torch.float32)
         self.l2, self.tolerance, self.standardize, self.shared = l2, tolerance, standardize, shared
         self.matrices_every, self.n_tokens = matrices_every, n_tokens
-        self.chance, self.seed = torch.Generator(device), seed
+        self.seed, self.device = seed, torch.device(device)
         probes, size = (len(sites), len(columns)), hidden_size + 1
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.mean = torch.zeros(len(sites), hidden_size, device=device)
@@ -110,114 +115,55 @@ class NewtonSolver:
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
         self.factors: dict[Place, Tensor] = {}  # Cholesky factors of H, [E, E] float32
         self.size = torch.ones(probes, **wide)  # by which a shared H is multiplied for each column
-        self.features, self.grams = Features(), None
         self.recent_loss_, self.recent_n = torch.zeros(2, *probes, **wide)
-        self._start_pass()
-
-    features: Features
-    grams: Grams | None  # of the first pass
-
-    def _start_pass(self) -> None:
-        """Sums of a pass that has seen no token, and what is to be summed in it."""
-        number = int(self.passes) + 1
-        self.gradient_, self.loss_ = torch.zeros_like(self.point), torch.zeros_like(self.best_loss)
-        self.n = torch.zeros_like(self.loss_[0])
-        self.curvature_ = torch.zeros_like(self.loss_)
-        self.live = [(~own).nonzero()[:, 0] for own in self.converged]  # columns [k] of each layer
-        if number == 1 or number % self.matrices_every == 0:
-            self.factors.clear()
-        self.asked = [self._without_matrix(i, live) for i, live in enumerate(self.live)]  # which of those
-        self.centre, self.grams, self.drawn = self.mean, None, None
-        self.chance.manual_seed(self.seed + number)
-
-    drawn: DrawnTokens | None
+        self.sums = self._start_pass()
 
     def _curvature_at_zero(self) -> Tensor:
         """What the first pass will sum, [L, K]: 1/4 of the weights of `n_tokens` tokens, were all of them valid."""
         p = self.positive_weight.double()
         return (self.n_tokens * p / (1 + p) / 2).repeat(len(self.sites), 1)
 
-    def _without_matrix(self, i: int, live: Tensor) -> Tensor:
-        """Which of the columns [k] of a layer need a matrix; where they share one, the first stands for all."""
-        columns = live.tolist()
-        if self.shared:
-            return live.new_tensor([0] if columns and Place(i) not in self.factors else [], dtype=torch.int64)
-        needy = [j for j, k in enumerate(columns) if Place(i, k) not in self.factors]
-        return live.new_tensor(needy, dtype=torch.int64)
+    def _start_pass(self) -> NewtonSums:
+        """Sums of the next pass, which has seen no token."""
+        number = int(self.passes) + 1
+        if number == 1 or number % self.matrices_every == 0:
+            self.factors.clear()
+        raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
+        points = Points(raw, self.mean if number > 1 else None, self.expected, self.positive_weight)
+        live = [self._live_columns(i, done) for i, done in enumerate(self.converged.tolist())]
+        return NewtonSums(live, points, shared=self.shared, seed=self.seed + number)
 
-    def _first_step(self, acts: Tensor) -> DrawnTokens:
-        """What a pass begins with once it has seen a token."""
-        if not self.passes:
-            self.centre = acts.float().mean(0)
-            self.grams = Grams(self.centre)
-        self.raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
-        places = [
-            Place(i, None if self.shared else k)
-            for i, (live, asked) in enumerate(zip(self.live, self.asked, strict=True))
-            for k in live[asked].tolist()
-        ]
-        return DrawnTokens(places, self.centre)
+    def _live_columns(self, i: int, done: list[bool]) -> LiveColumns:
+        """The columns of a layer that are not `done`, and those of them without a matrix."""
+        columns = [k for k, over in enumerate(done) if not over]
+        places = [Place(i)] * bool(columns) if self.shared else [Place(i, k) for k in columns]
+        places = [place for place in places if place not in self.factors]
+        drawn = [columns.index(place.column) for place in places if place.column is not None]
+        on_device = [send(torch.tensor(own, dtype=torch.int64), self.device) for own in (columns, drawn)]
+        return LiveColumns(on_device[0], places, on_device[1])
 
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
         """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass."""
-        self.drawn = drawn = self.drawn or self._first_step(acts)
-        valid, sign = valid.mT, torch.where(targets.mT, -1.0, 1.0).contiguous()  # [K, N], as all that follows
-        weight = torch.where(sign < 0, self.positive_weight[:, None], 1.0) * valid
-        chance = torch.rand(len(acts), generator=self.chance, device=acts.device)
-        n, counts = valid.sum(1), []
-        for i, live in enumerate(self.live):
-            if not len(live):
-                continue
-            x = self.features.of(acts[:, i], self.centre[i])  # [N, E]
-            if self.grams is not None:
-                self.grams.add(i, x)
-            own, side = weight[live], sign[live]  # [k, N]
-            # With them softplus(z) - y z and sigmoid(z) - y are found without their cancellation.
-            margin = (self.raw[i, live] @ x.mT).mul_(side)
-            loss = softplus(margin).mul_(own).sum(1).double()
-            wrong = margin.sigmoid_()  # the probability of the other class
-            slope = own * wrong
-            curvature = (1 - wrong).mul_(slope)
-            self.gradient_[i, live] += (slope.mul_(side) @ x).double()
-            self.curvature_[i, live] += curvature.sum(1)
-            self.loss_[i, live] += loss
-            self.recent_loss_[i, live] += loss
-            self.recent_n[i, live] += n[live]
-            if len(self.asked[i]):
-                counts.append(self._draw(i, own, curvature, chance))
-        self.n += n
-        if counts:
-            drawn.add(acts, torch.cat(counts))
-
-    def _draw(self, i: int, weight: Tensor, curvature: Tensor, chance: Tensor) -> Tensor:
-        """What each token counts at the places of a layer, [places, N]; weight and curvature [k, N], chance [N]."""
-        total, part = self.expected[i, self.live[i]].float(), torch.ones_like(self.positive_weight[:1])
-        if self.grams is not None:  # which counts all tokens alike: what the rarer class of a column has more is drawn
-            p = self.positive_weight[self.live[i]]
-            curvature = (weight - weight.clamp(max=p.clamp(max=1)[:, None])) / 4
-            part = (1 - p).abs() / (2 * p.clamp(min=1))
-        size = self.point.shape[-1]
-        if self.shared:
-            mean = (curvature / total[:, None]).mean(0, keepdim=True)
-            return draw(mean, max(DRAWN_SHARED * size, LEAST_DRAWN) / part.mean()[None], chance)
-        asked = self.asked[i]
-        return draw(curvature[asked], (max(DRAWN * size, LEAST_DRAWN) / (total * part))[asked], chance)
+        loss, n = self.sums.add(acts, targets, valid)
+        self.recent_loss_ += loss
+        self.recent_n += n * ~self.converged
 
     @torch.no_grad()
     def end_pass(self) -> None:
         """The step, from what the pass has summed."""
-        assert self.drawn is not None, "a pass without tokens"
-        if self.grams is not None and self.standardize:
-            self.mean, self.scale = self.grams.scaling()
-        d, c = 1 / self.scale.double(), (self.centre.double() - self.mean) / self.scale
-        loss = self.loss_ / self.n + self.l2 * self.point[..., :-1].square().sum(-1)
-        gradient = mapped_vector(self.gradient_, d[:, None], c[:, None]) / self.n[:, None] + self.penalty * self.point
+        sums = self.sums
+        assert sums.centre is not None, "a pass without tokens"
+        if sums.grams is not None and self.standardize:
+            self.mean, self.scale = sums.grams.scaling()
+        to_features = Affine(1 / self.scale.double(), (sums.centre.double() - self.mean) / self.scale)
+        gradient_ = mapped_vector(sums.gradient_, *(each[:, None] for each in to_features))
+        loss = sums.loss_ / sums.n + self.l2 * self.point[..., :-1].square().sum(-1)
         self._check_finite(loss)
-        self._update(loss, gradient, d, c)
+        self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
         self.passes += 1
-        self.expected = self.curvature_
-        self._start_pass()
+        self.expected = sums.curvature_
+        self.sums = self._start_pass()
 
     def _check_finite(self, loss: Tensor) -> None:
         """Raises InputError where J [L, K] of a probe that is not converged is no number."""
@@ -231,11 +177,8 @@ class NewtonSolver:
             "use another --dtype, raise --l2, or leave --standardize on",
         )
 
-    def _update(self, loss: Tensor, gradient: Tensor, d: Tensor, c: Tensor) -> None:
-        """One step of every probe that is not converged, from the loss and gradient at `point`.
-
-        d x + c, [L, D] each, are the standardised features of what x has summed.
-        """
+    def _update(self, loss: Tensor, gradient: Tensor, to_features: "Affine") -> None:
+        """One step of every probe that is not converged, from the loss and gradient at `point`."""
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
         shorter = self._step_back(loss)
         bends = better & (self.passes > 0)
@@ -247,47 +190,39 @@ class NewtonSolver:
         self.converged = self.converged | (better & (norm <= self.tolerance))
         self.gradient_norm = norm.where(self.converged | (self.passes > 0), math.nan)
         moving = better & ~self.converged
-        self._take_matrices(moving, d, c)
-        direction = newton_step(self.past, self.best_gradient, partial(self._solve, where=moving))
+        moves = moving.tolist()
+        self._take_matrices(moves, to_features)
+        direction = newton_step(self.past, self.best_gradient, partial(self._solve, moves=moves))
         self.point = torch.where(moving[..., None], self.best - direction, shorter)
         self.point = torch.where(self.converged[..., None], self.best, self.point)
 
-    def _take_matrices(self, moving: Tensor, d: Tensor, c: Tensor) -> None:
-        """H of the places that tokens were drawn for, where a probe [L, K] is moving: elsewhere it would be of a point
-        that is left.
-        """
-        assert self.drawn is not None
-        self.drawn.settle()
-        if self.shared and self.drawn.places:
-            of_expected = self.curvature_ / self.expected
-            live = [own[columns].mean() for own, columns in zip(of_expected, self.live, strict=True)]
-            self.size = self.curvature_ / self.n / torch.stack(live)[:, None]
-        moves = moving.tolist()
-        for place in self.drawn.places:
-            i, k = place
-            if k is None or moves[i][k]:
-                self.factors[place] = self._factorise(place, d[i], c[i])
+    def _take_matrices(self, moves: list[list[bool]], to_features: "Affine") -> None:
+        """H where tokens were drawn for it and a probe moves on from there: elsewhere it is of a point that is left."""
+        assert self.sums.drawn is not None
+        self.sums.drawn.settle()
+        places = self.sums.drawn.places
+        if self.shared and places:
+            self.size = self.sums.curvature_ / self.sums.n / self.sums.of_expected()[:, None]
+        wanted = [place for place in places if place.column is None or moves[place.layer][place.column]]
+        matrices = [self._matrix(place, to_features) for place in wanted]
+        factors, missing = factorise(matrices)
+        if missing is not None:
+            raise self._refusal(wanted[missing].layer)
+        for place, factor in zip(wanted, factors, strict=True):
+            shared = place.column is None
+            self.factors[place] = factor / self._mean_size(place.layer).sqrt() if shared else factor
 
-    def _factorise(self, place: Place, d: Tensor, c: Tensor) -> Tensor:
-        """The factor of H [E, E] at a place, under the map d x + c, [D] each.
-
-        Raises InputError where there is none.
-        """
-        assert self.drawn is not None
+    def _matrix(self, place: Place, to_features: "Affine") -> Tensor:
+        """H [E, E] at a place, float32; where columns share it, that of one whose curvature is the mean of theirs."""
         i, k = place
-        matrix = self.drawn.take(place)
-        if self.grams is not None:
-            base = self.positive_weight.clamp(max=1) * self.n / self.grams.n / 4  # [K]
-            counted = (base / self.expected[i])[self.live[i]].mean() if k is None else base[k]
-            matrix = matrix + self.grams.sum_[i] * counted
-        if k is not None:
-            matrix = matrix / self.n[k]
+        matrix = mapped(self.sums.matrix(place), *(each[i].float() for each in to_features))
+        matrix = matrix * self._mean_size(i) if k is None else matrix / self.sums.n[k].float()
         ridge = self.penalty.clamp_min(1e-6 * (self.l2 == 0))  # a constant feature has no curvature of its own
-        ridge = ridge if k is not None else ridge / self.size[i, self.live[i]].mean()
-        factor = factorised(mapped(matrix, d.float(), c.float()).contiguous(), ridge.float())
-        if factor is None:
-            raise self._refusal(i)
-        return factor
+        matrix.diagonal().add_(ridge.float())
+        return matrix
+
+    def _mean_size(self, i: int) -> Tensor:
+        return self.size[i, self.sums.live[i].columns].mean().float()
 
     def _step_back(self, loss: Tensor) -> Tensor:
         """Where J has risen: the minimum of the parabola through both losses and the slope at `best`, [L, K, E]."""
@@ -296,14 +231,13 @@ class NewtonSolver:
         fraction = -slope / (2 * (loss - self.best_loss - slope))
         return self.best + fraction.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
 
-    def _solve(self, gradient: Tensor, where: Tensor) -> Tensor:
-        """H^-1 g for g [L, K, E] where a probe [L, K] asks for it, else 0."""
+    def _solve(self, gradient: Tensor, moves: list[list[bool]]) -> Tensor:
+        """H^-1 g for g [L, K, E] where a probe moves, else 0."""
         solved, given = torch.zeros_like(gradient), gradient.float()
-        wanted = where.tolist()
         for (i, k), factor in self.factors.items():
             if k is None:
                 solved[i] = torch.cholesky_solve(given[i].mT, factor).mT.double() / self.size[i, :, None]
-            elif wanted[i][k]:
+            elif moves[i][k]:
                 solved[i, k] = torch.cholesky_solve(given[i, k, :, None], factor)[:, 0].double()
         return solved
 
@@ -335,7 +269,7 @@ class NewtonSolver:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up where the solver that gave `state` stood.  Raises InputError for the state of another solver."""
         restore(self._live(), state)
-        self._start_pass()
+        self.sums = self._start_pass()
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""

@@ -17,7 +17,6 @@ from streamprobe import cli, trainer
 from streamprobe.model.backbone import load_backbone
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.trainer import train_pass
 
 STORES = {"kept": "auto", "streamed": "0.003"}  # by memory_gb
 WAITING = {"hooks.py"}  # transformers looks at the positions of every batch
@@ -90,19 +89,26 @@ def test_probes_of_a_run_are_used_on_the_device(config: str, request: pytest.Fix
 
 
 def waits_in_training(argv: list[str], device: Seen) -> tuple[Counter[str], int]:
-    """How often the host waited while solvers were fed, by the file that it waited in, and how many chunks there were."""
-    found, chunks = Counter[str](), []
+    """How often the host waited for the chunks of a pass, by the file that it waited in, and how many there were."""
+    found, chunks = Counter[str](), 0
 
     def feed(jobs: Any, batches: Any, tracker: Any, tokens: int) -> int:
+        nonlocal chunks
         before = device.waits.copy()
-        seen = train_pass(jobs, (chunks.append(batch.chain.shape[0]) or batch for batch in batches), tracker, tokens)
+        for batch in batches:
+            chunks += 1
+            tokens += len(batch.chain)
+            for job in jobs:
+                job.solver.step(*job.feed.of(batch))
         for (line, _operator), n in (device.waits - before).items():
             found[line.split(":")[0]] += n
-        return seen
+        for job in jobs:
+            job.solver.end_pass()
+        return tokens
 
     with patch.object(trainer, "train_pass", feed):
         assert cli.train(argv) == 0
-    return found, len(chunks)
+    return found, chunks
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from streamprobe.solvers import curvature
-from streamprobe.solvers.curvature import DrawnTokens, Features, Grams, Place, draw, factorised
+from streamprobe.solvers.curvature import DrawnTokens, Features, Grams, Place, draw, factorise
 
 N, L, D = 3000, 2, 6
 PLACES = [Place(0, 0), Place(0, 2), Place(1, 1)]
@@ -121,19 +121,27 @@ def test_where_nothing_bends_nothing_is_drawn() -> None:
     assert torch.equal(nothing, torch.zeros(1, 5))
 
 
-def test_a_factor_gives_the_matrix_and_ridge_back() -> None:
-    matrix, ridge = plain_sum(acts(), bends()[0], 0).float(), torch.linspace(0, 1, D + 1)
-    factor = factorised(matrix.clone(), ridge)
-    assert factor is not None
-    torch.testing.assert_close(factor @ factor.T, matrix + torch.diag(ridge), rtol=1e-4, atol=1e-3)
+def test_factors_give_the_matrices_back() -> None:
+    matrices = [plain_sum(acts(), bends()[number], 0).float() for number in (0, 1)]
+    factors, missing = factorise([matrix.clone() for matrix in matrices])
+    assert missing is None
+    for matrix, factor in zip(matrices, factors, strict=True):
+        torch.testing.assert_close(factor @ factor.T, matrix, rtol=1e-4, atol=1e-3)
 
 
 def test_features_that_say_the_same_have_a_factor() -> None:
     x = acts()[:, 0]
     matrix = torch.cat([x, x], 1).T @ torch.cat([x, x], 1)
-    assert torch.linalg.cholesky_ex(matrix)[1] and factorised(matrix.clone(), torch.zeros(2 * D)) is not None
+    assert torch.linalg.cholesky_ex(matrix)[1]
+    factors, missing = factorise([torch.eye(2 * D), matrix.clone()])
+    assert missing is None
+    torch.testing.assert_close(factors[1] @ factors[1].T, matrix, rtol=1e-3, atol=1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_has_no_factor(value: float) -> None:
-    assert factorised(torch.eye(3) * value, torch.ones(3)) is None
+    assert factorise([torch.eye(3), torch.eye(3) * value, torch.eye(3)])[1] == 1
+
+
+def test_no_matrices_have_no_factors() -> None:
+    assert factorise([]) == ([], None)

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from streamprobe.errors import InputError
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.solvers import curvature, newton
+from streamprobe.solvers import curvature, newton_sums
 from streamprobe.solvers.newton import NewtonSolver, curvature_bytes
 
 L2 = 0.01
@@ -124,7 +124,7 @@ def test_one_pass_is_the_newton_step_from_zero(tokens, size, monkeypatch) -> Non
 
 
 def test_the_newton_step_fails_without_what_the_rarer_class_counts_more(tokens, monkeypatch) -> None:
-    monkeypatch.setattr(newton, "draw", lambda curvature, rate, chance: torch.zeros_like(curvature))
+    monkeypatch.setattr(newton_sums, "draw", lambda curvature, rate, chance: torch.zeros_like(curvature))
     bank = trained(make(tokens), tokens, 1).bank()
     for i, k in grid():
         x, mean, std = standardised(tokens, i)
