@@ -43,7 +43,8 @@ class ActivationMemory:
         self.home = home or device
         self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0
         self.pool = TokenBatch(
-            torch.empty(rows, sizes.layers, sizes.hidden, dtype=sizes.dtype, device=self.home),
+            # Layer by layer, as it is read: what a token has lies apart.
+            torch.empty(sizes.layers, rows, sizes.hidden, dtype=sizes.dtype, device=self.home).transpose(0, 1),
             torch.empty(rows, sizes.side, device=self.home),
             torch.empty(rows, sizes.columns, dtype=torch.bool, device=self.home),
             torch.empty(rows, sizes.columns, dtype=torch.bool, device=self.home),

@@ -82,12 +82,17 @@ def has_probelab() -> bool:
     return find_spec("probelab") is not None
 
 
-def fit_probelab(acts: Tensor, targets: Tensor, valid: Tensor, l2: float) -> None:
-    """probelab's Logistic (L-BFGS, classes not weighted) on acts [N, D], for one column of targets [N, K] at a time."""
+def fit_probelab(acts: Tensor, targets: Tensor, valid: Tensor, l2: float) -> list[nn.Module]:
+    """probelab's Logistic (L-BFGS, classes not weighted) on acts [N, D], for one column of targets [N, K] at a time.
+
+    Each maps activations to logits.
+    """
     from probelab import Activations
     from probelab.probes import Logistic
 
+    probes: list[nn.Module] = []
     for k in range(targets.shape[1]):
         own = Activations.from_tensor(acts[valid[:, k]].float())
         probe = Logistic(C=1 / (2 * len(own.data) * l2), device=str(acts.device))
-        probe.fit(own, targets[valid[:, k], k].long())
+        probes.append(probe.fit(own, targets[valid[:, k], k].long()))
+    return probes

@@ -50,7 +50,7 @@ def make_chains(n: int, n_labels: int, vocabulary: int) -> list[Chain]:
     random = np.random.default_rng(SEED)
     chains = []
     for i in range(n):
-        length = int(random.triangular(300, 420, 900))
+        length = draw_length(random)
         begins = random.random((length, n_labels)) < BASE_RATE / SECTION  # [T, C]
         begins[length // 2] |= i == n - 1  # so that no label is without a section, nor any column without a positive
         begun = begins.cumsum(0)
@@ -60,6 +60,11 @@ def make_chains(n: int, n_labels: int, vocabulary: int) -> list[Chain]:
         ids = torch.from_numpy(random.integers(vocabulary, size=length))
         chains.append(Chain(str(i), ids, torch.from_numpy(codes), support))
     return chains
+
+
+def draw_length(random: np.random.Generator) -> int:
+    """How many tokens a chain has: 300 to 900."""
+    return int(random.triangular(300, 420, 900))
 
 
 def make_grid(chains: Sequence[Chain], n_labels: int) -> Grid:
@@ -136,7 +141,7 @@ class Workbench:
             torch.cuda.empty_cache()  # what earlier measurements left
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
         sizes = Sizes(len(self.layers), self.shape.hidden, len(grid.columns), 0, dtype)
-        matrices = 1 if len(grid.labels) > 1 else len(grid.columns) + 1
+        matrices = 1 if len(grid.labels) > 1 else len(grid.columns)
         taken = curvature_bytes(len(self.layers), matrices, self.shape.hidden)
         size = (grid.n_train + grid.n_validation) * sizes.token_bytes()
         need = {self.device: size + taken, torch.device("cpu"): size + taken * (self.device.type == "cpu")}
@@ -150,7 +155,10 @@ class Workbench:
 
     def train_pass(self, grid: Grid, solvers: Sequence[Solver], memory: ActivationMemory) -> None:
         """One pass of all solvers, through the model or, where the memory is filled, from there."""
-        for batch in memory.shuffled(partial(self.read, grid, grid.train), BATCH, SEED):
+        order = partial(memory.shuffled, multiple=BATCH, seed=SEED)
+        for batch in (order if any(s.shuffles for s in solvers) else memory.in_order)(
+            partial(self.read, grid, grid.train)
+        ):
             for solver in solvers:
                 solver.step(batch.acts, batch.targets, batch.valid)
         for solver in solvers:

@@ -3,8 +3,10 @@
 Shapes: N tokens, L layers, K columns, D hidden size.
 """
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,9 +28,9 @@ from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import layer_sites
 from streamprobe.reporting.tracking.tensorboard import TensorBoard
 from streamprobe.reporting.tracking.tracker import Tracker
-from streamprobe.run.checkpoint import Checkpoint, save_run
-from streamprobe.run.jobs import states_of
+from streamprobe.run.checkpoint import Checkpoints
 from streamprobe.run.memory_plan import Kept
+from streamprobe.run.pipeline import PassEnd
 from streamprobe.run.provenance import peak_memory
 from streamprobe.solvers.base import Solver
 from streamprobe.system.console import say, warn
@@ -36,7 +38,7 @@ from streamprobe.trainer import Done, Job, train
 
 MAX_PASSES = 50
 FORWARD = "bare forward of the truncated model"
-JOB = "whole job, 70 probes: Newton to convergence, metrics after every pass"
+JOB = "whole job, 70 probes: Newton to convergence, with metrics and checkpoints"
 OFFLINE = "offline way: whole"
 PASSES = {  # name -> labels, solvers; a label has 70 probes
     "pass 1, 70 probes: Adam": (1, ("adam",)),
@@ -113,8 +115,11 @@ def first_passes(bench: Workbench, ledger: Ledger, passes: Mapping[str, tuple[in
         del solvers, memory  # before the next ones are made
 
 
-def measure_replays(bench: Workbench, ledger: Ledger, repeats: int, memory: ActivationMemory) -> None:
-    """Passes that read the activation memory and leave the model alone: later ones, and all that Newton makes."""
+def measure_replays(bench: Workbench, ledger: Ledger, repeats: int, memory: ActivationMemory) -> Probes:
+    """Passes that read the activation memory and leave the model alone: later ones, and all that Newton makes.
+
+    Returns Newton's probes.
+    """
     grid = bench.grids[1]
     solvers = {name: bench.solver(kind, grid, batch_size) for name, (kind, batch_size) in REPLAYS.items()}
     bench.train_pass(grid, list(solvers.values()), memory)  # the first pass, which makes Newton's matrices
@@ -124,6 +129,7 @@ def measure_replays(bench: Workbench, ledger: Ledger, repeats: int, memory: Acti
         fresh = bench.solver("newton", grid)
         ledger.time(FIRST_STEP, partial(bench.train_pass, grid, [fresh], memory))
         ledger.time(LATER_STEPS, partial(converge, bench, fresh, memory))
+    return fresh.bank()
 
 
 def converge(bench: Workbench, solver: Solver, memory: ActivationMemory) -> None:
@@ -171,26 +177,26 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     job = Job(solver, BestProbes(solver.bank(), None), everything(bench, grid))
     memory, held = bench.memories(grid)
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        tracker = Tracker([TensorBoard(folder, {})], [solver])
-
-        def save(done: Done) -> None:
-            save_run(folder, Checkpoint(states_of([job]), {}, done.passes, done.tokens, Kept(memory.rows, True, True)))
-
-        validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
-        work = partial(
-            train,
-            [job],
-            memory,
-            lambda number: bench.read(grid, grid.train),
-            validation,
-            tracker=tracker,
-            save=save,
-            max_passes=MAX_PASSES,
-            batch_size=BATCH,
-            seed=SEED,
-        )
-        done = ledger.time(JOB, work)
+        tracker = Tracker([TensorBoard(Path(name), {})], [solver])
+        with Checkpoints(Path(name)) as checkpoints:
+            kept = Kept(memory.rows, True, True)
+            save = PassEnd(checkpoints, {}, kept, [job], tracker, bench.device, begun=Done())
+            validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
+            work = partial(
+                train,
+                [job],
+                memory,
+                lambda number: bench.read(grid, grid.train),
+                validation,
+                tracker=tracker,
+                save=save,
+                max_passes=MAX_PASSES,
+                batch_size=BATCH,
+                seed=SEED,
+            )
+            with redirect_stdout(io.StringIO()):
+                done = ledger.time(JOB, work)
+            save.finish()
         tracker.close()
     return {"passes": done.passes, "converged": int(solver.converged.sum())}
 
@@ -225,13 +231,25 @@ def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int
     known[OFFLINE] = sum(known.values())
 
 
-def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory) -> None:
-    """probelab on activations that are already collected, if it is installed."""
+def measure_peer(bench: Workbench, ledger: Ledger, memory: ActivationMemory, probes: Probes) -> dict[str, Any]:
+    """probelab on activations that are already collected, if it is installed.
+
+    Returns the mean AUROC on these of its probes and of ours of the same layer, and how far two are apart at most.
+    """
     if not offline.has_probelab():
         say("peer      probelab is not installed, so it has no row: pip install probelab")
-        return
-    pool = memory.pool
-    one = pool.acts[:, len(bench.layers) // 2].to(bench.device)
+        return {}
+    pool, layer = memory.pool, len(bench.layers) // 2
+    one = pool.acts[:, layer].to(bench.device)
     targets, valid = pool.targets.to(bench.device), pool.valid.to(bench.device)
     name = f"probelab: Logistic on collected activations, {len(LAGS)} probes of one layer"
-    ledger.time(name, partial(offline.fit_probelab, one, targets, valid, L2))
+    theirs = ledger.time(name, partial(offline.fit_probelab, one, targets, valid, L2))
+    with torch.no_grad():
+        logits = torch.stack([torch.cat([probe(part.float()) for part in one.split(4096)]) for probe in theirs], 1)
+        own = torch.cat([probes.scores(part)[:, layer] for part in pool.acts.split(4096)])
+    area = [measure(scores[:, None].cpu(), targets.cpu(), valid.cpu())["auroc"][0] for scores in (own, logits)]
+    return {
+        "auroc of streamprobe": float(area[0].mean()),
+        "auroc of probelab": float(area[1].mean()),
+        "largest difference": float((area[0] - area[1]).abs().max()),
+    }

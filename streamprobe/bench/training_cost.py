@@ -17,6 +17,7 @@ from streamprobe.bench import timings
 from streamprobe.bench.shapes import SHAPES
 from streamprobe.bench.synthetic import Workbench, count
 from streamprobe.bench.timings import JOB, OFFLINE, PASSES, Ledger
+from streamprobe.bench.whole_run import BARE, WHOLE, measure_whole_run
 from streamprobe.errors import InputError
 from streamprobe.run.provenance import device_name, git_commit, versions
 
@@ -46,18 +47,27 @@ def measure_training(options: Options, device: torch.device) -> dict[str, Any]:
     ledger = Ledger(device)
     bench = Workbench(SHAPES[options.shape], options.chains, options.max_batch_tokens, device)
     job = timings.measure_passes(bench, ledger, options.repeats)
-    grid = bench.grids[1]
+    grid, about = bench.grids[1], facts(bench, options)
     memory, held = bench.memories(grid)
     memory.fill(partial(bench.read, grid, grid.train))
     held.fill(partial(bench.read, grid, grid.validation))
-    timings.measure_replays(bench, ledger, options.repeats, memory)
+    probes = timings.measure_replays(bench, ledger, options.repeats, memory)
     timings.measure_validation(bench, ledger, options.repeats, held)
-    if options.peer:
-        timings.measure_peer(bench, ledger, memory)
+    peer = timings.measure_peer(bench, ledger, memory, probes) if options.peer else {}
     del memory, held
     timings.measure_offline(bench, ledger, options.offline_chains, options.offline_epochs)
-    about, rows = facts(bench, options), ledger.rows()
-    return {**about, **job, "headlines": headlines(rows, about["tokens"]), "rows": rows}
+    shape, most = bench.shape, options.max_batch_tokens
+    del bench.model, bench.grids
+    whole = measure_whole_run(shape, ledger, options.chains, most, repeats=options.repeats)
+    rows = ledger.rows()
+    return {
+        **about,
+        **job,
+        "whole_run": whole,
+        "peer": peer,
+        "headlines": headlines(rows, about["tokens"]),
+        "rows": rows,
+    }
 
 
 def facts(bench: Workbench, options: Options) -> dict[str, Any]:
@@ -91,9 +101,11 @@ def cpu_name() -> str:
 def headlines(rows: list[dict[str, Any]], tokens: dict[str, int]) -> dict[str, float]:
     """The ratios that matter, by what they say."""
     ratio = {row["what"]: row["ratio"] for row in rows}
+    real = "whole run with two targets, all controls, metrics, intervals and files, x the bare forward of its chains"
     firsts = {f"{name}, x bare forward": ratio[name] for name in PASSES}
     of_all = "fraction of the whole job that is the bare forward (of training and validation chains)"
     return firsts | {
+        real: ratio[WHOLE] / ratio[BARE],
         "whole job, x bare forward": ratio[JOB],
         of_all: (1 + tokens["validation"] / tokens["train"]) / ratio[JOB],
         "whole job, times faster than the offline way (extrapolated)": ratio[OFFLINE] / ratio[JOB],
@@ -117,5 +129,12 @@ def table(result: dict[str, Any]) -> str:
         peak = f"{row['peak_memory_gb']:.2f}" if "peak_memory_gb" in row else ""
         mark = " (extrapolated)" if row["kind"] == "extrapolated" else ""
         lines.append(f"{row['ratio']:>9.3f}{row['seconds']:>12.3f}{peak:>9}  {row['what']}{mark}")
-    lines += ["", f"the whole job took {result['passes']} passes; {result['converged']} probes converged"]
+    whole = result["whole_run"]
+    lines += [
+        "",
+        f"the whole job took {result['passes']} passes; {result['converged']} probes converged",
+        f"the whole run: {whole['chains']} chains of {whole['tokens']:,} tokens in all, {whole['probes']} probes and "
+        f"controls, {whole['passes']} passes",
+        *(f"{name}: {value:.4f}" for name, value in result["peer"].items()),
+    ]
     return "\n".join(lines)

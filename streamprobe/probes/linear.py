@@ -14,6 +14,7 @@ from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.describe import describe
 from streamprobe.probes.sites import Site
+from streamprobe.system.hardware import exact_float32
 
 
 @dataclass(repr=False)
@@ -49,7 +50,8 @@ class ProbeBank:
         """
         weight, bias = self.weight.to(acts.device), self.bias.to(acts.device)
         x = acts.to(weight.dtype).permute(1, 2, 0)  # [L, D, N]
-        return torch.baddbmm(bias[..., None], weight, x).permute(2, 0, 1)
+        with exact_float32():
+            return torch.baddbmm(bias[..., None], weight, x).permute(2, 0, 1)
 
     def probabilities(self, acts: Tensor) -> Tensor:
         """Probabilities [N, L, K], float32, of activations [N, L, D]: see `scores`."""

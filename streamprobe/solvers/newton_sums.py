@@ -82,7 +82,7 @@ class NewtonSums:
                 self.grams.add(i, x)
             own, side = weight[columns], sign[columns]  # [k, N]
             # With them softplus(z) - y z and sigmoid(z) - y are found without their cancellation.
-            margin = (self.points.raw[i, columns] @ x.mT).mul_(side)
+            margin = (self.points.raw[i, columns] @ x.mT).mul_(side) if self.grams is None else torch.zeros_like(own)
             losses[i, columns] = softplus(margin).mul_(own).sum(1).double()
             wrong = margin.sigmoid_()  # the probability of the other class
             slope = own * wrong

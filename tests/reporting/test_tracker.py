@@ -84,12 +84,13 @@ def test_a_value_that_is_not_a_number_is_no_point() -> None:
     assert ends == ["lag+40 best control", "lag+40 control embed", "lag-04 best control", "lag-04 control embed"]
 
 
-@pytest.mark.parametrize(("allowed", "steps"), [(0.01, [1, 8]), (1.0, [1, 3, 6, 8])])
+@pytest.mark.parametrize(("allowed", "steps"), [(0.01, [3, 8]), (1.0, [3, 6, 8])])
 def test_heat_maps_come_with_doubled_tokens_and_take_a_fraction_of_the_time(
     monkeypatch: pytest.MonkeyPatch, allowed: float, steps: list[int]
 ) -> None:
-    """Passes of a second and maps of a second and a half."""
+    """Passes of a second, the first maps after two, and maps of a second and a half."""
     clock = [0.0]
+    monkeypatch.setattr(tracking, "FIRST_MAPS", 2.0)
     monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(tracking, "MAPS_TIME", allowed)
     seen = Recorder()

@@ -67,6 +67,20 @@ def test_a_run_on_the_device_ends_as_on_the_cpu(config: str, store: str, request
     assert "cuda:0" in Path("far/summary.json").read_text()
 
 
+def test_a_run_whose_activations_lie_in_host_ram_ends_as_on_the_cpu(
+    config: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(
+        "streamprobe.run.memory_plan.memory_room", lambda gb, home, reserve=0: 10**9 * (home.type == "cpu")
+    )
+    monkeypatch.setattr("streamprobe.run.memory_plan.Matrices.must_share", lambda *_: False)
+    assert cli.train([config, "--output_dir", "near"]) == 0
+    request.getfixturevalue("device")
+    assert cli.train([config, "--output_dir", "far"]) == 0
+    assert Path("near/results.csv").read_bytes() == Path("far/results.csv").read_bytes()
+    assert "tokens on cpu, kept" in Path("far/summary.json").read_text()
+
+
 def test_probes_of_a_run_are_used_on_the_device(config: str, request: pytest.FixtureRequest) -> None:
     """Evaluated on other chains, scoring, watching and steering, as on the CPU."""
     assert cli.train([config, "--output_dir", "run", "--solvers", "newton"]) == 0
@@ -76,10 +90,11 @@ def test_probes_of_a_run_are_used_on_the_device(config: str, request: pytest.Fix
         ["evaluate", "run", "--data", data, "--out", "evaluated"],
         ["score", "run", "texts.jsonl", "--out", "scores.csv"],
         ["watch", "run", "--prompt", "so it is", "--max_new_tokens", "4"],
+        ["steer", "run", "--strengths", "0", "1", "--problems", "2", "--max_new_tokens", "4", "--json", "steered.json"],
     ]
     for words in commands:
         assert cli.main(words) == 0, words
-    near = {name: Path(name).read_bytes() for name in ("evaluated/results.csv", "scores.csv")}
+    near = {name: Path(name).read_bytes() for name in ("evaluated/results.csv", "scores.csv", "steered.json")}
     shutil.rmtree("evaluated")
     Path("scores.csv").unlink()
     request.getfixturevalue("device")

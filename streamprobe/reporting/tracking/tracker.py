@@ -16,7 +16,8 @@ from streamprobe.reporting.tracking.layout import SUMMARISED, layout
 from streamprobe.reporting.tracking.metric_grid import SCALES, metric_grids
 from streamprobe.reporting.tracking.tags import ProbeGrid, family, place, tag
 
-MAPS_TIME = 0.01  # of a run's time that heat maps may take, beside those of the first pass and of the last
+MAPS_TIME = 0.01  # of a run's time that heat maps may take, beside those of the end
+FIRST_MAPS = 60.0  # seconds after which there are some: a run of a minute shows its last ones soon enough
 
 
 class Tracker:
@@ -31,7 +32,7 @@ class Tracker:
         self.backends, self.every = backends, every
         self.grids = metric_grids(grids)
         self.unmapped: int | None = None  # the step of values that no heat map shows yet
-        self.mapped, self.next_maps = 0, -math.inf
+        self.mapped, self.next_maps = 0, time.monotonic() + FIRST_MAPS
         charts = layout(self.grids, every)
         for backend in backends:
             backend.charts(charts)
@@ -63,8 +64,8 @@ class Tracker:
     def compare(self, step: int) -> None:
         """The best layer and the best control of each lag by the latest values, and heat maps of all values.
 
-        Maps are drawn after the first pass and, in `outcome`, of the last one; between them whenever twice as many
-        tokens have been seen, if their time allows it.
+        Maps are drawn in `outcome`; before it once a run takes a while, whenever twice as many tokens have been seen,
+        if their time allows it.
         """
         if not self.backends:
             return
