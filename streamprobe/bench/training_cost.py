@@ -58,7 +58,7 @@ def measure_training(options: Options, device: torch.device) -> dict[str, Any]:
     timings.measure_offline(bench, ledger, options.offline_chains, options.offline_epochs)
     shape, most = bench.shape, options.max_batch_tokens
     del bench.model, bench.grids
-    whole = measure_whole_run(shape, ledger, options.chains, most, repeats=options.repeats)
+    whole = measure_whole_run(shape, ledger, options.chains, max_batch_tokens=most, repeats=options.repeats)
     rows = ledger.rows()
     return {
         **about,

@@ -36,7 +36,7 @@ WHOLE = "whole run: two targets, all controls, metrics, intervals and files"
 
 
 def measure_whole_run(
-    shape: Shape, ledger: Ledger, n_chains: int, max_batch_tokens: int, repeats: int
+    shape: Shape, ledger: Ledger, n_chains: int, *, max_batch_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Times whole runs in folders of their own, and the bare forward of their chains in turn.
 

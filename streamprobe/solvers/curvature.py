@@ -12,7 +12,8 @@ from torch import Tensor
 
 from streamprobe.system.hardware import Arriving, coarse_float32
 
-HELD_BYTES = 2**29  # of drawn tokens that wait before they are added: an addition costs as much as many tokens
+HELD = 64  # drawn tokens that wait, in units of E, before they are added: an addition costs as much as some E of them
+HELD_BYTES = 2**29  # that they take at most
 WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
 
 
@@ -103,7 +104,8 @@ class DrawnTokens:
         self._pick()
         drawn = counts.any(0)
         self.newest = Newest(acts, counts, drawn, Arriving(drawn.sum()))
-        if sum(waiting.nbytes + own.nbytes for waiting, own in self.waiting) >= HELD_BYTES:
+        n, size = sum(len(own) for own, _ in self.waiting), self.mean.shape[1] + 1
+        if n >= HELD * size or sum(own.nbytes + each.nbytes for own, each in self.waiting) >= HELD_BYTES:
             self.settle()
 
     def _pick(self) -> None:

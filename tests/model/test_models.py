@@ -149,7 +149,8 @@ def exact_or_refused(name: str, folder: str, **changes: Any) -> str:
     size = sum(t.nbytes for t in (*cut.parameters(), *cut.buffers()))
     assert weight_bytes(config, layers)["float32"] == size
     every = load_backbone(folder, [n - 1], "float32", device_map="cpu")
-    check(read(every, [n - 1]), [x[n - 1][:, None] for x in expected])
+    # Each chain alone: beside others the sums of experts add up in another order, which grows from block to block.
+    check(read(every, [n - 1], max(map(len, CHAINS))), [x[n - 1][:, None] for x in expected])
     try:
         check_reading(cut, layers, WORDS, chunked=True)
     except InputError as error:

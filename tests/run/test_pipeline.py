@@ -148,7 +148,7 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.003"]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.0023"]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
     assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
@@ -371,7 +371,7 @@ def launch(config, *argv):
 
 @pytest.mark.parametrize(
     ("memory", "stops"),
-    [("auto", [(2, 2), (6, 6)]), ("auto", [(2, 1), (5, 3)]), ("0.003", [(3, 3)]), ("0.003", [(3, 2)])],
+    [("auto", [(3, 3), (5, 3)]), ("auto", [(2, 0), (6, 3)]), ("0.002", [(3, 3)]), ("0.002", [(3, 2)])],
     ids=["replayed", "replayed from an older pass", "streamed", "streamed from an older pass"],
 )
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops, capsys):
@@ -474,7 +474,7 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(pe
     weight = (census.valid - census.positive) / census.positive
     sites = layer_sites(layers)
     adam = AdamSolver(sites, columns, 32, weight, learning_rate=1e-2, batch_size=256)
-    newton = NewtonSolver(sites, columns, 32, weight)
+    newton = NewtonSolver(sites, columns, 32, weight, n_tokens=10_000)
     feed = Feed("layers", sites, 32, lambda batch: batch.acts, torch.arange(4))
     jobs = [Job(adam, BestProbes(adam.bank(), 3), feed), Job(newton, BestProbes(newton.bank(), None), feed)]
     trainer.train(

@@ -56,7 +56,7 @@ def test_backtracking_is_found_in_a_slice_of_the_real_chains_and_one_pass_is_eno
     rows = {int(r["lag"]): r for r in csv.DictReader((tmp_path / "run" / "results.csv").open()) if not r["control"]}
     assert 0.80 < float(rows[0]["auroc"]) < 0.95
     assert float(rows[48]["auroc"]) < float(rows[24]["auroc"]) < float(rows[0]["auroc"])
-    assert all(float(row["gradient_norm"]) <= 1e-4 for row in rows.values())
+    assert all(float(row["gradient_norm"]) <= 1e-3 for row in rows.values())
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     start = "auroc/validation/newton/"
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(start) and tag.endswith(" best layer")]

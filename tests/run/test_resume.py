@@ -48,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_fi
         "dtype": "float32",
         "layers": [0, 1],
         "lags": [0, 4],
-        "max_passes": 2,
+        "max_passes": 4,
         "bootstrap": 2,
         "controls": ["position"],
         "max_batch_tokens": 2048,
@@ -120,7 +120,7 @@ def test_killed_before_and_after_every_write_it_ends_the_same(run: Path, tmp_pat
             assert (run / name).exists() == (after or before)
             argv = ["tiny.yaml", "--resume"]
     [done] = forked(argv)
-    assert done.status == 0 and "resumed   after pass 2" in done.out
+    assert done.status == 0 and "resumed   after pass 3" in done.out
     assert results("killed") == results("straight")
 
 

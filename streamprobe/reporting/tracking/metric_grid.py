@@ -43,6 +43,7 @@ class MetricGrid:
         for site, column in own:
             self.asked[self.rows.index(place(site, column)), self.lags.index(column.lag)] = True
         self.values = {metric: np.full(self.asked.shape, np.nan) for metric in SCALES}  # [R, C] each
+        self.fresh = False  # whether there are values that `Tracker.compare` has not seen
 
     def take(self, metric: str, grid: ProbeGrid, values: Tensor) -> None:
         """Remembers the values [L, K] of probes that are of this family."""
@@ -50,6 +51,7 @@ class MetricGrid:
             if family(grid, column) == self.name and not column.seed:
                 rows = [self.rows.index(place(site, column)) for site in grid.sites]
                 self.values[metric][rows, self.lags.index(column.lag)] = values[:, k].numpy()
+                self.fresh = True
 
     def lift(self) -> NDArray[np.float64]:
         """AUROC of each layer less that of its best control [layers, C]; NaN where one of them is not known."""

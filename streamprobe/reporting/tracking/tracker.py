@@ -62,14 +62,15 @@ class Tracker:
             self._points([(f"{name}/median", float(np.median(known))), (f"{name}/largest", largest)], step)
 
     def compare(self, step: int) -> None:
-        """The best layer and the best control of each lag by the latest values, and heat maps of all values.
+        """The best layer and the best control of each lag, where there are new values, and heat maps of all values.
 
         Maps are drawn in `outcome`; before it once a run takes a while, whenever twice as many tokens have been seen,
         if their time allows it.
         """
         if not self.backends:
             return
-        for metrics in self.grids:
+        for metrics in [each for each in self.grids if each.fresh]:
+            metrics.fresh = False
             for metric in SCALES:
                 best = metrics.best(metric)
                 if self.every:
