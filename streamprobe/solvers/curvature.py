@@ -125,12 +125,18 @@ class DrawnTokens:
         self.waiting.clear()
         rows = counts.nonzero()[:, 1].split((counts != 0).sum(1).tolist())
         features = Features()
-        for number, (place, own) in enumerate(zip(self.places, rows, strict=True)):
-            x = features.of(acts[own, place.layer], self.mean[place.layer])
-            x = x.mul_(counts[number, own, None].sqrt())  # both factors alike: rounded, their product is definite, too
-            with coarse_float32():
-                added = x.mT @ x
-            self.sums[place] = self.sums[place].add_(added) if place in self.sums else added
+        for layer in dict.fromkeys(place.layer for place in self.places):
+            x = features.of(acts[:, layer], self.mean[layer])
+            for number, (place, own) in enumerate(zip(self.places, rows, strict=True)):
+                if place.layer == layer:
+                    self._add(place, x.index_select(0, own), counts[number, own])
+
+    def _add(self, place: Place, x: Tensor, counts: Tensor) -> None:
+        """Adds tokens x [n, E], which are changed, that count so much [n], to the sum of a place."""
+        x = x.mul_(counts[:, None].sqrt())  # both factors alike: rounded, their product is definite, too
+        with coarse_float32():
+            added = x.mT @ x
+        self.sums[place] = self.sums[place].add_(added) if place in self.sums else added
 
     def take(self, place: Place) -> Tensor:
         """The sum of a place [E, E], which is then let go."""

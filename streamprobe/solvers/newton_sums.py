@@ -15,7 +15,7 @@ from streamprobe.system.hardware import send
 
 DRAWN = 8  # tokens that are drawn for a matrix, in units of its E rows
 DRAWN_SHARED = 64  # the same for one that all columns of a layer share
-LEAST_DRAWN = 4_096  # and at the least, for features that are few
+WORK = 2**26  # products that a matrix may always take: where features are few, more tokens are drawn
 
 
 class LiveColumns(NamedTuple):
@@ -105,10 +105,10 @@ class NewtonSums:
             curvature = (weight - weight.clamp(max=p.clamp(max=1)[:, None])) / 4
             part = (1 - p).abs() / (2 * p.clamp(min=1))
         size = self.gradient_.shape[-1]
+        wanted = max((DRAWN_SHARED if self.shared else DRAWN) * size, WORK // size**2)
         if self.shared:
-            mean = (curvature / total[:, None]).mean(0, keepdim=True)
-            return draw(mean, max(DRAWN_SHARED * size, LEAST_DRAWN) / part.mean()[None], chance)
-        return draw(curvature[drawn], (max(DRAWN * size, LEAST_DRAWN) / (total * part))[drawn], chance)
+            return draw((curvature / total[:, None]).mean(0, keepdim=True), wanted / part.mean()[None], chance)
+        return draw(curvature[drawn], (wanted / (total * part))[drawn], chance)
 
     def matrix(self, place: Place) -> Tensor:
         """The sum of curvature [E, E] at a place, once `drawn` is settled, which is then let go.
