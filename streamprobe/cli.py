@@ -16,7 +16,7 @@ from streamprobe.commands import bench, evaluate, folders, preview, score, share
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
 
-RESUME = "interrupted; the same command with --resume goes on after the last pass"
+RESUME = "interrupted; the same command with --resume goes on from its last checkpoint"
 SMALLER = "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit"
 
 

@@ -100,7 +100,7 @@ def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Track
     8 and so on, and once more when a run ends.
     """
     banks = [(job, job.solver.bank()) for job in jobs]
-    judged = [(job, bank) for job, bank in banks if looked_at(job, done)]
+    judged = [(job, bank) for job, bank in banks if is_looked_at(job, done)]
     scored = evaluate([(bank, job.feed) for job, bank in judged], validation()) if judged else []
     scores = {}
     for (job, _), own in zip(judged, scored, strict=True):
@@ -114,7 +114,7 @@ def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Track
         tracker.compare(done.tokens)
 
 
-def looked_at(job: Job, done: Done) -> bool:
+def is_looked_at(job: Job, done: Done) -> bool:
     """Whether the validation scores of a job are looked at after this pass."""
     return job.best.patience is not None or done.passes & (done.passes - 1) == 0
 

@@ -1,9 +1,10 @@
-"""Room for the activations of a split: bounded, shuffled, in device memory or host RAM, and never a file.
+"""Room for the activations of a split: bounded, in device memory or host RAM, shuffled if need be, and never a file.
 
 Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -42,14 +43,20 @@ class ActivationMemory:
         """Tokens of these `sizes` lie on `home` (default `device`) and are handed out on `device`."""
         self.home = home or device
         self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0
-        self.pool = TokenBatch(
+        self.sizes = sizes
+
+    @cached_property
+    def pool(self) -> TokenBatch:
+        """The rows, made when the first is put there: a stream that nobody shuffles needs none."""
+        rows, sizes, home = self.rows, self.sizes, self.home
+        return TokenBatch(
             # Layer by layer, as it is read: what a token has lies apart.
-            torch.empty(sizes.layers, rows, sizes.hidden, dtype=sizes.dtype, device=self.home).transpose(0, 1),
-            torch.empty(rows, sizes.side, device=self.home),
-            torch.empty(rows, sizes.columns, dtype=torch.bool, device=self.home),
-            torch.empty(rows, sizes.columns, dtype=torch.bool, device=self.home),
-            torch.empty(rows, dtype=torch.int64, device=self.home),
-            torch.empty(rows, dtype=torch.int64, device=self.home),
+            torch.empty(sizes.layers, rows, sizes.hidden, dtype=sizes.dtype, device=home).transpose(0, 1),
+            torch.empty(rows, sizes.side, device=home),
+            torch.empty(rows, sizes.columns, dtype=torch.bool, device=home),
+            torch.empty(rows, sizes.columns, dtype=torch.bool, device=home),
+            torch.empty(rows, dtype=torch.int64, device=home),
+            torch.empty(rows, dtype=torch.int64, device=home),
         )
 
     def shuffled(self, source: Callable[[], Iterable[TokenBatch]], multiple: int, seed: int) -> Iterator[TokenBatch]:

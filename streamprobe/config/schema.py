@@ -152,7 +152,7 @@ class TrainingConfig:
         "Most GB (10^9 bytes) of activations and of Newton's matrices; auto is what is free, less a reserve.",
     )
     bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
-    seed: int = key(0, "Seed of weights, of the order of tokens and of permuted labels.")
+    seed: int = key(0, "Seed of weights, of the order of tokens, of those that Newton draws, and of permuted labels.")
     seeds: int = key(1, "Starts of every Adam probe, and permutations of every label, whose spread is reported.")
 
     def __post_init__(self) -> None:

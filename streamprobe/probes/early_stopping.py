@@ -23,6 +23,7 @@ class BestProbes:
     def __init__(self, bank: Probes, patience: int | None):
         shape = bank.bias.shape
         self.bank, self.patience = bank.clone(), patience
+        self.looked_at = 0  # the last pass whose scores were given
         self.score = torch.full(shape, -1.0, dtype=torch.float64)  # [L, K]
         self.best_pass = torch.zeros(shape, dtype=torch.int64)
         self.misses = torch.zeros(shape, dtype=torch.int64)
@@ -34,6 +35,7 @@ class BestProbes:
         `converged` [L, K] bool: which of them the solver calls final.  With patience there must be a score.
         """
         assert score is not None or self.patience is None, "patience goes by a score"
+        self.looked_at = self.looked_at if score is None else number
         score = self.score if score is None else score.nan_to_num(0.0)
         better = ~self.stopped & (True if self.patience is None else score > self.score)
         self.misses = torch.where(better, 0, self.misses + (~self.stopped).long())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """Writes the checkpoints of a run while it trains: now and then, each in a thread, whole or not at all.
 
-    As a context manager it ends when the last write has, whatever else went wrong: no thread outlives it.
+    As a context manager it ends when the last write has: no thread outlives it.  Where something goes wrong, what was
+    offered last is written first, if that can be.
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS):
@@ -42,19 +44,27 @@ class Checkpoints:
         self.begun = time.monotonic()
         self.thread = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
+        self.offered: Checkpoint | None = None
         self.last: Checkpoint | None = None  # that was written, or is about to be
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.thread.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None and self.offered is not None:
+                with suppress(InputError):  # the first thing that went wrong is what is reported
+                    self.write(self.offered)
+                    self.wait()
+        finally:
+            self.thread.shutdown()
 
     def offer(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, which nothing changes any more, if it is time for that.
 
         Raises what was in the way of the last write.
         """
+        self.offered = checkpoint
         if self.writing and self.writing.done():
             self.wait()
         if not self.writing and time.monotonic() - self.begun >= self.seconds:

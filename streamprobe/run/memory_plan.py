@@ -13,7 +13,7 @@ from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.reader import Backbone
-from streamprobe.solvers.curvature import HELD_BYTES
+from streamprobe.solvers.curvature import HELD, HELD_BYTES
 from streamprobe.solvers.newton import curvature_bytes, vector_bytes
 from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
@@ -58,8 +58,9 @@ def estimate_reserve(
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
-    trained_on = 4 * CHUNK_TOKENS * (2 * sizes.layers * (sizes.hidden + 1) + 8 * sizes.columns)  # float32
-    drawn = min(2 * HELD_BYTES, CHUNK_TOKENS * 8 * sizes.token_bytes())  # twice while they are joined
+    chunk = max(CHUNK_TOKENS, tokens)
+    trained_on = 4 * chunk * (2 * sizes.layers * (sizes.hidden + 1) + (8 + 3 * sizes.layers) * sizes.columns)  # float32
+    drawn = 3 * min(HELD_BYTES, HELD * (sizes.hidden + 1) * sizes.token_bytes())  # joined, and as features of a layer
     scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
     return Reserve(max(forward + handed_on + trained_on + drawn, scored))
 

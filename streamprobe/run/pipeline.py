@@ -41,7 +41,7 @@ from streamprobe.system.console import say
 from streamprobe.system.files import check_room
 from streamprobe.system.hardware import exact_float32
 from streamprobe.system.start import no_collections
-from streamprobe.trainer import Done, Job, log_metrics, looked_at, train
+from streamprobe.trainer import Done, Job, log_metrics, train
 
 
 def run(config: RunConfig) -> Path | None:
@@ -204,7 +204,7 @@ def choose_thresholds(
     thresholds = []
     for job, own in zip(jobs, scored, strict=True):
         metrics = measure(own.scores, own.targets, own.valid, half=half_logits(job, inputs))
-        if not looked_at(job, done):
+        if job.best.patience is None and job.best.looked_at < done.passes:
             log_metrics(tracker, job, metrics, done.tokens)
         tracker.curves(job.solver, own, metrics["auroc"], done.tokens)
         thresholds.append(metrics["threshold"])

@@ -23,6 +23,7 @@ from streamprobe.solvers.newton_sums import LiveColumns, NewtonSums, Points
 from streamprobe.solvers.scaling import mapped, mapped_vector
 from streamprobe.system.hardware import send
 
+AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
 STATE = (  # of a NewtonSolver, for a checkpoint
     "mean",
     "scale",
@@ -159,15 +160,16 @@ class NewtonSolver:
         to_features = Affine(1 / self.scale.double(), (sums.centre.double() - self.mean) / self.scale)
         gradient_ = mapped_vector(sums.gradient_, *(each[:, None] for each in to_features))
         loss = sums.loss_ / sums.n + self.l2 * self.point[..., :-1].square().sum(-1)
-        self._check_finite(loss)
+        if sums.grams is not None:
+            self._check_finite(loss)
         self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
         self.passes += 1
         self.expected = sums.curvature_
         self.sums = self._start_pass()
 
     def _check_finite(self, loss: Tensor) -> None:
-        """Raises InputError where J [L, K] of a probe that is not converged is no number."""
-        for i in (~loss.isfinite() & ~self.converged).any(1).nonzero()[:1, 0].tolist():
+        """Raises InputError where J [L, K] of a probe is no number; later on such a point is only stepped back from."""
+        for i in (~loss.isfinite()).any(1).nonzero()[:1, 0].tolist():
             raise self._refusal(i)
 
     def _refusal(self, i: int) -> InputError:
@@ -187,10 +189,13 @@ class NewtonSolver:
         self.best, self.best_gradient = self.point.where(keep, self.best), gradient.where(keep, self.best_gradient)
         self.best_loss = loss.where(better, self.best_loss)
         norm = self.best_gradient.norm(dim=-1)
-        self.converged = self.converged | (better & (norm <= self.tolerance))
-        self.gradient_norm = norm.where(self.converged | (self.passes > 0), math.nan)
+        self.converged = self.converged | (bends & (norm <= self.tolerance))  # not where all weights are still 0
+        self.gradient_norm = norm.where(self.passes > 0, math.nan)
         moving = better & ~self.converged
         moves = moving.tolist()
+        if self.shared and self.sums.drawn and self.sums.drawn.places:
+            size = self.sums.curvature_ / self.sums.n / self.sums.of_expected()[:, None]
+            self.size = size.where(moving, self.size)
         self._take_matrices(moves, to_features)
         direction = newton_step(self.past, self.best_gradient, partial(self._solve, moves=moves))
         self.point = torch.where(moving[..., None], self.best - direction, shorter)
@@ -201,16 +206,15 @@ class NewtonSolver:
         assert self.sums.drawn is not None
         self.sums.drawn.settle()
         places = self.sums.drawn.places
-        if self.shared and places:
-            self.size = self.sums.curvature_ / self.sums.n / self.sums.of_expected()[:, None]
         wanted = [place for place in places if place.column is None or moves[place.layer][place.column]]
-        matrices = [self._matrix(place, to_features) for place in wanted]
-        factors, missing = factorise(matrices)
-        if missing is not None:
-            raise self._refusal(wanted[missing].layer)
-        for place, factor in zip(wanted, factors, strict=True):
-            shared = place.column is None
-            self.factors[place] = factor / self._mean_size(place.layer).sqrt() if shared else factor
+        for start in range(0, len(wanted), AT_ONCE):
+            some = wanted[start : start + AT_ONCE]
+            factors, missing = factorise([self._matrix(place, to_features) for place in some])
+            if missing is not None:
+                raise self._refusal(some[missing].layer)
+            for place, factor in zip(some, factors, strict=True):
+                shared = place.column is None
+                self.factors[place] = factor / self._mean_size(place.layer).sqrt() if shared else factor
 
     def _matrix(self, place: Place, to_features: "Affine") -> Tensor:
         """H [E, E] at a place, float32; where columns share it, that of one whose curvature is the mean of theirs."""
@@ -247,8 +251,11 @@ class NewtonSolver:
         return not self.factors or bool(self.converged.all())
 
     def bank(self) -> ProbeBank:
-        """The best probes so far, in raw activation space: after one pass its Newton step, whose J no pass has seen."""
-        probes = self.best if self.passes > 1 else self.point
+        """The best probes so far, in raw activation space.
+
+        Where none is better than zeros yet, as after one pass, it is the next step, whose J no pass has seen.
+        """
+        probes = self.point.where(~self.best.any(-1, keepdim=True), self.best)
         weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), self.scale.double())
         return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
 

@@ -103,10 +103,20 @@ def test_heat_maps_come_with_doubled_tokens_and_take_a_fraction_of_the_time(
 
     monkeypatch.setattr(metrics, "images", images)
     for step in range(1, 9):
+        metrics.fresh = True
         tracker.compare(step)
         clock[0] += 1.0
     tracker.outcome("", {})
     assert seen.maps == {f"heat maps/{FAMILY} auroc": steps}
+
+
+def test_nothing_is_drawn_or_logged_of_values_that_are_not_new() -> None:
+    """A run that is resumed after its end has none."""
+    seen = Recorder()
+    tracker = Tracker([seen], GRIDS)
+    tracker.compare(7)
+    tracker.outcome("", {})
+    assert not seen.maps and not seen.curves
 
 
 def test_without_backends_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

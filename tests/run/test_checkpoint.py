@@ -595,6 +595,19 @@ def test_a_write_ends_before_its_run_does_whatever_ends_that(tmp_path: Path, mon
     assert written == [3] and load_run(tmp_path).passes == 3
 
 
+def test_what_was_offered_is_written_where_a_run_is_interrupted(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, seconds=3600.0) as checkpoints:
+        checkpoints.offer(state(PARTS))
+        raise KeyboardInterrupt
+    assert load_run(tmp_path).passes == 3
+
+
+def test_what_was_offered_is_not_written_where_a_run_ends_well(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, seconds=3600.0) as checkpoints:
+        checkpoints.offer(state(PARTS))
+    assert load_run(tmp_path) is None
+
+
 @pytest.mark.parametrize("ask", ["offer", "write", "wait"])
 def test_what_was_in_the_way_of_a_write_is_reported_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str

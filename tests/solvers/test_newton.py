@@ -239,6 +239,23 @@ def test_the_loss_of_a_converged_probe_is_what_it_was(tokens, solved) -> None:
     assert torch.equal(shown, last)
 
 
+def test_no_probe_is_done_before_it_has_moved(tokens) -> None:
+    """However small the gradient is where all weights are zero."""
+    solver = trained(make(tokens, tolerance=10.0), tokens, 1)
+    assert not solver.converged.any() and (solver.bank().weight != 0).any(-1).all()
+    assert trained(solver, tokens, 1).converged.all()
+
+
+def test_where_the_first_step_is_too_long_the_next_is_the_best_there_is(tokens, monkeypatch) -> None:
+    """And not a probe of zeros, which ranks nothing."""
+    monkeypatch.setattr(newton_sums, "draw", lambda curvature, rate, chance: torch.zeros_like(curvature))
+    solver = trained(make(tokens), tokens, 1)
+    solver.point *= 100
+    solver.sums = solver._start_pass()
+    trained(solver, tokens, 1)
+    assert not solver.best.any() and (solver.bank().weight != 0).any(-1).all()
+
+
 def test_a_constant_feature_harms_nothing(tokens) -> None:
     acts = tokens.acts.clone()
     acts[:, :, 5] = 3.0

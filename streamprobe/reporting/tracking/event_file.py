@@ -18,8 +18,7 @@ NUMBERS = count()  # of this process's event files
 class EventFile:
     """A file of events for TensorBoard, written by the thread that makes them.
 
-    What cannot be written, as on a full disk, waits in memory: the run goes on to its checkpoint, and `flush` behind
-    that reports it.
+    What cannot be written, as on a full disk, waits in memory until `flush` reports it, at the end of a pass.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):

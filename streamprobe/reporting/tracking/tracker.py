@@ -69,7 +69,8 @@ class Tracker:
         """
         if not self.backends:
             return
-        for metrics in [each for each in self.grids if each.fresh]:
+        fresh = [metrics for metrics in self.grids if metrics.fresh]
+        for metrics in fresh:
             metrics.fresh = False
             for metric in SCALES:
                 best = metrics.best(metric)
@@ -83,7 +84,7 @@ class Tracker:
                     ),
                     step,
                 )
-        self.unmapped = step
+        self.unmapped = step if fresh else self.unmapped
         if step >= 2 * self.mapped and time.monotonic() >= self.next_maps:
             self._draw_maps(step)
 

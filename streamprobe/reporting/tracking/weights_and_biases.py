@@ -65,7 +65,7 @@ class WeightsAndBiases:
         self._log(lambda: self.tracker.store_init_configuration(for_others(config)))
 
     def _log(self, work: Callable[[], None]) -> None:
-        """Does what must not end a run before its next checkpoint; the first thing in its way is kept for `flush`."""
+        """Does what must not end a run in the middle of a pass; the first thing in its way is kept for `flush`."""
         try:
             work()
         except Exception as error:  # whatever comes from the process that W&B runs beside this one
