@@ -34,6 +34,7 @@ STATE = (  # of a NewtonSolver, for a checkpoint
     "best_loss",
     "gradient_norm",
     "expected",
+    "size",
     "passes",
     "converged",
 )
