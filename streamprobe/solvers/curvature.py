@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamprobe.system.hardware import Arriving, coarse_float32
 
-HELD = 64  # drawn tokens that wait, in units of E, before they are added: an addition costs as much as some E of them
+HELD = 16  # drawn tokens that wait, in units of E, before they are added: an addition costs as much as some E of them
 HELD_BYTES = 2**29  # that they take at most
 WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
 
