@@ -28,7 +28,7 @@ from streamprobe.lags import Column
 from streamprobe.probes.kept import FinalProbes, KeptProbes
 from streamprobe.probes.sites import Site
 
-CELLS = 2**22  # of a table of chains at once: bounds the memory
+CELLS = 2**20  # of a table of chains at once: bounds the memory
 BINS = 10  # of a reliability curve
 
 
