@@ -124,6 +124,6 @@ def peak_gb(folder: Path, n_chains: int, memory_gb: str) -> float:
     return json.loads((folder / "summary.json").read_text())["run"]["peak_memory_gb"]
 
 
-def test_memory_does_not_grow_with_the_chains_unless_they_are_kept(tmp_path):
+def test_memory_hardly_grows_with_the_chains_where_they_are_not_kept(tmp_path):
     few, many = (peak_gb(tmp_path / str(n), n, "0.004") for n in (200, 500))
-    assert many < 1.1 * few  # the texts and scores of 300 more chains; their activations alone would be 35 MB more
+    assert many < 1.1 * few  # the heap grows by small steps while batches of other sizes come and go
