@@ -74,7 +74,7 @@ class Checkpoints:
         """Begins to write a checkpoint once the last one is written, unless it is that."""
         self.wait()
         if checkpoint is not self.last:
-            self.begun, self.last = time.monotonic(), checkpoint
+            self.begun, self.last, self.offered = time.monotonic(), checkpoint, checkpoint
             self.writing = self.thread.submit(save_run, self.folder, checkpoint)
 
     def wait(self) -> None:

@@ -602,6 +602,14 @@ def test_what_was_offered_is_written_where_a_run_is_interrupted(tmp_path: Path) 
     assert load_run(tmp_path).passes == 3
 
 
+def test_what_was_offered_does_not_replace_what_was_written_after_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, seconds=3600.0) as checkpoints:
+        checkpoints.offer(state(PARTS, passes=1))
+        checkpoints.write(state(PARTS, passes=2))
+        raise KeyboardInterrupt
+    assert load_run(tmp_path).passes == 2
+
+
 def test_what_was_offered_is_not_written_where_a_run_ends_well(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, seconds=3600.0) as checkpoints:
         checkpoints.offer(state(PARTS))
