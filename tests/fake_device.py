@@ -153,6 +153,7 @@ class Seen:
         if packet is aten._to_copy and to_device != far or packet in COPIES and near:
             crossing = [x for x in tree_leaves(args[packet in COPIES]) if x.dim()]
             pinned = all(hasattr(x, "is_pinned_copy") for x in crossing)
+            pinned |= packet is aten._to_copy and far  # torch pins what it makes on the host in such a copy
             waits = bool(crossing) and not (pinned and kwargs.get("non_blocking"))
         elif packet in INDEXED and far:
             indices = [x for x in args[1] if isinstance(x, Tensor)]

@@ -23,4 +23,4 @@ class Feed(NamedTuple):
 
     def of(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Features [N, L, D], targets [N, k] and valid [N, k]."""
-        return self.features(batch), batch.targets[:, self.columns], batch.valid[:, self.columns]
+        return self.features(batch), batch.targets.T[self.columns].T, batch.valid.T[self.columns].T

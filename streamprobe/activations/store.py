@@ -50,11 +50,11 @@ class ActivationMemory:
         """The rows, made when the first is put there: a stream that nobody shuffles needs none."""
         rows, sizes, home = self.rows, self.sizes, self.home
         return TokenBatch(
-            # Layer by layer, as it is read: what a token has lies apart.
+            # Layer by layer and column by column, as they are read: what a token has lies apart.
             torch.empty(sizes.layers, rows, sizes.hidden, dtype=sizes.dtype, device=home).transpose(0, 1),
             torch.empty(rows, sizes.side, device=home),
-            torch.empty(rows, sizes.columns, dtype=torch.bool, device=home),
-            torch.empty(rows, sizes.columns, dtype=torch.bool, device=home),
+            torch.empty(sizes.columns, rows, dtype=torch.bool, device=home).T,
+            torch.empty(sizes.columns, rows, dtype=torch.bool, device=home).T,
             torch.empty(rows, dtype=torch.int64, device=home),
             torch.empty(rows, dtype=torch.int64, device=home),
         )

@@ -1,7 +1,7 @@
 """The matrices of Newton's method, from a few tokens of each pass.
 
 Shapes: N tokens, n drawn ones, L layers, K columns, D hidden size, E = D + 1: a weight for each feature, and the bias.
-P places: (layer, column) pairs that a matrix is made for.
+P places: (layer, column) pairs that a matrix is made for, or a layer and all columns that share one.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ WIDTH = 8  # rows of features are padded to a multiple of it, which keeps produc
 
 
 class Place(NamedTuple):
-    """What a matrix is made for: a column of a layer, by their numbers; or with no column all of the layer's."""
+    """What a matrix is made for: a column of a layer, by their numbers; or with no column those that share it."""
 
     layer: int
-    column: int | None = None
+    column: int | None
 
 
 class Features:
@@ -81,7 +81,15 @@ class Newest(NamedTuple):
     acts: Tensor  # [N, L, D]
     counts: Tensor  # [P, N]
     drawn: Tensor  # [N] bool
-    n: Arriving  # how many were drawn
+    n: Arriving  # how many were drawn, and how many for each place: P + 1 numbers
+
+
+class Drawn(NamedTuple):
+    """Tokens that wait to be added."""
+
+    acts: Tensor  # [n, L, D]
+    counts: Tensor  # [P, n], 0 where a token was drawn for others
+    each: list[int]  # how many were drawn for each place
 
 
 class DrawnTokens:
@@ -96,34 +104,41 @@ class DrawnTokens:
         """For these P places; features are centred by mean [L, D]."""
         self.places, self.mean = list(places), mean
         self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
-        self.waiting: list[tuple[Tensor, Tensor]] = []  # acts [n, L, D] and what each token counts [P, n]
+        self.waiting: list[Drawn] = []
         self.newest: Newest | None = None
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
         """Adds those of acts [N, L, D] that were drawn; counts [P, N] are 0 where one was not."""
         self._pick()
-        drawn = counts.any(0)
-        self.newest = Newest(acts, counts, drawn, Arriving(drawn.sum()))
-        n, size = sum(len(own) for own, _ in self.waiting), self.mean.shape[1] + 1
-        if n >= HELD * size or sum(own.nbytes + each.nbytes for own, each in self.waiting) >= HELD_BYTES:
-            self.settle()
+        each = counts != 0
+        drawn = each.any(0)
+        self.newest = Newest(acts, counts, drawn, Arriving(torch.cat([drawn.sum()[None], each.sum(1)])))
+        n, size = sum(len(own.acts) for own in self.waiting), self.mean.shape[1] + 1
+        if n >= HELD * size or sum(own.acts.nbytes + own.counts.nbytes for own in self.waiting) >= HELD_BYTES:
+            self._add_waiting()
 
     def _pick(self) -> None:
         """Keeps of the newest tokens those that were drawn: later, when the host need not wait for their number."""
         if self.newest is not None:
-            acts, counts, drawn, n = self.newest
-            rows = torch.nonzero_static(drawn, size=n.get())[:, 0]
-            self.waiting.append((acts[rows], counts[:, rows]))
+            acts, counts, drawn, numbers = self.newest
+            n, *each = numbers.get()
+            rows = torch.nonzero_static(drawn, size=n)[:, 0]
+            self.waiting.append(Drawn(acts[rows], counts[:, rows], each))
             self.newest = None
 
     def settle(self) -> None:
         """Adds the tokens that wait."""
         self._pick()
+        self._add_waiting()
+
+    def _add_waiting(self) -> None:
         if not self.waiting:
             return
-        acts, counts = torch.cat([own for own, _ in self.waiting]), torch.cat([own for _, own in self.waiting], 1)
+        acts = torch.cat([own.acts for own in self.waiting])
+        counts = torch.cat([own.counts for own in self.waiting], 1)
+        each = [sum(own) for own in zip(*(own.each for own in self.waiting), strict=True)]
         self.waiting.clear()
-        rows = counts.nonzero()[:, 1].split((counts != 0).sum(1).tolist())
+        rows = torch.nonzero_static(counts, size=sum(each))[:, 1].split(each)
         features = Features()
         for layer in dict.fromkeys(place.layer for place in self.places):
             x = features.of(acts[:, layer], self.mean[layer])
@@ -150,19 +165,20 @@ def draw(curvature: Tensor, rate: Tensor, chance: Tensor) -> Tensor:
     rate [P], where its chance [N], uniform in 0 .. 1, is below that.
     """
     drawn = chance < curvature * rate[:, None]
-    return torch.where(drawn, torch.maximum(curvature, 1 / rate[:, None]), 0.0)
+    return torch.maximum(curvature, 1 / rate[:, None]).mul_(drawn)
 
 
 def factorise(matrices: Sequence[Tensor]) -> tuple[list[Tensor], int | None]:
     """The Cholesky factors of matrices [E, E] float32, and the first one that has none, if there is one.
 
     Where features say the same, what rounding has left of their difference is outweighed: such a matrix is changed.
+    The scale of a feature makes no difference (Higham 2002, chapter 10).
     """
     tried = [torch.linalg.cholesky_ex(matrix) for matrix in matrices]
     factors = [factor for factor, _ in tried]
     for number in _failed([info for _, info in tried]):
         matrix = matrices[number]
-        matrix.diagonal().add_(torch.finfo(torch.float32).eps * matrix.trace())
+        matrix.diagonal().mul_(1 + len(matrix) * torch.finfo(torch.float32).eps)
         factors[number], info = torch.linalg.cholesky_ex(matrix)
         if _failed([info]) or not factors[number].isfinite().all():
             return factors, number

@@ -20,9 +20,11 @@ from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import Place, factorise
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember
 from streamprobe.solvers.newton_sums import LiveColumns, NewtonSums, Points
-from streamprobe.solvers.scaling import mapped, mapped_vector
+from streamprobe.solvers.scaling import mapped_vector, shifted
 from streamprobe.system.hardware import send
 
+MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
+SMALL = 256  # weights of a probe up to which a matrix costs nothing
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
 STATE = (  # of a NewtonSolver, for a checkpoint
     "mean",
@@ -34,6 +36,7 @@ STATE = (  # of a NewtonSolver, for a checkpoint
     "best_loss",
     "gradient_norm",
     "expected",
+    "effective",
     "size",
     "passes",
     "converged",
@@ -75,7 +78,8 @@ class NewtonSolver:
     passes H is taken anew at the points of that pass, from tokens drawn in proportion to their curvature
     (`DrawnTokens`); between, L-BFGS makes of it and of the last steps what it can.
 
-    `shared`: one H per layer, for when K of them do not fit: the mean shape of its columns', in the size of each.
+    Columns whose curvature is that of many tokens share one H per layer: the mean shape of theirs, in the size of each.
+    `shared`: all do, for when K of them do not fit.
     """
 
     name = "newton"
@@ -112,37 +116,45 @@ class NewtonSolver:
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
-        self.expected = self._curvature_at_zero()  # what a pass will sum of the curvature of its tokens, [L, K]
+        self.expected, self.effective = self._curvature_at_zero()
         self.passes = torch.zeros((), dtype=torch.int64)
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
-        self.factors: dict[Place, Tensor] = {}  # Cholesky factors of H, [E, E] float32
-        self.size = torch.ones(probes, **wide)  # by which a shared H is multiplied for each column
+        self.factors: dict[Place, Tensor] = {}  # [E, E] float32, of features that are not divided by their scale
+        self.size = torch.ones(probes, **wide)  # by which H is multiplied for each column
         self.recent_loss_, self.recent_n = torch.zeros(2, *probes, **wide)
         self.sums = self._start_pass()
 
-    def _curvature_at_zero(self) -> Tensor:
-        """What the first pass will sum, [L, K]: 1/4 of the weights of `n_tokens` tokens, were all of them valid."""
+    def _curvature_at_zero(self) -> tuple[Tensor, Tensor]:
+        """What the first pass will sum, and of how many tokens that is in effect, [L, K], were all `n_tokens` valid."""
         p = self.positive_weight.double()
-        return (self.n_tokens * p / (1 + p) / 2).repeat(len(self.sites), 1)
+        expected, effective = self.n_tokens * p / (1 + p) / 2, self.n_tokens * 4 * p / (1 + p).square()
+        return expected.repeat(len(self.sites), 1), effective.repeat(len(self.sites), 1)
 
     def _start_pass(self) -> NewtonSums:
         """Sums of the next pass, which has seen no token."""
         number = int(self.passes) + 1
         if number == 1 or number % self.matrices_every == 0:
             self.factors.clear()
+            self.places = self._places()
         raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
         points = Points(raw, self.mean if number > 1 else None, self.expected, self.positive_weight)
         live = [self._live_columns(i, done) for i, done in enumerate(self.converged.tolist())]
-        return NewtonSums(live, points, shared=self.shared, seed=self.seed + number)
+        return NewtonSums(live, points, seed=self.seed + number)
+
+    def _places(self) -> list[list[Place]]:
+        """What every column's matrix is of, [L][K]: its own, or what those share that are shaped by many tokens."""
+        size = self.point.shape[-1]
+        many = (self.effective > MANY * size) & (size > SMALL) | self.shared
+        return [[Place(i, None if shares else k) for k, shares in enumerate(own)] for i, own in enumerate(many.tolist())]
 
     def _live_columns(self, i: int, done: list[bool]) -> LiveColumns:
-        """The columns of a layer that are not `done`, and those of them without a matrix."""
+        """The columns of a layer that are not `done`, and their places without a matrix."""
         columns = [k for k, over in enumerate(done) if not over]
-        places = [Place(i)] * bool(columns) if self.shared else [Place(i, k) for k in columns]
-        places = [place for place in places if place not in self.factors]
-        drawn = [columns.index(place.column) for place in places if place.column is not None]
-        on_device = [send(torch.tensor(own, dtype=torch.int64), self.device) for own in (columns, drawn)]
-        return LiveColumns(on_device[0], places, on_device[1])
+        own = [self.places[i][k] for k in columns]
+        places = [place for place in dict.fromkeys(own) if place not in self.factors]
+        shares = [[(place == each) / own.count(place) for each in own] for place in places]
+        live = torch.tensor(columns, dtype=torch.int64), torch.tensor(shares).reshape(len(places), len(columns))
+        return LiveColumns(send(live[0], self.device), places, send(live[1], self.device))
 
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
@@ -165,7 +177,7 @@ class NewtonSolver:
             self._check_finite(loss)
         self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
         self.passes += 1
-        self.expected = sums.curvature_
+        self.expected, self.effective = sums.curvature_, sums.effective()
         self.sums = self._start_pass()
 
     def _check_finite(self, loss: Tensor) -> None:
@@ -193,41 +205,53 @@ class NewtonSolver:
         self.converged = self.converged | (bends & (norm <= self.tolerance))  # not where all weights are still 0
         self.gradient_norm = norm.where(self.passes > 0, math.nan)
         moving = better & ~self.converged
-        moves = moving.tolist()
-        if self.shared and self.sums.drawn and self.sums.drawn.places:
-            size = self.sums.curvature_ / self.sums.n / self.sums.of_expected()[:, None]
-            self.size = size.where(moving, self.size)
-        self._take_matrices(moves, to_features)
-        direction = newton_step(self.past, self.best_gradient, partial(self._solve, moves=moves))
+        size = self.sums.sizes()
+        self.size = size.where(size > 0, self.size)
+        columns = self._columns_of_places(moving.tolist())
+        self._take_matrices(columns, to_features)
+        direction = newton_step(self.past, self.best_gradient, partial(self._solve, columns=columns))
         self.point = torch.where(moving[..., None], self.best - direction, shorter)
         self.point = torch.where(self.converged[..., None], self.best, self.point)
 
-    def _take_matrices(self, moves: list[list[bool]], to_features: "Affine") -> None:
+    def _columns_of_places(self, moving: list[list[bool]]) -> dict[Place, Tensor]:
+        """The columns [k] of every place of which one moves on: those that do."""
+        found: dict[Place, list[int]] = {}
+        for own, moves in zip(self.places, moving, strict=True):
+            for k, place in enumerate(own):
+                if moves[k]:
+                    found.setdefault(place, []).append(k)
+        numbers = send(torch.tensor([k for own in found.values() for k in own], dtype=torch.int64), self.device)
+        return dict(zip(found, numbers.split([len(own) for own in found.values()]), strict=True))
+
+    def _take_matrices(self, columns: dict[Place, Tensor], to_features: "Affine") -> None:
         """H where tokens were drawn for it and a probe moves on from there: elsewhere it is of a point that is left."""
         assert self.sums.drawn is not None
         self.sums.drawn.settle()
-        places = self.sums.drawn.places
-        wanted = [place for place in places if place.column is None or moves[place.layer][place.column]]
+        wanted = [place for place in self.sums.drawn.places if place in columns]
         for start in range(0, len(wanted), AT_ONCE):
             some = wanted[start : start + AT_ONCE]
-            factors, missing = factorise([self._matrix(place, to_features) for place in some])
+            factors, missing = factorise([self._matrix(place, columns[place], to_features) for place in some])
             if missing is not None:
                 raise self._refusal(some[missing].layer)
-            for place, factor in zip(some, factors, strict=True):
-                shared = place.column is None
-                self.factors[place] = factor / self._mean_size(place.layer).sqrt() if shared else factor
+            self.factors.update(zip(some, factors, strict=True))
 
-    def _matrix(self, place: Place, to_features: "Affine") -> Tensor:
-        """H [E, E] at a place, float32; where columns share it, that of one whose curvature is the mean of theirs."""
-        i, k = place
-        matrix = mapped(self.sums.matrix(place), *(each[i].float() for each in to_features))
-        matrix = matrix * self._mean_size(i) if k is None else matrix / self.sums.n[k].float()
+    def _matrix(self, place: Place, columns: Tensor, to_features: "Affine") -> Tensor:
+        """H [E, E] at a place, float32, in units of the size of its columns, of raw features less their mean.
+
+        The penalty is that of a weight times the scale of its feature.
+        """
+        i = place.layer
+        matrix = self.sums.matrix(place)
+        if self.sums.grams:
+            matrix = shifted(matrix, to_features.c[i].float() * self.scale[i])
         ridge = self.penalty.clamp_min(1e-6 * (self.l2 == 0))  # a constant feature has no curvature of its own
-        matrix.diagonal().add_(ridge.float())
+        size = self.size[i, columns].mean()
+        matrix.diagonal().add_((ridge * self._wide_scale(i).square() / size).float())
         return matrix
 
-    def _mean_size(self, i: int) -> Tensor:
-        return self.size[i, self.sums.live[i].columns].mean().float()
+    def _wide_scale(self, i: int) -> Tensor:
+        """The scale of a layer's features and of the one behind them, [E]."""
+        return torch.cat([self.scale[i], torch.ones_like(self.scale[i, :1])])
 
     def _step_back(self, loss: Tensor) -> Tensor:
         """Where J has risen: the minimum of the parabola through both losses and the slope at `best`, [L, K, E]."""
@@ -236,14 +260,13 @@ class NewtonSolver:
         fraction = -slope / (2 * (loss - self.best_loss - slope))
         return self.best + fraction.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
 
-    def _solve(self, gradient: Tensor, moves: list[list[bool]]) -> Tensor:
-        """H^-1 g for g [L, K, E] where a probe moves, else 0."""
-        solved, given = torch.zeros_like(gradient), gradient.float()
-        for (i, k), factor in self.factors.items():
-            if k is None:
-                solved[i] = torch.cholesky_solve(given[i].mT, factor).mT.double() / self.size[i, :, None]
-            elif moves[i][k]:
-                solved[i, k] = torch.cholesky_solve(given[i, k, :, None], factor)[:, 0].double()
+    def _solve(self, gradient: Tensor, columns: dict[Place, Tensor]) -> Tensor:
+        """H^-1 g for g [L, K, E] at the columns of places, else 0."""
+        solved = torch.zeros_like(gradient)
+        for place, own in columns.items():
+            i, scale = place.layer, self._wide_scale(place.layer)
+            given = (gradient[i, own] * scale).float()
+            solved[i, own] = torch.cholesky_solve(given.mT, self.factors[place]).mT * scale / self.size[i, own, None]
         return solved
 
     @property

@@ -1,9 +1,10 @@
 """What Newton's method sums in a pass: objectives and their gradients over all tokens, curvature over some.
 
-Shapes: N tokens, L layers, K columns, k those of a layer that are not converged, D hidden size, E = D + 1: a weight for
-each feature, and the bias.
+Shapes: N tokens, L layers, K columns, k those of a layer that are not converged, P places of a layer, D hidden size,
+E = D + 1: a weight for each feature, and the bias.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn.functional import softplus
 from streamprobe.solvers.curvature import DrawnTokens, Features, Grams, Place, draw
 from streamprobe.system.hardware import send
 
-DRAWN = 8  # tokens that are drawn for a matrix, in units of its E rows
-DRAWN_SHARED = 64  # the same for one that all columns of a layer share
+DRAWN = 8  # tokens that are drawn for a matrix and each column that shares it, in units of its E rows
+DRAWN_MOST = 64  # for one matrix
 WORK = 2**26  # products that a matrix may always take: where features are few, more tokens are drawn
 
 
@@ -23,7 +24,7 @@ class LiveColumns(NamedTuple):
 
     columns: Tensor  # [k] which
     places: list[Place]  # that a matrix is made for in this pass
-    drawn: Tensor  # [places] for which of the k columns; nothing where all share one
+    shares: Tensor  # [P, k] float32: what of a place's matrix is that of a column, adding up to 1 for each place
 
 
 class Points(NamedTuple):
@@ -35,21 +36,46 @@ class Points(NamedTuple):
     positive_weight: Tensor  # [K]
 
 
+class Slopes(NamedTuple):
+    """What a chunk of tokens adds to the sums of a layer's k columns, but for the features."""
+
+    loss: Tensor  # [k] float64
+    gradient: Tensor  # [k, N] d loss / d logit
+    curvature: Tensor  # [k, N] its second derivative
+
+    @classmethod
+    def at(cls, logits: Tensor, weight: Tensor, sign: Tensor) -> "Slopes":
+        """Where probes give these logits, which are changed; weight and sign (-1 for a positive), all [k, N]."""
+        # With signs softplus(z) - y z and sigmoid(z) - y are found without their cancellation.
+        margin = logits.mul_(sign)
+        loss = softplus(margin).mul_(weight).sum(1).double()
+        wrong = margin.sigmoid_()  # the probability of the other class
+        slope = weight * wrong
+        curvature = (1 - wrong).mul_(slope)
+        return cls(loss, slope.mul_(sign), curvature)
+
+    @classmethod
+    def at_zero(cls, weight: Tensor, sign: Tensor) -> "Slopes":
+        """Where all logits are 0."""
+        return cls(weight.sum(1).double() * math.log(2), weight * sign / 2, weight / 4)
+
+
 class NewtonSums:
     """The sums of one pass, each over the tokens that are valid for a column.
 
     J and gradient of a probe, without the penalty, are exact; the gradient is that of the weights `raw`.  Curvature is
-    drawn (`DrawnTokens`); where all weights are 0 every token bends J by 1/4 of its weight, so that the Gram of all
+    drawn (`DrawnTokens`), and every column's is in units of what was expected of it, so that those that share a matrix
+    have an equal part in it.  Where all weights are 0 every token bends J by 1/4 of its weight, so that the Gram of all
     tokens serves all columns, and only what the rarer class of a column counts more is drawn.
     """
 
-    def __init__(self, live: list[LiveColumns], points: Points, *, shared: bool, seed: int):
-        """`live`: of each layer; `shared`: its columns share a matrix; `seed`: of the draws."""
-        self.live, self.points, self.shared = live, points, shared
+    def __init__(self, live: list[LiveColumns], points: Points, *, seed: int):
+        """`live`: of each layer; `seed`: of the draws."""
+        self.live, self.points = live, points
         self.chance = torch.Generator().manual_seed(seed)
         wide: dict[str, Any] = {"dtype": torch.float64, "device": points.raw.device}
         self.gradient_ = torch.zeros(points.raw.shape, **wide)  # [L, K, E]
-        self.loss_, self.curvature_ = torch.zeros(2, *points.expected.shape, **wide)  # [L, K]
+        self.loss_, self.curvature_, self.squares_ = torch.zeros(3, *points.expected.shape, **wide)  # [L, K]
         self.n = torch.zeros(len(points.positive_weight), **wide)  # [K] valid tokens
         self.features = Features()
         self.centre = points.centre
@@ -70,60 +96,74 @@ class NewtonSums:
         """
         self.drawn = drawn = self.drawn or self._begin(acts)
         assert self.centre is not None
-        valid, sign = valid.mT, torch.where(targets.mT, -1.0, 1.0).contiguous()  # [K, N], as all that follows
-        weight = torch.where(sign < 0, self.points.positive_weight[:, None], 1.0) * valid
+        valid, positive = valid.mT, targets.mT.float()  # [K, N], as all that follows
+        sign = 1 - 2 * positive
+        weight = (positive * self.points.positive_weight[:, None] + (1 - positive)) * valid
         chance = send(torch.rand(len(acts), generator=self.chance), acts.device)  # the same on every device
         losses, counts, n = torch.zeros_like(self.loss_), [], valid.sum(1)
-        for i, (columns, places, _) in enumerate(self.live):
-            if not len(columns):
+        at_zero = Slopes.at_zero(weight, sign) if self.grams else None  # of every layer
+        for i, live in enumerate(self.live):
+            if not len(live.columns):
                 continue
             x = self.features.of(acts[:, i], self.centre[i])  # [N, E]
-            if self.grams is not None:
+            if self.grams:
                 self.grams.add(i, x)
-            own, side = weight[columns], sign[columns]  # [k, N]
-            # With them softplus(z) - y z and sigmoid(z) - y are found without their cancellation.
-            margin = (self.points.raw[i, columns] @ x.mT).mul_(side) if self.grams is None else torch.zeros_like(own)
-            losses[i, columns] = softplus(margin).mul_(own).sum(1).double()
-            wrong = margin.sigmoid_()  # the probability of the other class
-            slope = own * wrong
-            curvature = (1 - wrong).mul_(slope)
-            self.gradient_[i, columns] += (slope.mul_(side) @ x).double()
-            self.curvature_[i, columns] += curvature.sum(1)
-            if places:
-                counts.append(self._draw(i, own, curvature, chance))
+            own = weight[live.columns]
+            slopes = at_zero or Slopes.at(self.points.raw[i, live.columns] @ x.mT, own, sign[live.columns])
+            losses[i, live.columns] = slopes.loss
+            self.gradient_[i, live.columns] += (slopes.gradient @ x).double()
+            self.curvature_[i, live.columns] += slopes.curvature.sum(1)
+            self.squares_[i, live.columns] += torch.linalg.vector_norm(slopes.curvature, dim=1).square()
+            if live.places:
+                counts.append(counts[0] if at_zero and counts else self._draw(i, own, slopes.curvature, chance))
         if counts:
             drawn.add(acts, torch.cat(counts))
         self.loss_, self.n = self.loss_ + losses, self.n + n
         return losses, n
 
     def _draw(self, i: int, weight: Tensor, curvature: Tensor, chance: Tensor) -> Tensor:
-        """What each token counts at the places of a layer, [places, N]; weight and curvature [k, N], chance [N]."""
-        columns, _, drawn = self.live[i]
-        p = self.points.positive_weight[columns]
-        total, part = self.points.expected[i, columns].float(), torch.ones_like(p)
-        if self.grams is not None:
+        """What each token counts at the places of a layer, [P, N]; weight and curvature [k, N], chance [N]."""
+        columns, _, shares = self.live[i]
+        p, part = self.points.positive_weight[columns], torch.ones(len(columns), device=curvature.device)
+        if self.grams:
             curvature = (weight - weight.clamp(max=p.clamp(max=1)[:, None])) / 4
             part = (1 - p).abs() / (2 * p.clamp(min=1))
+        total = self.points.expected[i, columns].float().clamp(min=torch.finfo(torch.float32).tiny)
         size = self.gradient_.shape[-1]
-        wanted = max((DRAWN_SHARED if self.shared else DRAWN) * size, WORK // size**2)
-        if self.shared:
-            return draw((curvature / total[:, None]).mean(0, keepdim=True), wanted / part.mean()[None], chance)
-        return draw(curvature[drawn], (wanted / (total * part))[drawn], chance)
+        wanted = ((shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
+        rate = wanted.clamp(min=WORK // size**2) / (shares @ part)
+        return draw((shares / total) @ curvature, rate, chance)
 
     def matrix(self, place: Place) -> Tensor:
-        """The sum of curvature [E, E] at a place, once `drawn` is settled, which is then let go.
+        """The sum of curvature [E, E] at a place in units of what was expected, once `drawn` is settled; it is let go.
 
-        Where columns share it, it is the mean of theirs, each in units of what was expected of it.
+        Where columns share it, it is the mean of theirs.
         """
         assert self.drawn is not None
-        matrix, (i, k) = self.drawn.take(place), place
-        if self.grams is None:
-            return matrix
-        base = self.points.positive_weight.clamp(max=1) * self.n / self.grams.n / 4  # [K]
-        of_column = (base / self.points.expected[i])[self.live[i].columns].mean() if k is None else base[k]
-        return matrix + self.grams.sum_[i] * of_column
+        matrix = self.drawn.take(place)
+        if self.grams:
+            i, columns, shares = place.layer, self.live[place.layer].columns, self._shares_of(place)
+            base = self.points.positive_weight.clamp(max=1) * self.n / self.grams.n / 4  # [K]
+            of_expected = (base / self.points.expected[i])[columns] @ shares.double()
+            matrix.addcmul_(self.grams.sum_[i], of_expected.float())
+        return matrix
 
-    def of_expected(self) -> Tensor:
-        """The sums of curvature [L, K] in units of what was expected, and of each layer their mean over its columns."""
-        ratio = self.curvature_ / self.points.expected
-        return torch.stack([own[live.columns].mean() for own, live in zip(ratio, self.live, strict=True)])
+    def _shares_of(self, place: Place) -> Tensor:
+        """What of its matrix is that of each live column of the layer, [k]."""
+        live = self.live[place.layer]
+        return live.shares[live.places.index(place)]
+
+    def effective(self) -> Tensor:
+        """Of how many tokens each column's curvature is in effect, [L, K]: (sum of c)^2 / sum of c^2 (Kish 1965)."""
+        return (self.curvature_.square() / self.squares_).nan_to_num()
+
+    def sizes(self) -> Tensor:
+        """What the matrix of its place is to be multiplied by for each column, [L, K]; 0 where it has none here."""
+        found = torch.zeros_like(self.curvature_)
+        for i, (columns, _, shares) in enumerate(self.live):
+            shares = shares.double()
+            ratio = self.curvature_[i, columns] / self.points.expected[i, columns]
+            of_place = (shares > 0).double().mT @ (shares @ ratio)  # [k]
+            mean = self.curvature_[i, columns] / self.n[columns]
+            found[i, columns] = torch.where(of_place > 0, mean / of_place, 0.0)
+        return found

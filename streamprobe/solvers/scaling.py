@@ -20,8 +20,8 @@ def mapped_vector(vector: Tensor, d: Tensor, c: Tensor) -> Tensor:
     return torch.cat([d * vector[..., :-1] + c * vector[..., -1:], vector[..., -1:]], dim=-1)
 
 
-def mapped(gram: Tensor, d: Tensor, c: Tensor) -> Tensor:
-    """The same of a sum of r [x, 1] [x, 1]^T: gram [..., E, E], d and c [..., D]."""
-    for _ in range(2):  # columns, then rows
-        gram = mapped_vector(gram, d[..., None, :], c[..., None, :]).mT
-    return gram
+def shifted(gram: Tensor, c: Tensor) -> Tensor:
+    """A sum of r [x, 1] [x, 1]^T over tokens -> the sum of r [x + c, 1] [x + c, 1]^T: gram [E, E], c [D]."""
+    by = torch.cat([c, torch.zeros_like(c[:1])])
+    sums = gram[:, -1] + by * (gram[-1, -1] / 2)
+    return torch.addmm(gram, torch.stack([by, sums], 1), torch.stack([sums, by]))

@@ -17,18 +17,18 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 class Arriving:
-    """A number of a device on its way to the host, which waits for what was asked of the device before, not after."""
+    """Numbers of a device on their way to the host, which waits for what was asked of the device before, not after."""
 
-    def __init__(self, number: Tensor):
-        """`number` is []."""
-        self.number = number.to("cpu", non_blocking=True)
-        self.there = torch.cuda.current_stream(number.device).record_event() if number.is_cuda else None
+    def __init__(self, numbers: Tensor):
+        """`numbers` of any shape."""
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.there = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
 
     def get(self) -> Any:
-        """The number itself."""
+        """The numbers themselves: a list, or what is in it where there is one."""
         if self.there is not None:
             self.there.synchronize()
-        return self.number.item()
+        return self.numbers.tolist()
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

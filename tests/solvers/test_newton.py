@@ -13,7 +13,8 @@ from torch.nn.functional import softplus
 
 from streamprobe.errors import InputError
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.solvers import curvature, newton_sums
+from streamprobe.solvers import curvature, newton, newton_sums
+from streamprobe.solvers.curvature import Place
 from streamprobe.solvers.newton import NewtonSolver, curvature_bytes
 
 L2 = 0.01
@@ -182,6 +183,36 @@ def test_a_shared_matrix_leads_to_the_same_probes(tokens, solved) -> None:
 def test_a_shared_matrix_is_one_for_a_layer(tokens) -> None:
     assert len(trained(make(tokens, shared=True), tokens, 1).factors) == 2
     assert len(trained(make(tokens), tokens, 1).factors) == 12
+
+
+def test_columns_of_many_tokens_share_a_matrix(tokens, solved, monkeypatch) -> None:
+    monkeypatch.setattr(newton, "SMALL", 0)
+    effective = make(tokens).effective[0]
+    monkeypatch.setattr(newton, "MANY", float(effective.median()) / (tokens.acts.shape[2] + 1))
+    solver = trained(make(tokens), tokens, 1)
+    own = [Place(i, k) for i in range(2) for k in (effective <= effective.median()).nonzero()[:, 0].tolist()]
+    assert set(solver.factors) == {*own, Place(0, None), Place(1, None)} and len(own) < 12
+    trained(solver, tokens, 200)
+    assert float((solver.best - solved.best).norm(dim=-1).div(solved.best.norm(dim=-1)).max()) < 2e-3
+
+
+def test_columns_of_small_probes_or_few_tokens_have_their_own(tokens, monkeypatch) -> None:
+    monkeypatch.setattr(newton, "MANY", 0)
+    assert Place(0, None) not in trained(make(tokens), tokens, 1).factors
+    monkeypatch.setattr(newton, "SMALL", 0)
+    assert set(trained(make(tokens), tokens, 1).factors) == {Place(0, None), Place(1, None)}
+
+
+def test_of_how_many_tokens_curvature_is(tokens) -> None:
+    """Kish's effective sample size; near zero of the class weights alone, which is what a first pass reckons with."""
+    solver = make(tokens)
+    valid, weight = tokens.valid.double(), torch.where(tokens.targets, weights(tokens).double(), 1.0)
+    plain = (weight * valid).sum(0).square() / (weight.square() * valid).sum(0)
+    for chunk in chunks(tokens, 2000, 0):
+        solver.step(*chunk)
+    torch.testing.assert_close(solver.sums.effective(), plain.expand(2, -1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(solver.effective, (plain * len(valid) / valid.sum(0)).expand(2, -1), rtol=1e-4, atol=0)
+    assert (valid.sum(0) / plain > 1.2).any()  # it is no count of valid tokens
 
 
 def test_raw_features(tokens, monkeypatch) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamprobe.solvers.scaling import first_scaling, mapped, mapped_vector
+from streamprobe.solvers.scaling import first_scaling, mapped_vector, shifted
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
@@ -34,5 +34,14 @@ def test_mapped_sums_are_the_sums_of_mapped_features() -> None:
     d, c = torch.tensor([2.0, 0.5, 1.0, 3.0]).double(), torch.tensor([0.0, 1.0, -1.0, 2.0]).double()
     before, after = (torch.nn.functional.pad(own, (0, 1), value=1.0) for own in (x, d * x + c))
     torch.testing.assert_close(mapped_vector(r @ before, d, c), r @ after)
-    torch.testing.assert_close(mapped((before.T * r) @ before, d, c), (after.T * r) @ after)
-    assert (mapped((before.T * r) @ before, d, 0 * c) - (after.T * r) @ after).abs().max() > 1  # without the offset
+    assert (mapped_vector(r @ before, d, 0 * c) - r @ after).abs().max() > 1  # without the offset
+
+
+def test_a_shifted_gram_is_that_of_shifted_features() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, r = torch.randn(50, 4, dtype=torch.float64, generator=random), torch.rand(50, generator=random).double()
+    c = torch.tensor([0.0, 1.0, -1.0, 2.0]).double()
+    before, after = (torch.nn.functional.pad(own, (0, 1), value=1.0) for own in (x, x + c))
+    gram, expected = (before.T * r) @ before, (after.T * r) @ after
+    torch.testing.assert_close(shifted(gram, c), expected)
+    assert (shifted(gram, -c) - expected).abs().max() > 1
