@@ -60,7 +60,7 @@ def estimate_reserve(
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
     chunk = max(CHUNK_TOKENS, tokens)
     trained_on = 4 * chunk * (2 * sizes.layers * (sizes.hidden + 1) + (8 + 3 * sizes.layers) * sizes.columns)  # float32
-    drawn = 3 * min(HELD_BYTES, HELD * (sizes.hidden + 1) * sizes.token_bytes())  # joined, and as features of a layer
+    drawn = 3 * min(HELD_BYTES, HELD * sizes.token_bytes())  # joined, and as features of a layer
     scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
     return Reserve(max(forward + handed_on + trained_on + drawn, scored))
 

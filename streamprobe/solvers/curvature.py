@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamprobe.system.hardware import Arriving, coarse_float32
 
-HELD = 16  # drawn tokens that wait, in units of E, before they are added: an addition costs as much as some E of them
+HELD = 2**14  # drawn tokens that wait before they are added: an addition costs as much as some E of them
 HELD_BYTES = 2**29  # that they take at most
 WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
 
@@ -91,6 +91,11 @@ class Drawn(NamedTuple):
     counts: Tensor  # [P, n], 0 where a token was drawn for others
     each: list[int]  # how many were drawn for each place
 
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return self.acts.nbytes + self.counts.nbytes
+
 
 class DrawnTokens:
     """Sums over some of a pass's tokens, drawn in proportion to how much each bends the objective of a place.
@@ -113,8 +118,7 @@ class DrawnTokens:
         each = counts != 0
         drawn = each.any(0)
         self.newest = Newest(acts, counts, drawn, Arriving(torch.cat([drawn.sum()[None], each.sum(1)])))
-        n, size = sum(len(own.acts) for own in self.waiting), self.mean.shape[1] + 1
-        if n >= HELD * size or sum(own.acts.nbytes + own.counts.nbytes for own in self.waiting) >= HELD_BYTES:
+        if sum(len(own.acts) for own in self.waiting) >= HELD or sum(own.nbytes for own in self.waiting) >= HELD_BYTES:
             self._add_waiting()
 
     def _pick(self) -> None:

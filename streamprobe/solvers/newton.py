@@ -145,7 +145,9 @@ class NewtonSolver:
         """What every column's matrix is of, [L][K]: its own, or what those share that are shaped by many tokens."""
         size = self.point.shape[-1]
         many = (self.effective > MANY * size) & (size > SMALL) | self.shared
-        return [[Place(i, None if shares else k) for k, shares in enumerate(own)] for i, own in enumerate(many.tolist())]
+        return [
+            [Place(i, None if shares else k) for k, shares in enumerate(own)] for i, own in enumerate(many.tolist())
+        ]
 
     def _live_columns(self, i: int, done: list[bool]) -> LiveColumns:
         """The columns of a layer that are not `done`, and their places without a matrix."""

@@ -16,7 +16,7 @@ from streamprobe.system.hardware import send
 
 DRAWN = 8  # tokens that are drawn for a matrix and each column that shares it, in units of its E rows
 DRAWN_MOST = 64  # for one matrix
-WORK = 2**26  # products that a matrix may always take: where features are few, more tokens are drawn
+RARE = 2**39  # over E^4, tokens that are drawn at least: where features are few, some of them are often rare
 
 
 class LiveColumns(NamedTuple):
@@ -100,7 +100,8 @@ class NewtonSums:
         sign = 1 - 2 * positive
         weight = (positive * self.points.positive_weight[:, None] + (1 - positive)) * valid
         chance = send(torch.rand(len(acts), generator=self.chance), acts.device)  # the same on every device
-        losses, counts, n = torch.zeros_like(self.loss_), [], valid.sum(1)
+        counts: list[Tensor] = []
+        losses, n = torch.zeros_like(self.loss_), valid.sum(1)
         at_zero = Slopes.at_zero(weight, sign) if self.grams else None  # of every layer
         for i, live in enumerate(self.live):
             if not len(live.columns):
@@ -131,7 +132,7 @@ class NewtonSums:
         total = self.points.expected[i, columns].float().clamp(min=torch.finfo(torch.float32).tiny)
         size = self.gradient_.shape[-1]
         wanted = ((shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
-        rate = wanted.clamp(min=WORK // size**2) / (shares @ part)
+        rate = wanted.clamp(min=RARE // size**4) / (shares @ part)
         return draw((shares / total) @ curvature, rate, chance)
 
     def matrix(self, place: Place) -> Tensor:
