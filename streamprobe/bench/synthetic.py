@@ -25,7 +25,8 @@ from streamprobe.probes.sites import layer_sites
 from streamprobe.run.memory_plan import memory_room
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.base import Solver
-from streamprobe.solvers.newton import NewtonSolver, curvature_bytes
+from streamprobe.solvers.curvature import curvature_bytes
+from streamprobe.solvers.newton import NewtonSolver
 
 LAGS = [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48]
 BATCH, L2 = 1024, 0.01

@@ -13,8 +13,8 @@ from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.reader import Backbone
-from streamprobe.solvers.curvature import HELD, HELD_BYTES
-from streamprobe.solvers.newton import curvature_bytes, vector_bytes
+from streamprobe.solvers.curvature import HELD, HELD_BYTES, curvature_bytes
+from streamprobe.solvers.newton import vector_bytes
 from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
 from streamprobe.system.hardware import free_bytes
@@ -60,7 +60,9 @@ def estimate_reserve(
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
     chunk = max(CHUNK_TOKENS, tokens)
     trained_on = 4 * chunk * (2 * sizes.layers * (sizes.hidden + 1) + (8 + 3 * sizes.layers) * sizes.columns)  # float32
-    drawn = 3 * min(HELD_BYTES, HELD * sizes.token_bytes())  # joined, and as features of a layer
+    held = min(HELD, HELD_BYTES // sizes.token_bytes()) + chunk
+    waiting = sizes.token_bytes() + 4 * sizes.layers * sizes.columns
+    drawn = held * (2 * waiting + 2 * 4 * (sizes.hidden + 1))  # joined, and twice as features of a layer
     scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
     return Reserve(max(forward + handed_on + trained_on + drawn, scored))
 

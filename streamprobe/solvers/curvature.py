@@ -1,7 +1,7 @@
 """The matrices of Newton's method, from a few tokens of each pass.
 
 Shapes: N tokens, n drawn ones, L layers, K columns, D hidden size, E = D + 1: a weight for each feature, and the bias.
-P places: (layer, column) pairs that a matrix is made for, or a layer and all columns that share one.
+P places that a matrix is made for.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,16 @@ HELD_BYTES = 2**29  # that they take at most
 WIDTH = 8  # rows of features are padded to a multiple of it, which keeps products of matrices aligned
 
 
+def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
+    """What the matrices of all columns take: 4 (D + 1)^2 bytes each, 67 MB at D = 4,096."""
+    return n_layers * n_columns * (hidden_size + 1) ** 2 * 4
+
+
 class Place(NamedTuple):
-    """What a matrix is made for: a column of a layer, by their numbers; or with no column those that share it."""
+    """What a matrix is made for: a column of a layer, by their numbers, or several, by the first of them."""
 
     layer: int
-    column: int | None
+    column: int
 
 
 class Features:
@@ -169,7 +174,7 @@ def draw(curvature: Tensor, rate: Tensor, chance: Tensor) -> Tensor:
     rate [P], where its chance [N], uniform in 0 .. 1, is below that.
     """
     drawn = chance < curvature * rate[:, None]
-    return torch.maximum(curvature, 1 / rate[:, None]).mul_(drawn)
+    return torch.maximum(curvature, 1 / rate[:, None]).masked_fill_(~drawn, 0)
 
 
 def factorise(matrices: Sequence[Tensor]) -> tuple[list[Tensor], int | None]:

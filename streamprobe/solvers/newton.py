@@ -5,6 +5,7 @@ each feature, and the bias.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,27 +26,10 @@ from streamprobe.system.hardware import send
 
 MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
 SMALL = 256  # weights of a probe up to which a matrix costs nothing
+FLAT = 1e-12  # curvature of a token that is as good as none
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
-STATE = (  # of a NewtonSolver, for a checkpoint
-    "mean",
-    "scale",
-    "point",
-    "best",
-    "best_gradient",
-    "past",
-    "best_loss",
-    "gradient_norm",
-    "expected",
-    "effective",
-    "size",
-    "passes",
-    "converged",
-)
-
-
-def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
-    """What the matrices of all columns take: 4 (D + 1)^2 bytes each, 67 MB at D = 4,096."""
-    return n_layers * n_columns * (hidden_size + 1) ** 2 * 4
+# Tensors of a NewtonSolver that a checkpoint holds.
+SAVED = "mean scale point best best_gradient past best_loss gradient_norm expected effective size passes converged"
 
 
 def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
@@ -78,8 +62,8 @@ class NewtonSolver:
     passes H is taken anew at the points of that pass, from tokens drawn in proportion to their curvature
     (`DrawnTokens`); between, L-BFGS makes of it and of the last steps what it can.
 
-    Columns whose curvature is that of many tokens share one H per layer: the mean shape of theirs, in the size of each.
-    `shared`: all do, for when K of them do not fit.
+    Of these, columns whose curvature is that of many tokens, and of like size, share one per layer: the mean shape of
+    theirs, in the size of each.  `shared`: all do from the first pass on, for when K of them do not fit.
     """
 
     name = "newton"
@@ -116,7 +100,8 @@ class NewtonSolver:
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
-        self.expected, self.effective = self._curvature_at_zero()
+        self.expected = self._curvature_at_zero()  # what a pass will sum of the curvature of its tokens, [L, K]
+        self.effective = torch.zeros(probes, **wide)  # of how many tokens that is, when it is known
         self.passes = torch.zeros((), dtype=torch.int64)
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
         self.factors: dict[Place, Tensor] = {}  # [E, E] float32, of features that are not divided by their scale
@@ -124,17 +109,17 @@ class NewtonSolver:
         self.recent_loss_, self.recent_n = torch.zeros(2, *probes, **wide)
         self.sums = self._start_pass()
 
-    def _curvature_at_zero(self) -> tuple[Tensor, Tensor]:
-        """What the first pass will sum, and of how many tokens that is in effect, [L, K], were all `n_tokens` valid."""
+    def _curvature_at_zero(self) -> Tensor:
+        """What the first pass will sum, [L, K]: 1/4 of the weights of `n_tokens` tokens, were all of them valid."""
         p = self.positive_weight.double()
-        expected, effective = self.n_tokens * p / (1 + p) / 2, self.n_tokens * 4 * p / (1 + p).square()
-        return expected.repeat(len(self.sites), 1), effective.repeat(len(self.sites), 1)
+        return (self.n_tokens * p / (1 + p) / 2).repeat(len(self.sites), 1)
 
     def _start_pass(self) -> NewtonSums:
         """Sums of the next pass, which has seen no token."""
         number = int(self.passes) + 1
         if number == 1 or number % self.matrices_every == 0:
             self.factors.clear()
+        if not self.factors:
             self.places = self._places()
         raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
         points = Points(raw, self.mean if number > 1 else None, self.expected, self.positive_weight)
@@ -142,21 +127,27 @@ class NewtonSolver:
         return NewtonSums(live, points, seed=self.seed + number)
 
     def _places(self) -> list[list[Place]]:
-        """What every column's matrix is of, [L][K]: its own, or what those share that are shaped by many tokens."""
+        """What every column's matrix is made for, [L][K]: itself, or those of like size that many tokens shape, too."""
         size = self.point.shape[-1]
-        many = (self.effective > MANY * size) & (size > SMALL) | self.shared
-        return [
-            [Place(i, None if shares else k) for k, shares in enumerate(own)] for i, own in enumerate(many.tolist())
-        ]
+        many = ((self.effective > MANY * size) & (size > SMALL)).tolist()
+        places = []
+        for i, sizes in enumerate(self.expected.log2().floor().tolist()):
+            first: dict[Any, Place] = {}
+            kinds = [0 if self.shared else (like,) if many[i][k] else k for k, like in enumerate(sizes)]
+            places.append([first.setdefault(kind, Place(i, k)) for k, kind in enumerate(kinds)])
+        return places
 
     def _live_columns(self, i: int, done: list[bool]) -> LiveColumns:
         """The columns of a layer that are not `done`, and their places without a matrix."""
         columns = [k for k, over in enumerate(done) if not over]
         own = [self.places[i][k] for k in columns]
-        places = [place for place in dict.fromkeys(own) if place not in self.factors]
-        shares = [[(place == each) / own.count(place) for each in own] for place in places]
-        live = torch.tensor(columns, dtype=torch.int64), torch.tensor(shares).reshape(len(places), len(columns))
-        return LiveColumns(send(live[0], self.device), places, send(live[1], self.device))
+        sizes = Counter(own)
+        places = [place for place in sizes if place not in self.factors]
+        shares = torch.zeros(len(places), len(columns))
+        for number, place in enumerate(places):
+            shares[number, [j for j, each in enumerate(own) if each == place]] = 1 / sizes[place]
+        on_device = send(torch.tensor(columns, dtype=torch.int64), self.device)
+        return LiveColumns(on_device, places, send(shares, self.device))
 
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
@@ -179,7 +170,7 @@ class NewtonSolver:
             self._check_finite(loss)
         self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
         self.passes += 1
-        self.expected, self.effective = sums.curvature_, sums.effective()
+        self.expected, self.effective = sums.curvature_.clamp(min=FLAT * self.n_tokens), sums.effective()
         self.sums = self._start_pass()
 
     def _check_finite(self, loss: Tensor) -> None:
@@ -208,7 +199,7 @@ class NewtonSolver:
         self.gradient_norm = norm.where(self.passes > 0, math.nan)
         moving = better & ~self.converged
         size = self.sums.sizes()
-        self.size = size.where(size > 0, self.size)
+        self.size = size.where(moving & (size > 0), self.size)
         columns = self._columns_of_places(moving.tolist())
         self._take_matrices(columns, to_features)
         direction = newton_step(self.past, self.best_gradient, partial(self._solve, columns=columns))
@@ -306,4 +297,4 @@ class NewtonSolver:
 
     def _live(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
-        return {name: getattr(self, name) for name in STATE}
+        return {name: getattr(self, name) for name in SAVED.split()}

@@ -114,7 +114,7 @@ class NewtonSums:
             losses[i, live.columns] = slopes.loss
             self.gradient_[i, live.columns] += (slopes.gradient @ x).double()
             self.curvature_[i, live.columns] += slopes.curvature.sum(1)
-            self.squares_[i, live.columns] += torch.linalg.vector_norm(slopes.curvature, dim=1).square()
+            self.squares_[i, live.columns] += torch.linalg.vector_norm(slopes.curvature, dim=1).double().square()
             if live.places:
                 counts.append(counts[0] if at_zero and counts else self._draw(i, own, slopes.curvature, chance))
         if counts:
@@ -129,11 +129,11 @@ class NewtonSums:
         if self.grams:
             curvature = (weight - weight.clamp(max=p.clamp(max=1)[:, None])) / 4
             part = (1 - p).abs() / (2 * p.clamp(min=1))
-        total = self.points.expected[i, columns].float().clamp(min=torch.finfo(torch.float32).tiny)
+        relative = (curvature / self.points.expected[i, columns, None].float()).nan_to_num(0, 0)
         size = self.gradient_.shape[-1]
         wanted = ((shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
         rate = wanted.clamp(min=RARE // size**4) / (shares @ part)
-        return draw((shares / total) @ curvature, rate, chance)
+        return draw(shares @ relative, rate, chance)
 
     def matrix(self, place: Place) -> Tensor:
         """The sum of curvature [E, E] at a place in units of what was expected, once `drawn` is settled; it is let go.
@@ -163,7 +163,7 @@ class NewtonSums:
         found = torch.zeros_like(self.curvature_)
         for i, (columns, _, shares) in enumerate(self.live):
             shares = shares.double()
-            ratio = self.curvature_[i, columns] / self.points.expected[i, columns]
+            ratio = (self.curvature_[i, columns] / self.points.expected[i, columns]).nan_to_num(0)
             of_place = (shares > 0).double().mT @ (shares @ ratio)  # [k]
             mean = self.curvature_[i, columns] / self.n[columns]
             found[i, columns] = torch.where(of_place > 0, mean / of_place, 0.0)

@@ -121,6 +121,12 @@ def test_where_nothing_bends_nothing_is_drawn() -> None:
     assert torch.equal(nothing, torch.zeros(1, 5))
 
 
+def test_what_is_no_number_is_not_drawn() -> None:
+    assert torch.equal(
+        draw(torch.tensor([[torch.nan, 1.0]]), torch.tensor([2.0]), torch.zeros(2))[0], torch.tensor([0.0, 1.0])
+    )
+
+
 def test_factors_give_the_matrices_back() -> None:
     matrices = [plain_sum(acts(), bends()[number], 0).float() for number in (0, 1)]
     factors, missing = factorise([matrix.clone() for matrix in matrices])
