@@ -95,8 +95,10 @@ class ActivationMemory:
         assert self.keep and not self.filled
         self.used = 0
         for batch in source():
-            self._put(torch.arange(self.used, self.used + len(batch.chain)), batch)
-            self.used += len(batch.chain)
+            rows = slice(self.used, self.used + len(batch.chain))
+            for store, new in zip(self.pool, batch.to(self.home), strict=True):
+                store[rows].copy_(new)
+            self.used = rows.stop
         self.filled = True
 
     def in_order(self, source: Callable[[], Iterable[TokenBatch]]) -> Iterator[TokenBatch]:
