@@ -29,7 +29,7 @@ SMALL = 256  # weights of a probe up to which a matrix costs nothing
 FLAT = 1e-12  # curvature of a token that is as good as none
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
 # Tensors of a NewtonSolver that a checkpoint holds.
-SAVED = "mean scale point best best_gradient past best_loss gradient_norm expected effective size passes converged"
+SAVED = "mean scale point best best_gradient best_loss gradient_norm expected effective size passes converged"
 
 
 def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
@@ -60,7 +60,7 @@ class NewtonSolver:
     weight, and one sum over all tokens of a layer serves all columns, with the rarer class of each beside it: the first
     pass ends in the Newton step from zero, the class-balanced ridge, all that a ranking needs.  Every `matrices_every`
     passes H is taken anew at the points of that pass, from tokens drawn in proportion to their curvature
-    (`DrawnTokens`); between, L-BFGS makes of it and of the last steps what it can.
+    (`DrawnTokens`); between, L-BFGS makes of it and of the steps since what it can.
 
     Of these, columns whose curvature is that of many tokens, and of like size, share one per layer: the mean shape of
     theirs, in the size of each.  `shared`: all do from the first pass on, for when K of them do not fit.
@@ -119,6 +119,7 @@ class NewtonSolver:
         number = int(self.passes) + 1
         if number == 1 or number % self.matrices_every == 0:
             self.factors.clear()
+            self.past = torch.zeros_like(self.past)  # which would correct another matrix
         if not self.factors:
             self.places = self._places()
         raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
@@ -264,7 +265,7 @@ class NewtonSolver:
 
     @property
     def resumable(self) -> bool:
-        """Whether `state` holds all that the next pass begins with: no matrix is to be used again."""
+        """Whether `state` holds all that the next pass begins with: no matrix or past step is to be used again."""
         return not self.factors or bool(self.converged.all())
 
     def bank(self) -> ProbeBank:
@@ -287,7 +288,7 @@ class NewtonSolver:
         return mean
 
     def state(self) -> dict[str, Tensor]:
-        """Where every probe stands, without matrices: all that `load` needs where the solver is `resumable`."""
+        """Where every probe stands, without matrices and past steps: all that `load` needs where it is `resumable`."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self._live().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
