@@ -15,6 +15,12 @@ SECONDS = 30  # between two times that events are put on disk, which is how ofte
 NUMBERS = count()  # of this process's event files
 
 
+def _second_behind(folder: Path) -> int:
+    """Now, or the first second behind those of the folder's other files: TensorBoard reads them by their names."""
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    return max([int(time.time()), *(int(second) + 1 for second in seconds if second.isdecimal())])
+
+
 class EventFile:
     """A file of events for TensorBoard, written by the thread that makes them.
 
@@ -26,8 +32,8 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        own = f"{os.getpid()}.{next(NUMBERS):06d}"  # so that of one second the later file comes behind
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{own}"
+        own = f"{socket.gethostname()}.{os.getpid()}.{next(NUMBERS):06d}"
+        name = f"events.out.tfevents.{_second_behind(folder):010d}.{own}"
         self.path = folder / name
         try:
             self.file = open(self.path, "xb", buffering=0)
