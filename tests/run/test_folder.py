@@ -356,7 +356,8 @@ def goes_on(done: Done, straight: Path, config: str, folder: str = "out") -> Non
 
 def test_a_file_size_limit_ends_in_a_line_and_resume_goes_on(config: str, tmp_path: Path) -> None:
     keys = yaml.safe_load(Path(config).read_text())
-    Path(config).write_text(yaml.safe_dump({**keys, "lags": list(range(-8, 9))}))  # a checkpoint larger than config.yaml
+    # With so many lags a checkpoint is larger than config.yaml, which is written first.
+    Path(config).write_text(yaml.safe_dump({**keys, "lags": list(range(-8, 9))}))
     assert main([config, "--output_dir", "straight"]) == 0
     sizes = {
         name: (Path("straight") / name).stat().st_size for name in file_names() if (Path("straight") / name).exists()
