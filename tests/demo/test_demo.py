@@ -129,5 +129,5 @@ def peak_gb(folder: Path, copies: int, memory_gb: str) -> float:
 
 def test_memory_hardly_grows_with_the_chains_where_they_are_not_kept(tmp_path):
     few, many = (peak_gb(tmp_path / str(copies), copies, "0.004") for copies in (1, 4))
-    assert many < 1.2 * few  # texts and labels are kept
+    assert many < 1.3 * few  # texts and labels are kept, and the heap grows by steps
     assert peak_gb(tmp_path / "kept", 4, "1") > 1.3 * few  # negative control: activations that are
