@@ -28,7 +28,7 @@ MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it i
 SMALL = 256  # weights of a probe up to which a matrix costs nothing
 FLAT = 1e-12  # curvature of a token that is as good as none
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
-# Tensors of a NewtonSolver that a checkpoint holds.
+# The tensors that a checkpoint holds:
 SAVED = "mean scale point best best_gradient best_loss gradient_norm expected effective size passes converged"
 
 
@@ -147,8 +147,8 @@ class NewtonSolver:
         shares = torch.zeros(len(places), len(columns))
         for number, place in enumerate(places):
             shares[number, [j for j, each in enumerate(own) if each == place]] = 1 / sizes[place]
-        on_device = send(torch.tensor(columns, dtype=torch.int64), self.device)
-        return LiveColumns(on_device, places, send(shares, self.device))
+        numbers = torch.tensor(columns, dtype=torch.int64)
+        return LiveColumns(send(numbers, self.device), places, send(shares, self.device))
 
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
