@@ -141,14 +141,13 @@ class NewtonSolver:
     def _live_columns(self, i: int, done: list[bool]) -> LiveColumns:
         """The columns of a layer that are not `done`, and their places without a matrix."""
         columns = [k for k, over in enumerate(done) if not over]
-        own = [self.places[i][k] for k in columns]
-        sizes = Counter(own)
+        sizes = Counter(own := [self.places[i][k] for k in columns])
         places = [place for place in sizes if place not in self.factors]
         shares = torch.zeros(len(places), len(columns))
         for number, place in enumerate(places):
             shares[number, [j for j, each in enumerate(own) if each == place]] = 1 / sizes[place]
-        numbers = torch.tensor(columns, dtype=torch.int64)
-        return LiveColumns(send(numbers, self.device), places, send(shares, self.device))
+        numbers = send(torch.tensor(columns, dtype=torch.int64), self.device)
+        return LiveColumns(numbers, places, send(shares, self.device))
 
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:

@@ -122,12 +122,14 @@ def peak_gb(folder: Path, copies: int, memory_gb: str) -> float:
     argv = ["--targets", "token", "--lags", "0", "8", "--max_passes", "2", "--bootstrap", "0", "--controls", "none"]
     argv += ["--max_batch_tokens", "1024", "--data", str(folder / "chains.json"), "--memory_gb", memory_gb]
     command = [sys.executable, "run.py", "configs/demo.yaml", *argv, "--output_dir", str(folder / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # With these an allocator like glibc's gives back what is freed: without, the peak differs by 7% from run to run.
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | returned
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return json.loads((folder / "run" / "summary.json").read_text())["run"]["peak_memory_gb"]
 
 
 def test_memory_hardly_grows_with_the_chains_where_they_are_not_kept(tmp_path):
     few, many = (peak_gb(tmp_path / str(copies), copies, "0.004") for copies in (1, 4))
-    assert many < 1.3 * few  # texts and labels are kept, and the heap grows by steps
+    assert many < 1.2 * few  # texts and labels are kept
     assert peak_gb(tmp_path / "kept", 4, "1") > 1.3 * few  # negative control: activations that are
