@@ -20,7 +20,7 @@ from streamprobe.activations.feed import Feed
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.bootstrap import draw_chains, percentiles, rank_chains, resample
 from streamprobe.evaluation.metrics import auroc, brier, point_metrics, rank
-from streamprobe.evaluation.rows import NO_LIFT, Judged, Row, group_by, intervals_of_differences
+from streamprobe.evaluation.rows import COMPARED, Judged, Row, group_by, intervals_of_differences
 from streamprobe.evaluation.scores import ColumnTokens, Scored, evaluate, tokens_of_column
 from streamprobe.evaluation.sorting import sort_carrying
 from streamprobe.evaluation.verdict import compare_with_controls
@@ -133,7 +133,7 @@ def _judge_column(
         row: Row = {
             **place_fields(each.solver, each.sites[i], each.columns[k]),
             **dict(zip(names, values, strict=True)),
-            **NO_LIFT,
+            **COMPARED,
             **counts,
             "auroc_spread": _spread(each, i, k),
             "best_pass": int(each.best_pass[i, k]),

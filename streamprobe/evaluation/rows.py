@@ -15,11 +15,19 @@ from streamprobe.evaluation.bootstrap import percentiles
 
 FIELDS = (
     "solver,layer,label,target,lag,control,split,auroc,auroc_low,auroc_high,average_precision,average_precision_low,"
-    "average_precision_high,lift,lift_low,lift_high,lift_low_corrected,best_control,f1,threshold,f1_at_half,"
+    "average_precision_high,gain_bits,gain_bits_low,gain_bits_high,gain_bits_low_corrected,gain,gain_low,gain_high,"
+    "gain_low_corrected,gain_within,gain_within_low,gain_within_high,gain_within_low_corrected,penalty,"
+    "nested_gradient_norm,lift,lift_low,lift_high,lift_low_corrected,best_control,f1,threshold,f1_at_half,"
     "tpr_at_5fpr,brier,base_rate,n_tokens,n_positive,n_chains,n_positive_chains,auroc_spread,best_pass,gradient_norm"
 ).split(",")
 Row = dict[str, Any]
-NO_LIFT: Row = {**dict.fromkeys(("lift", "lift_low", "lift_high", "lift_low_corrected"), math.nan), "best_control": ""}
+GAINS = ("gain_bits", "gain", "gain_within")  # what a layer adds to the joint control: see `gains`
+COMPARED: Row = {  # the fields of comparisons with controls, where there is none
+    **{f"{name}{end}": math.nan for name in (*GAINS, "lift") for end in ("", "_low", "_high", "_low_corrected")},
+    "penalty": math.nan,
+    "nested_gradient_norm": math.nan,
+    "best_control": "",
+}
 
 
 class Judged(NamedTuple):

@@ -27,7 +27,7 @@ from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import for_others
 
 WORDS = ("solver", "label", "target", "control", "split", "best_control", "pooling")  # fields that are text,
-BOUNDED = ("auroc", "average_precision", "lift", "f1", "tpr", "brier", "base_rate")  # that are drawn, about 1 at most,
+BOUNDED = ("auroc", "average_precision", "gain", "lift", "f1", "tpr", "brier", "base_rate")  # drawn, about 1 at most,
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass", "n_texts")  # and whole numbers
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from streamprobe.evaluation import results
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
 from streamprobe.evaluation.results import BINS, ScoredProbes, by_category, differences, judge, reliability
-from streamprobe.evaluation.rows import FIELDS, NO_LIFT, Judged
+from streamprobe.evaluation.rows import COMPARED, FIELDS, Judged
 from streamprobe.evaluation.scores import Scored
 from streamprobe.evaluation.significance import lower_bounds
 from streamprobe.evaluation.verdict import verdicts
@@ -86,9 +86,9 @@ def assert_alike(judged: Sequence[Judged], others: Sequence[Judged]) -> None:
     for each, other in zip(judged, others, strict=True):
         assert each.row.keys() == other.row.keys() and torch.equal(each.areas, other.areas)
         for name, value in each.row.items():
-            if name not in NO_LIFT and isinstance(value, float):
+            if name not in COMPARED and isinstance(value, float):
                 assert value == pytest.approx(other.row[name], rel=0, abs=1e-6, nan_ok=True), name
-            elif name not in NO_LIFT:
+            elif name not in COMPARED:
                 assert value == other.row[name], name
 
 
