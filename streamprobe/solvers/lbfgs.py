@@ -35,3 +35,13 @@ def newton_step(pairs: Tensor, gradient: Tensor, solve: Callable[[Tensor], Tenso
     for s, y, r, alpha in reversed(list(zip(steps, changes, rho, alphas, strict=True))):
         q = q + s * (alpha - r * (y * q).sum(-1, keepdim=True))
     return q
+
+
+def step_back(step: Tensor, gradient: Tensor, risen: Tensor) -> Tensor:
+    """A part of steps [L, K, E] by which J [L, K] has risen from points with these gradients.
+
+    It ends in the minimum of the parabola through both values of J and the slope at the point: a tenth to a half.
+    """
+    slope = (step * gradient).sum(-1)
+    fraction = -slope / (2 * (risen - slope))
+    return fraction.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step

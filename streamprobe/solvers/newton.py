@@ -19,13 +19,13 @@ from streamprobe.probes.linear import ProbeBank, fold
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import Place, factorise
-from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember
-from streamprobe.solvers.newton_sums import LiveColumns, NewtonSums, Points
+from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember, step_back
+from streamprobe.solvers.newton_sums import EXACT, LiveColumns, NewtonSums, Points
 from streamprobe.solvers.scaling import mapped_vector, shifted
 from streamprobe.system.hardware import send
 
 MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
-SMALL = 256  # weights of a probe up to which a matrix costs nothing
+HAND_MADE_L2 = 1e-4  # penalty on the weights of features that are not scaled, unless `l2` is smaller
 FLAT = 1e-12  # curvature of a token that is as good as none
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
 # The tensors that a checkpoint holds:
@@ -80,22 +80,27 @@ class NewtonSolver:
         l2: float = 0.01,
         tolerance: float = 1e-3,
         standardize: bool = True,
+        n_hand_made: int = 0,
         shared: bool = False,
         matrices_every: int = 4,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        """`positive_weight` is [K]; `n_tokens` how many a pass has, about; `tolerance` is of the gradient's norm."""
+        """`positive_weight` is [K]; `n_tokens` how many a pass has, about; `tolerance` is of the gradient's norm.
+
+        The last `n_hand_made` features are not divided by their deviation, which is tiny where one is rare.
+        """
         self.sites, self.columns = list(sites), list(columns)
         self.positive_weight = positive_weight.to(device, torch.float32)
         self.l2, self.tolerance, self.standardize, self.shared = l2, tolerance, standardize, shared
-        self.matrices_every, self.n_tokens = matrices_every, n_tokens
+        self.matrices_every, self.n_tokens, self.n_scaled = matrices_every, n_tokens, hidden_size - n_hand_made
         self.seed, self.device = seed, torch.device(device)
         probes, size = (len(sites), len(columns)), hidden_size + 1
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.mean = torch.zeros(len(sites), hidden_size, device=device)
         self.scale = torch.ones_like(self.mean)
         self.penalty = torch.full((size,), 2 * l2, **wide)  # of d J / d w
+        self.penalty[self.n_scaled :] = 2 * min(l2, HAND_MADE_L2)
         self.penalty[-1] = 0
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
@@ -117,7 +122,7 @@ class NewtonSolver:
     def _start_pass(self) -> NewtonSums:
         """Sums of the next pass, which has seen no token."""
         number = int(self.passes) + 1
-        if number == 1 or number % self.matrices_every == 0:
+        if number == 1 or number % self.matrices_every == 0 or self.point.shape[-1] <= EXACT:
             self.factors.clear()
             self.past = torch.zeros_like(self.past)  # which would correct another matrix
         if not self.factors:
@@ -130,7 +135,7 @@ class NewtonSolver:
     def _places(self) -> list[list[Place]]:
         """What every column's matrix is made for, [L][K]: itself, or those of like size that many tokens shape, too."""
         size = self.point.shape[-1]
-        many = ((self.effective > MANY * size) & (size > SMALL)).tolist()
+        many = ((self.effective > MANY * size) & (size > EXACT)).tolist()
         places = []
         for i, sizes in enumerate(self.expected.log2().floor().tolist()):
             first: dict[Any, Place] = {}
@@ -163,15 +168,20 @@ class NewtonSolver:
         assert sums.centre is not None, "a pass without tokens"
         if sums.grams is not None and self.standardize:
             self.mean, self.scale = sums.grams.scaling()
+            self.scale[:, self.n_scaled :] = 1
         to_features = Affine(1 / self.scale.double(), (sums.centre.double() - self.mean) / self.scale)
         gradient_ = mapped_vector(sums.gradient_, *(each[:, None] for each in to_features))
-        loss = sums.loss_ / sums.n + self.l2 * self.point[..., :-1].square().sum(-1)
+        loss = sums.loss_ / sums.n + self._penalty_of(self.point)
         if sums.grams is not None:
             self._check_finite(loss)
         self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
         self.passes += 1
         self.expected, self.effective = sums.curvature_.clamp(min=FLAT * self.n_tokens), sums.effective()
         self.sums = self._start_pass()
+
+    def _penalty_of(self, point: Tensor) -> Tensor:
+        """What the weights [L, K, E] add to J, [L, K]."""
+        return point.square() @ self.penalty / 2
 
     def _check_finite(self, loss: Tensor) -> None:
         """Raises InputError where J [L, K] of a probe is no number; later on such a point is only stepped back from."""
@@ -188,7 +198,8 @@ class NewtonSolver:
     def _update(self, loss: Tensor, gradient: Tensor, to_features: "Affine") -> None:
         """One step of every probe that is not converged, from the loss and gradient at `point`."""
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
-        shorter = self._step_back(loss)
+        step = self.point - self.best
+        shorter = self.best + step_back(step, self.best_gradient, loss - self.best_loss)
         bends = better & (self.passes > 0)
         self.past = remember(self.past, self.point - self.best, gradient - self.best_gradient, where=bends)
         keep = better[..., None]
@@ -246,13 +257,6 @@ class NewtonSolver:
         """The scale of a layer's features and of the one behind them, [E]."""
         return torch.cat([self.scale[i], torch.ones_like(self.scale[i, :1])])
 
-    def _step_back(self, loss: Tensor) -> Tensor:
-        """Where J has risen: the minimum of the parabola through both losses and the slope at `best`, [L, K, E]."""
-        step = self.point - self.best
-        slope = (step * self.best_gradient).sum(-1)
-        fraction = -slope / (2 * (loss - self.best_loss - slope))
-        return self.best + fraction.nan_to_num(0.5).clamp(0.1, 0.5)[..., None] * step
-
     def _solve(self, gradient: Tensor, columns: dict[Place, Tensor]) -> Tensor:
         """H^-1 g for g [L, K, E] at the columns of places, else 0."""
         solved = torch.zeros_like(gradient)
@@ -281,7 +285,7 @@ class NewtonSolver:
 
         That of a converged probe, which sees no more tokens, is what it was.
         """
-        last = self.best_loss - self.l2 * self.best[..., :-1].square().sum(-1)
+        last = self.best_loss - self._penalty_of(self.best)
         mean = (self.recent_loss_ / self.recent_n).where(~self.converged | (self.recent_n > 0), last)
         self.recent_loss_, self.recent_n = torch.zeros(2, *mean.shape, dtype=mean.dtype, device=mean.device)
         return mean

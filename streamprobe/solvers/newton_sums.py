@@ -16,7 +16,7 @@ from streamprobe.system.hardware import send
 
 DRAWN = 8  # tokens that are drawn for a matrix and each column that shares it, in units of its E rows
 DRAWN_MOST = 64  # for one matrix
-RARE = 2**39  # over E^4, tokens that are drawn at least: where features are few, some of them are often rare
+EXACT = 201  # E up to which every token is taken, and not some of them drawn: a step is Newton's own
 
 
 class LiveColumns(NamedTuple):
@@ -132,7 +132,7 @@ class NewtonSums:
         relative = (curvature / self.points.expected[i, columns, None].float()).nan_to_num(0, 0)
         size = self.gradient_.shape[-1]
         wanted = ((shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
-        rate = wanted.clamp(min=RARE // size**4) / (shares @ part)
+        rate = (wanted if size > EXACT else torch.inf) / (shares @ part)
         return draw(shares @ relative, rate, chance)
 
     def matrix(self, place: Place) -> Tensor:

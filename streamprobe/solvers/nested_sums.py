@@ -1,0 +1,178 @@
+"""What nested probes sum in a pass: objectives and gradients over all tokens, and once curvature over some.
+
+Shapes: N tokens, n drawn ones, L layers, K columns, Q = K L' probes that are not final, G groups of columns that share
+matrices, P features of the control, D hidden size, E = P + 1 + D: the control's weights, the bias, a layer's weights.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamprobe.probes.nested import Blocks
+from streamprobe.solvers.curvature import HELD, HELD_BYTES, Features, draw
+from streamprobe.solvers.newton_sums import DRAWN, DRAWN_MOST, Slopes
+from streamprobe.system.hardware import Arriving, coarse_float32, send
+
+
+class Centres(NamedTuple):
+    """What features are centred by: means over the training tokens."""
+
+    control: Tensor  # [P]
+    layers: Tensor  # [L, D]
+
+
+class Live(NamedTuple):
+    """The probes that a pass is for: of each layer the columns [k] that are not final, and where they lie in a row."""
+
+    columns: list[Tensor]  # [L] of [k] int64
+    rows: list[slice]  # [L] of the Q probes
+
+    @classmethod
+    def of(cls, final: Tensor) -> "Live":
+        """Those of the probes [L, K] that are not final."""
+        numbers = [[k for k, over in enumerate(own) if not over] for own in final.tolist()]
+        ends = [sum(map(len, numbers[: i + 1])) for i in range(len(numbers))]
+        rows = [slice(end - len(own), end) for end, own in zip(ends, numbers, strict=True)]
+        return cls([send(torch.tensor(own, dtype=torch.int64), final.device) for own in numbers], rows)
+
+    @property
+    def every(self) -> Tensor:
+        """The columns of all of them, [Q]."""
+        return torch.cat(self.columns)
+
+
+class NestedSums:
+    """The sums of one pass, each over the tokens that are valid for a column, at `raw` weights of centred features."""
+
+    def __init__(self, live: Live, raw: Tensor, centres: Centres, positive_weight: Tensor):
+        """raw [L, K, E] float32, positive_weight [K]."""
+        self.live, self.centres, self.positive_weight = live, centres, positive_weight
+        self.n_control = len(centres.control) + 1
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": raw.device}
+        self.raw = torch.cat([raw[i, own] for i, own in enumerate(live.columns)])  # [Q, E]
+        self.gradient_ = torch.zeros(raw.shape, **wide)
+        self.loss_ = torch.zeros(raw.shape[:2], **wide)  # [L, K]
+        self.n = torch.zeros(len(positive_weight), **wide)
+        self.control, self.layers = Features(), [Features() for _ in live.columns]
+
+    def add(self, blocks: Blocks, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a chunk of tokens; targets and valid [N, K].
+
+        Returns their part of the losses [L, K], 0 where a probe is final, and of the valid tokens [K].
+        """
+        valid, positive = valid.mT, targets.mT.float()
+        sign = 1 - 2 * positive  # [K, N]
+        weight = (positive * self.positive_weight[:, None] + (1 - positive)) * valid
+        x, layers = self.features(blocks)
+        logits = self.raw[:, : self.n_control] @ x.mT  # [Q, N]
+        for rows, layer in zip(self.live.rows, layers, strict=True):
+            logits[rows].addmm_(self.raw[rows, self.n_control :], layer.mT)
+        every = self.live.every
+        slopes = Slopes.at(logits, weight[every], sign[every])
+        from_control = (slopes.gradient @ x).double()
+        losses = torch.zeros_like(self.loss_)
+        for i, (columns, rows) in enumerate(zip(self.live.columns, self.live.rows, strict=True)):
+            own = torch.cat([from_control[rows], (slopes.gradient[rows] @ layers[i]).double()], 1)
+            self.gradient_[i, columns] += own
+            losses[i, columns] = slopes.loss[rows]
+        n = valid.sum(1)
+        self.loss_, self.n = self.loss_ + losses, self.n + n
+        return losses, n
+
+    def features(self, blocks: Blocks) -> tuple[Tensor, list[Tensor]]:
+        """Centred features: the control's [N, P + 1] with a one behind them, and each layer's [N, D]."""
+        x = self.control.of(blocks.control, self.centres.control)
+        pairs = zip(self.layers, blocks.layers.unbind(1), self.centres.layers, strict=True)
+        return x, [room.of(acts, centre)[:, :-1] for room, acts, centre in pairs]
+
+
+class Drawn(NamedTuple):
+    """Tokens that wait to be added."""
+
+    blocks: Blocks
+    counts: Tensor  # [G, n], 0 where a token was drawn for others
+    each: list[int]  # how many were drawn for each group
+
+
+class Newest(NamedTuple):
+    """Tokens that were handed over last."""
+
+    blocks: Blocks
+    counts: Tensor  # [G, N]
+    drawn: Tensor  # [N] bool
+    n: Arriving  # how many were drawn, and how many for each group: G + 1 numbers
+
+
+class NestedCurvature:
+    """The second derivatives at the control, where every layer's weights are 0, from tokens drawn by their curvature.
+
+    Of each group of columns: [A, B; B', C], A of the control's weights, C of a layer's, B of both, in units of what the
+    curvature of its columns sums to.  All layers share A, and the tokens that are drawn.
+    """
+
+    def __init__(self, shares: Tensor, expected: Tensor, raw: Tensor, *, seed: int):
+        """shares [G, K] of each group's matrix that is a column's, expected [K] sums of curvature, raw [K, P + 1]."""
+        self.shares, self.expected, self.raw = shares, expected, raw
+        self.chance = torch.Generator().manual_seed(seed)
+        self.of_control: dict[int, Tensor] = {}  # A [P + 1, P + 1] by group
+        self.of_both: dict[tuple[int, int], Tensor] = {}  # B [P + 1, D] by layer and group
+        self.of_layer: dict[tuple[int, int], Tensor] = {}  # C [D, D]
+        self.waiting: list[Drawn] = []
+        self.newest: Newest | None = None
+
+    def add(self, sums: NestedSums, blocks: Blocks, targets: Tensor, valid: Tensor) -> None:
+        """Draws some of a chunk of tokens, as `NestedSums.add` takes them."""
+        valid, positive = valid.mT, targets.mT.float()
+        weight = (positive * sums.positive_weight[:, None] + (1 - positive)) * valid
+        x, _ = sums.features(blocks)
+        curvature = Slopes.at(self.raw @ x.mT, weight, 1 - 2 * positive).curvature  # [K, N]
+        relative = self.shares @ (curvature / self.expected[:, None].float()).nan_to_num(0, 0, 0)
+        size = self.raw.shape[1] + blocks.layers.shape[2]
+        wanted = ((self.shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
+        chance = send(torch.rand(len(blocks.control), generator=self.chance), relative.device)
+        counts = draw(relative, wanted.float(), chance)
+        each = counts != 0
+        drawn = each.any(0)
+        self._pick()
+        self.newest = Newest(blocks, counts, drawn, Arriving(torch.cat([drawn.sum()[None], each.sum(1)])))
+        held = [own.blocks for own in self.waiting]
+        if sum(len(own.control) for own in held) >= HELD or sum(x.nbytes for own in held for x in own) >= HELD_BYTES:
+            self._add_waiting(sums)
+
+    def _pick(self) -> None:
+        """Keeps of the newest tokens those that were drawn: later, when the host need not wait for their number."""
+        if self.newest is not None:
+            blocks, counts, drawn, numbers = self.newest
+            n, *each = numbers.get()
+            rows = torch.nonzero_static(drawn, size=n)[:, 0]
+            self.waiting.append(Drawn(Blocks(*(x[rows] for x in blocks)), counts[:, rows], each))
+            self.newest = None
+
+    def settle(self, sums: NestedSums) -> None:
+        """Adds the tokens that wait."""
+        self._pick()
+        self._add_waiting(sums)
+
+    def _add_waiting(self, sums: NestedSums) -> None:
+        if not self.waiting:
+            return
+        blocks = Blocks(*(torch.cat(each) for each in zip(*(own.blocks for own in self.waiting), strict=True)))
+        counts = torch.cat([own.counts for own in self.waiting], 1)
+        each = [sum(own) for own in zip(*(own.each for own in self.waiting), strict=True)]
+        self.waiting.clear()
+        x, layers = sums.features(blocks)
+        drawn = torch.nonzero_static(counts, size=sum(each))[:, 1].split(each)
+        for group, rows in enumerate(drawn):
+            root = counts[group, rows, None].sqrt()
+            control = x[rows] * root
+            with coarse_float32():
+                _accumulate(self.of_control, group, control.mT @ control)
+                for i, layer in enumerate(layers):
+                    scaled = layer[rows] * root
+                    _accumulate(self.of_both, (i, group), control.mT @ scaled)
+                    _accumulate(self.of_layer, (i, group), scaled.mT @ scaled)
+
+
+def _accumulate(sums: dict[Any, Tensor], key: Any, added: Tensor) -> None:
+    sums[key] = sums[key].add_(added) if key in sums else added
