@@ -11,7 +11,7 @@ from scipy.stats import t
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
 
-from streamprobe.evaluation import results
+from streamprobe.evaluation import bootstrap
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
 from streamprobe.evaluation.results import BINS, ScoredProbes, by_category, differences, judge, reliability
 from streamprobe.evaluation.rows import COMPARED, FIELDS, Judged
@@ -100,7 +100,7 @@ def test_probes_are_judged_alike_alone_and_beside_others(parts: list[ScoredProbe
 def test_judging_does_not_depend_on_how_large_a_table_is(
     parts: list[ScoredProbes], judged: list[Judged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "CELLS", 1)
+    monkeypatch.setattr(bootstrap, "CELLS", 1)
     assert_alike(judge(parts, N_CHAINS, 100, 7), judged)
 
 
