@@ -101,7 +101,7 @@ def _missing(rows: Sequence[Row], whole_text: bool, *, has_joint: bool, resample
     most = max(row["n_positive_chains"] for row in ahead)
     if most < LEAST_CHAINS:
         return f"at most {most} test chains hold a positive, and {LEAST_CHAINS} are needed"
-    return f"less than {LEAST_CHAINS} test chains hold both a positive and a negative"
+    return f"fewer than {LEAST_CHAINS} test chains hold both a positive and a negative"
 
 
 def _verdict(rows: Sequence[Row], label: str, target: str) -> str:
