@@ -9,15 +9,20 @@ from nested_samples import as_group, draw, group, rows_of
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.feed import Feed
 from streamprobe.evaluation import bootstrap
 from streamprobe.evaluation.bootstrap import draw_chains, percentiles
 from streamprobe.evaluation.gains import Gains, gains_of_column
-from streamprobe.evaluation.results import by_category, differences, judge, reliability
+from streamprobe.evaluation.results import by_category, differences, judge, reliability, score
 from streamprobe.evaluation.rows import COMPARED, GAINS, Row
 from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.significance import lower_bounds
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.lags import Column
+from streamprobe.probes.kept import NESTED, FinalProbes
+from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.sites import control_sites, layer_sites
 
 N_CHAINS = 16
 COLUMNS = [Column("back", "onset", 4), Column("back", "onset", 8), Column("back", "token", 4)]
@@ -190,6 +195,20 @@ def test_without_the_joint_control_there_are_no_nested_probes_either(nested: Sco
     assert nested.without(["joint+chain"]) is None
     fewer = nested.without(["text"])
     assert fewer is not None and fewer.penalty is not None and fewer.penalty.shape == (3, 3)
+
+
+def test_scoring_hands_on_what_final_probes_read_and_their_penalties() -> None:
+    """Nested probes are known by the name of their feed."""
+    sites, column = [*control_sites(["joint+chain"]), *layer_sites([3])], Column("back", "onset", 4)
+    bank = ProbeBank(sites, [column], torch.ones(2, 1, 4), torch.zeros(2, 1), threshold=torch.zeros(2, 1))
+    grid, asked = torch.zeros(2, 1), torch.ones(6, 1, dtype=torch.bool)
+    final = FinalProbes("newton", NESTED, bank, torch.zeros(1), grid, grid, grid + 0.1)
+    at = torch.zeros(6, dtype=torch.int64)
+    batch = TokenBatch(torch.ones(6, 2, 4), torch.zeros(6, 0), asked, asked, at, at)
+    feeds = [Feed(name, sites, 4, lambda own: own.acts, torch.tensor([0])) for name in (NESTED, "layers")]
+    nested, other = score([final, final._replace(feed="layers", penalty=None)], feeds, [batch])
+    assert nested.is_nested and torch.equal(nested.penalty, grid + 0.1) and final.shared == []
+    assert not other.is_nested and other.penalty is None
 
 
 # --- nothing to tell by ---
