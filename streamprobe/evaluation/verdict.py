@@ -90,18 +90,17 @@ def _missing(rows: Sequence[Row], whole_text: bool, *, has_joint: bool, resample
         return "every text is all inside or all outside: nothing of it lies ahead"
     if not ahead:
         return "no lag is above 0 (--lags)"
+    most = max(row["n_positive_chains"] for row in ahead)
+    if most < LEAST_CHAINS:
+        held = {0: "no test chain holds", 1: "at most 1 test chain holds"}.get(most, f"at most {most} test chains hold")
+        return f"{held} a positive, and {LEAST_CHAINS} are needed"
     if not has_joint:
         return f"the control {JOINT_CHAIN} was not trained (--controls)"
     if all(math.isnan(row["gain_bits"]) and math.isnan(row["penalty"]) for row in ahead):
         return f"{ahead[0]['solver']} trains no probe that reads {JOINT_CHAIN} and a layer (--solvers newton)"
-    if not resampled and max(row["n_positive_chains"] for row in ahead) > 1:
+    if not resampled:
         return "nothing was resampled (--bootstrap)"
-    if _looked_at(rows):
-        return ""
-    most = max(row["n_positive_chains"] for row in ahead)
-    if most < LEAST_CHAINS:
-        return f"at most {most} test chains hold a positive, and {LEAST_CHAINS} are needed"
-    return f"fewer than {LEAST_CHAINS} test chains hold both a positive and a negative"
+    return "" if _looked_at(rows) else f"fewer than {LEAST_CHAINS} test chains hold both a positive and a negative"
 
 
 def _verdict(rows: Sequence[Row], label: str, target: str) -> str:

@@ -172,9 +172,9 @@ def test_no_verdict_says_what_is_missing() -> None:
     )
     assert said(unknown(rows)) == (f"{start}fewer than 10 test chains hold both a positive and a negative [newton]")
     assert said(unknown(rows), resampled=0) == f"{start}nothing was resampled (--bootstrap) [newton]"
-    assert said(unknown(rows, n_positive_chains=0), resampled=0) == (
-        f"{start}at most 0 test chains hold a positive, and 10 are needed [newton]"
-    )
+    for n, held in ((0, "no test chain holds"), (1, "at most 1 test chain holds")):
+        found = said(without_gains(rows, n_positive_chains=n), resampled=0)
+        assert found == f"{start}{held} a positive, and 10 are needed [newton]"
     assert said(without_gains(rows, target="token"), whole_texts=["back"]) == (
         "back: no verdict on a token inside back, since every text is all inside or all outside: "
         "nothing of it lies ahead [newton]"
