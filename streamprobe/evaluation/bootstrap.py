@@ -15,6 +15,7 @@ from streamprobe.evaluation.metrics import Ranking, rank_sorted
 from streamprobe.evaluation.sorting import MOST_CARRIED, sort_carrying, sort_rising
 
 BLOCK = 100  # resamples of texts at once: bounds the memory of the bootstrap
+CELLS = 2**20  # of a table of chains at once: bounds the memory of a column
 COUNTS = 2**19  # counts at once: what a CPU's cache holds
 
 
@@ -37,6 +38,11 @@ def percentiles(resampled: Tensor, level: float = 0.95) -> Tensor:
     place = (levels * last).clamp_min(0)
     low, high = rising.gather(-1, place.floor().long()), rising.gather(-1, place.ceil().long())
     return torch.lerp(low, high, place - place.floor())
+
+
+def probes_at_once(n_chains: int, n_positive: int) -> int:
+    """How many probes may have their `ChainTable` at a time."""
+    return max(1, CELLS // (n_chains * (n_positive + 1)))
 
 
 @dataclass
@@ -103,17 +109,23 @@ def resample(table: ChainTable, weights: Tensor) -> tuple[Tensor, Tensor]:
     stands at or above each positive: both are exact.  Probes that share the weights are paired: their difference in a
     resample is one draw of their difference.  NaN in a resample without both classes.
     """
+    areas = resample_areas(table, weights)
+    precisions = areas.new_zeros(len(table.pairs), len(weights))
+    for precision_ in _precisions(table, weights.T.float().contiguous()):
+        precisions += precision_
+    n_positive = weights.to(table.pairs)[:, table.holders] @ table.positives[0, :, -1].double()  # [R]
+    return areas, (precisions / n_positive).T.where(~areas.isnan(), float("nan"))
+
+
+def resample_areas(table: ChainTable, weights: Tensor) -> Tensor:
+    """AUROC alone, as `resample` gives it: [R, P] float64."""
     drawn = weights.to(table.pairs)  # [R, C]
     holding = drawn[:, table.holders]
     n_negative = drawn @ table.negatives[0, :, -1].double()  # [R]
     n_positive = holding @ table.positives[0, :, -1].double()
     ordered = ((drawn @ table.pairs) * holding).sum(2)  # [P, R]
-    precisions = torch.zeros_like(ordered)
-    for precision_ in _precisions(table, drawn.T.float().contiguous()):
-        precisions += precision_
     usable = (n_negative > 0) & (n_positive > 0)
-    areas, precisions = ordered / (n_positive * n_negative), precisions / n_positive
-    return areas.where(usable, float("nan")).T, precisions.where(usable, float("nan")).T
+    return (ordered / (n_positive * n_negative)).where(usable, float("nan")).T
 
 
 def _precisions(table: ChainTable, w: Tensor) -> Iterator[Tensor]:

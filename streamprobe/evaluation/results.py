@@ -5,7 +5,7 @@ Shapes: N tokens, L layers, K columns, C chains, R resamples.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import itemgetter
@@ -18,57 +18,19 @@ from torch import Tensor
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.data.tokenize import Chain
-from streamprobe.evaluation.bootstrap import draw_chains, percentiles, rank_chains, resample
+from streamprobe.evaluation.bootstrap import draw_chains, percentiles, probes_at_once, rank_chains, resample
+from streamprobe.evaluation.gains import add_gains
+from streamprobe.evaluation.lift import compare_with_controls
 from streamprobe.evaluation.metrics import auroc, brier, point_metrics, rank
 from streamprobe.evaluation.rows import COMPARED, Judged, Row, group_by, intervals_of_differences
-from streamprobe.evaluation.scores import ColumnTokens, Scored, evaluate, tokens_of_column
+from streamprobe.evaluation.scored_probes import ScoredProbes
+from streamprobe.evaluation.scores import ColumnTokens, evaluate, tokens_of_column
 from streamprobe.evaluation.sorting import sort_carrying
-from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import Column
-from streamprobe.probes.kept import FinalProbes, KeptProbes
+from streamprobe.probes.kept import JUDGED_BY, FinalProbes, KeptProbes
 from streamprobe.probes.sites import Site
 
-CELLS = 2**20  # of a table of chains at once: bounds the memory
 BINS = 10  # of a reliability curve
-
-
-class ScoredProbes(NamedTuple):
-    """The probes of one job, and how they score the test tokens."""
-
-    solver: str
-    sites: list[Site]
-    columns: list[Column]
-    scored: Scored
-    threshold: Tensor  # [L, K] the logit that validation chose
-    half: Tensor  # [K] the logit at which the class-weighted probability is one half
-    best_pass: Tensor  # [L, K]
-    gradient_norm: Tensor  # [L, K]
-
-    def at(self, tokens: Tensor) -> "ScoredProbes":
-        """The same for the tokens [N] where `tokens` is True alone, their chains counted anew from 0."""
-        chosen = self.scored.at(tokens)
-        _, chain = chosen.chain.unique(return_inverse=True)
-        return self._replace(scored=chosen._replace(chain=chain))
-
-    def without(self, controls: Collection[str]) -> "ScoredProbes | None":
-        """The same without these controls; None where nothing else is left."""
-        if all(site.is_control and site.name in controls for site in self.sites):
-            return None
-        keep = [k for k, column in enumerate(self.columns) if column.control not in controls]
-        scored = self.scored
-        chosen = scored._replace(
-            scores=scored.scores[:, :, keep], targets=scored.targets[:, keep], valid=scored.valid[:, keep]
-        )
-        grids = {name: getattr(self, name)[:, keep] for name in ("threshold", "best_pass", "gradient_norm")}
-        return self._replace(columns=[self.columns[k] for k in keep], scored=chosen, half=self.half[keep], **grids)
-
-    def real_columns(self) -> list[int]:
-        """The numbers of the columns that are no controls, of the first seed."""
-        return [k for k, column in enumerate(self.columns) if not (column.control or column.seed)]
-
-    def real(self) -> list[tuple[int, int]]:
-        """The places (l, k) of the probes that are no controls, of the first seed, column by column."""
-        return [(i, k) for k in self.real_columns() for i, site in enumerate(self.sites) if not site.is_control]
 
 
 def score(final: Sequence[FinalProbes], feeds: Sequence[Feed], batches: Iterable[TokenBatch]) -> list[ScoredProbes]:
@@ -81,24 +43,29 @@ def score(final: Sequence[FinalProbes], feeds: Sequence[Feed], batches: Iterable
     for each, own in zip(final, scored, strict=True):
         bank = each.bank
         assert bank.threshold is not None, "probes without a threshold"
-        known = {"half": each.half, "best_pass": each.best_pass, "gradient_norm": each.gradient_norm}
+        known = {name: getattr(each, name) for name in (*JUDGED_BY, "feed", "penalty")}
         found.append(ScoredProbes(each.solver, bank.sites, bank.columns, own, threshold=bank.threshold, **known))
     return found
 
 
 def judge(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: int) -> list[Judged]:
-    """A row for every probe and control of each solver, with intervals over n_chains test chains, and lifts.
+    """A row for every probe and control of each solver, with intervals over n_chains test chains, gains and lifts.
 
+    Nested probes have no rows of their own: they give the gains in those of their layers.
     Probes that differ in their seed alone have one row, that of seed 0, with the spread of them all.  Where fewer than
     two chains hold a positive there is no interval.
     """
     weights = draw_chains(n_chains, resamples, seed)
     found: dict[tuple[int, int, int], Judged] = {}
-    for places in _places_of_columns(probes):
-        found |= _judge_column(probes, places, weights)
+    alone = [each for each in probes if not each.is_nested]
+    for places in _places_of_columns(alone):
+        found |= _judge_column(alone, places, weights)
     judged = [found[place] for place in sorted(found)]
     for _, own in group_by(judged, itemgetter("solver", "label", "target")):
         compare_with_controls(own)
+    for each in probes:
+        if each.is_nested:
+            add_gains(judged, each, weights)
     return judged
 
 
@@ -115,12 +82,12 @@ def _places_of_columns(probes: Sequence[ScoredProbes]) -> list[list[tuple[int, i
 def _judge_column(
     probes: Sequence[ScoredProbes], places: Sequence[tuple[int, int]], weights: Tensor
 ) -> dict[tuple[int, int, int], Judged]:
-    """The rows of one column, without their lifts, by number of the probes, of the site, and of the column in these."""
+    """The rows of one column, not compared yet, by number of the probes, of the site, and of the column in these."""
     asked = tokens_of_column([(probes[number].scored, k) for number, k in places])
     threshold = torch.cat([probes[number].threshold[:, k] for number, k in places])
     half = torch.cat([probes[number].half[k].expand(len(probes[number].sites)) for number, k in places])
     counts = _count(asked)
-    at_once = max(1, CELLS // (weights.shape[1] * (counts["n_positive"] + 1)))
+    at_once = probes_at_once(weights.shape[1], counts["n_positive"])
     some = zip(*(each.split(at_once) for each in (asked.scores.T, threshold, half)), strict=True)
     measured = [_measure(asked._replace(scores=own.T), weights, threshold=cut, half=at) for own, cut, at in some]
     names = list(measured[0].numbers)

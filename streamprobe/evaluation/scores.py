@@ -14,6 +14,8 @@ from streamprobe.activations.feed import Feed
 from streamprobe.errors import InputError
 from streamprobe.probes.base import Probes
 
+STEPS = 1e5  # of the grid that scores are put on, to 1 of a logit
+
 
 class ColumnTokens(NamedTuple):
     """The n tokens at which one column is asked, as L probes see them."""
@@ -52,13 +54,26 @@ def tokens_of_column(places: Sequence[tuple[Scored, int]]) -> ColumnTokens:
     return ColumnTokens(scores.T, targets[place], scored.chain[place], scored.token[place])
 
 
+def to_grid(scores: Tensor) -> Tensor:
+    """The logits to the nearest 1e-5, of any shape, float32.
+
+    Features that are the same for many tokens, such as a place in the response, give these one score, which differs by
+    rounding in the order of a sum.  On the grid such scores tie in every run; what moves is 5e-6 of a logit at most.
+    Equal steps are equal floats, and none is a negative zero.
+    """
+    return (scores.double() * STEPS).round().div(STEPS).float() + 0.0
+
+
 def evaluate(pairs: Sequence[tuple[Probes, Feed]], batches: Iterable[TokenBatch]) -> list[Scored]:
-    """Every probe's logit for every token, for each bank and its feed.  Raises InputError if one is not finite."""
+    """Every probe's logit for every token, for each bank and its feed, to the grid on which they are ranked.
+
+    Raises InputError if one is not finite.
+    """
     scores: list[list[Tensor]] = [[] for _ in pairs]
     rest = []
     for batch in batches:
         for (bank, feed), own in zip(pairs, scores, strict=True):
-            own.append(bank.scores(feed.features(batch)).permute(1, 2, 0))
+            own.append(to_grid(bank.scores(feed.features(batch)).permute(1, 2, 0)))
         rest.append((batch.targets.T, batch.valid.T, batch.chain, batch.token))
     targets, valid, chain, token = (torch.cat(each, -1) for each in zip(*rest, strict=True))
     result = []

@@ -46,6 +46,8 @@ def text_rows(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, see
     weights = draw_chains(n_chains, resamples, seed)
     rows: list[Row] = []
     for each in probes if labels else ():
+        if each.is_nested:
+            continue
         for k, column in enumerate(each.columns):
             if column.label in labels and column.target == "token" and not column.seed:
                 rows += _rows_of_column(each, k, weights)

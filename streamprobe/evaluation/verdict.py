@@ -1,127 +1,178 @@
-"""How far each probe is above what it must beat, and the sentence that says what may be claimed.
+"""The sentence that says what may be claimed: how far ahead a layer surely foresees what a section of the text brings.
 
-Shapes: R resamples, Q differences that are looked at together.
+Foresight is what a layer adds to the joint control (see `gains`), both in bits a token and within chains, by more than
+chance gives after looking at all of its family's probes.  What a chain is like as a whole gives bits and orders no pair
+of its own tokens; what orders these by chance gives no bits.
+
+A family is the rows of one solver, label and target.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
 
-import torch
+from streamprobe.evaluation.rows import JOINT_CHAIN, Judged, Row, group_by
+from streamprobe.evaluation.significance import LEAST_CHAINS
 
-from streamprobe.evaluation.rows import Judged, Row, group_by, intervals_of_differences
-from streamprobe.evaluation.significance import LEAST_CHAINS, lower_bounds
-
-
-class Comparison(NamedTuple):
-    """A probe beside one of the controls that it must beat."""
-
-    probe: Judged
-    control: Judged
-
-    @property
-    def lift(self) -> float:
-        """AUROC of the probe less that of the control."""
-        return self.probe.row["auroc"] - self.control.row["auroc"]
-
-    @property
-    def n_chains(self) -> int:
-        """Test chains with a positive by which both are judged."""
-        return min(each.row["n_positive_chains"] for each in self)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether resampling its chains tells of chance."""
-        return self.n_chains >= LEAST_CHAINS and len(self.probe.areas) > 0
+BEYOND = "text, position, sections so far and the chain's own rate"  # what the control that a gain is over is given
+LOW_ENDS = ("gain_bits_low_corrected", "gain_within_low_corrected")  # above 0 where there is foresight
 
 
-def compare_with_controls(family: Sequence[Judged]) -> None:
-    """Fills in the lifts of all probes of one solver, label and target, which are looked at together.
-
-    The corrected low end is for probes that can be judged by enough chains.
-    """
-    compared = [Comparison(probe, control) for probe in family for control in _controls_of(probe, family)]
-    hardest: dict[int, Comparison] = {}  # of each probe, the control that leaves it the least lift
-    for each in compared:
-        before = hardest.setdefault(id(each.probe), each)
-        if each.lift < before.lift:
-            hardest[id(each.probe)] = each
-    intervals = intervals_of_differences([(each.probe, each.control) for each in hardest.values()])
-    for each, (low, high) in zip(hardest.values(), intervals, strict=True):
-        lift = {"lift": each.lift, "lift_low": low, "lift_high": high, "best_control": each.control.row["control"]}
-        each.probe.row.update(lift)
-    sound = [each for each in compared if each.is_sound]
-    if not sound:
-        return
-    points = torch.tensor([each.lift for each in sound], dtype=torch.float64)
-    resampled = torch.stack([each.probe.areas - each.control.areas for each in sound], dim=1)  # [R, Q]
-    bounds = lower_bounds(points, resampled, min(each.n_chains for each in sound)).tolist()
-    for each, bound in zip(sound, bounds, strict=True):
-        before = each.probe.row["lift_low_corrected"]
-        each.probe.row["lift_low_corrected"] = min(bound, math.inf if math.isnan(before) else before)
-    for each in compared:
-        if not each.is_sound:  # not above a control that cannot be judged
-            each.probe.row["lift_low_corrected"] = math.nan
+def is_certain(row: Row) -> bool:
+    """Whether the layer of a row surely foresees: both of its gains are above 0 after correction, ahead of the text."""
+    return row["lag"] > 0 and all(row[name] > 0 for name in LOW_ENDS)
 
 
-def _controls_of(probe: Judged, family: Sequence[Judged]) -> list[Judged]:
-    """What the probe must beat: controls of its lag, of no layer or of its own; none of a control."""
-    row = probe.row
-    if row["control"] or math.isnan(row["auroc"]):
-        return []
-    rivals = [other for other in family if other.row["control"] and other.row["layer"] in ("", row["layer"])]
-    return [other for other in rivals if other.row["lag"] == row["lag"] and not math.isnan(other.row["auroc"])]
-
-
-def verdicts(judged: Sequence[Judged]) -> list[str]:
-    """For each solver, label and target, the largest lag at which a layer is certainly above every control."""
-    return [
-        f"{label}, target {target}, solver {solver}: {_verdict(own)}"
-        for (solver, label, target), own in group_by(judged, itemgetter("solver", "label", "target"))
-    ]
-
-
-def _verdict(family: Sequence[Judged]) -> str:
-    rows = [each.row for each in family if not each.row["control"]]
-    looked = [row for row in rows if not math.isnan(row["lift_low_corrected"])]
-    controls = sorted((each.row for each in family if each.row["control"]), key=lambda row: row["layer"] != "")
-    beaten = ", ".join(dict.fromkeys(row["control"] for row in controls))
-    if not looked:
-        most = max(row["n_positive_chains"] for row in rows)
-        if not beaten:
-            return "no verdict without controls"
-        if most < LEAST_CHAINS:
-            return f"no verdict, since at most {most} test chains hold a positive, and {LEAST_CHAINS} are needed"
-        if not any(len(each.areas) for each in family):
-            return "no verdict without resamples (--bootstrap)"
-        return "no verdict, since no control could be judged at the lags of a probe"
-    corrected = f"corrected for the {len(looked)} probes looked at"
-    clear = [row for row in looked if row["lift_low_corrected"] > 0]
-    if not clear:
-        return f"at no lag is a layer certainly above every control ({beaten}; {corrected})"
-    far = furthest(clear)
-    return (
-        f"lag {far['lag']:+d} is the largest at which a layer is certainly above every control ({beaten}): layer "
-        f"{far['layer']}, AUROC {far['auroc']:.3f}, {far['lift']:.3f} above {far['best_control']}, by at least "
-        f"{far['lift_low_corrected']:.3f} ({corrected})"
-    )
-
-
-def furthest(clear: Sequence[Row]) -> Row:
-    """Of the rows of probes that are certainly above every control the one that a verdict names."""
-    return max(clear, key=lambda row: (row["lag"], row["lift_low_corrected"]))
+def furthest(certain: Sequence[Row]) -> Row:
+    """Of the rows of probes that surely foresee the one that a verdict names."""
+    return max(certain, key=itemgetter("lag", *LOW_ENDS))
 
 
 def probe_of_verdict(rows: Sequence[Row]) -> Row:
     """The row of the probe that a run's verdict names, given those of its probes without controls.
 
-    Where no probe is certainly above every control: of the lag nearest to 0, and of the first target that has it, the
-    one with the highest AUROC.
+    Where none surely foresees: of the lag nearest to 0, and of the first target that has it, the one with the highest
+    AUROC.
     """
-    clear = [row for row in rows if row["lift_low_corrected"] > 0]
-    if clear:
-        return furthest(clear)
+    certain = [row for row in rows if is_certain(row)]
+    if certain:
+        return furthest(certain)
     nearest = min(rows, key=lambda row: abs(row["lag"]))
     near = [row for row in rows if (row["lag"], row["target"]) == (nearest["lag"], nearest["target"])]
     return max(near, key=lambda row: -1.0 if math.isnan(row["auroc"]) else row["auroc"])
+
+
+def verdicts(judged: Sequence[Judged], tolerance: float, whole_texts: Collection[str] = ()) -> list[str]:
+    """For each solver, label and target a sentence: how many tokens ahead a layer surely foresees, and by how much.
+
+    Where a claim rests on a probe whose gradient norm is above `tolerance`, or not known, the sentence ends in a
+    warning.  whole_texts: the labels of which every text is all inside or all outside.
+    """
+    has_joint = any(each.row["control"] == JOINT_CHAIN for each in judged)
+    found = []
+    for (solver, label, target), own in group_by(judged, itemgetter("solver", "label", "target")):
+        rows = [each.row for each in own]
+        resampled = any(len(each.areas) for each in own)
+        missing = _missing(rows, label in whole_texts, has_joint=has_joint, resampled=resampled)
+        if missing:
+            found.append(f"{label}: no verdict on {_thing(label, target)}, since {missing} [{solver}]")
+        else:
+            found.append(f"{label}: {_verdict(rows, label, target)}{_warning(rows, tolerance)}")
+    return found
+
+
+def _thing(label: str, target: str) -> str:
+    """What is to be foreseen."""
+    return {"token": f"a token inside {label}", "onset": "onset", "within": "a beginning"}[target]
+
+
+def _ahead(target: str, *lags: int) -> str:
+    """How far ahead: 4 tokens ahead, 4 to 12 tokens ahead, within the next 4 tokens."""
+    count = " to ".join(str(lag) for lag in dict.fromkeys(lags)) + (" token" if lags == (1,) else " tokens")
+    return f"within the next {count}" if target == "within" else f"{count} ahead"
+
+
+def _layers(rows: Iterable[Row]) -> list[Row]:
+    """The rows of probes that look ahead and are no controls."""
+    return [row for row in rows if not row["control"] and row["lag"] > 0]
+
+
+def _looked_at(rows: Iterable[Row]) -> list[Row]:
+    """Those of which it can be said whether they surely foresee."""
+    return [row for row in _layers(rows) if not any(math.isnan(row[name]) for name in LOW_ENDS)]
+
+
+def _missing(rows: Sequence[Row], whole_text: bool, *, has_joint: bool, resampled: bool) -> str:
+    """What a family lacks for a verdict; nothing where there is one."""
+    ahead = _layers(rows)
+    if whole_text:
+        return "every text is all inside or all outside: nothing of it lies ahead"
+    if not ahead:
+        return "no lag is above 0 (--lags)"
+    most = max(row["n_positive_chains"] for row in ahead)
+    if most < LEAST_CHAINS:
+        held = {0: "no test chain holds", 1: "at most 1 test chain holds"}.get(most, f"at most {most} test chains hold")
+        return f"{held} a positive, and {LEAST_CHAINS} are needed"
+    if not has_joint:
+        return f"the control {JOINT_CHAIN} was not trained (--controls)"
+    if all(math.isnan(row["gain_bits"]) and math.isnan(row["penalty"]) for row in ahead):
+        return f"{ahead[0]['solver']} trains no probe that reads {JOINT_CHAIN} and a layer (--solvers newton)"
+    if not resampled:
+        return "nothing was resampled (--bootstrap)"
+    return "" if _looked_at(rows) else f"fewer than {LEAST_CHAINS} test chains hold both a positive and a negative"
+
+
+def _verdict(rows: Sequence[Row], label: str, target: str) -> str:
+    """What is foreseen, without a warning."""
+    looked = _looked_at(rows)
+    certain, lags = [row for row in looked if is_certain(row)], sorted({row["lag"] for row in looked})
+    noun = "probe" if len(looked) == 1 else "probes"
+    corrected = f"[{looked[0]['solver']}, corrected for the {len(looked)} {noun} looked at]"
+    if not certain:
+        how_far = _ahead(target, lags[0], lags[-1])
+        return f"nothing certain is foreseen of {_thing(label, target)}, {how_far} (beyond {BEYOND}) {corrected}"
+    row = furthest(certain)
+    nearer, further = [lag for lag in lags if lag < row["lag"]], [lag for lag in lags if lag > row["lag"]]
+    parts = [_claim(row, label, target)]
+    if nearer:
+        parts.append(_nearer(certain, nearer, "within" if target == "within" else "at"))
+    if further:
+        parts.append(f"from {_ahead('', further[0]).removesuffix(' ahead')} on nothing is certain")
+    return f"{'; '.join(parts)} {corrected}"
+
+
+def _claim(row: Row, label: str, target: str) -> str:
+    """That the probe of a row foresees, beyond what, and by how much."""
+    thing, how_far, low = _thing(label, target), _ahead(target, row["lag"]), row[LOW_ENDS[0]]
+    said = f"{thing} {how_far} is foreseen" if target == "within" else f"{thing} is foreseen {how_far}"
+    return (
+        f"{said} (layer {row['layer']}; beyond {BEYOND}), by {row['gain_bits']:.{_decimals(low)}f} bits a token, "
+        f"at least {_at_least(low)}"
+    )
+
+
+def _nearer(certain: Sequence[Row], lags: Sequence[int], at: str) -> str:
+    """What is said of the smaller lags: at which something is certain, and at which not."""
+    known = {row["lag"] for row in certain}
+    surely, rest = [lag for lag in lags if lag in known], [lag for lag in lags if lag not in known]
+    said = [(f"also {at}", surely), (f"not {at}", rest)]
+    return ", ".join(f"{words} {_listed(some)}" for words, some in said if some)
+
+
+def _listed(lags: Sequence[int]) -> str:
+    """1, 2 and 4."""
+    *first, last = map(str, lags)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _decimals(low: float) -> int:
+    """Decimals that show two digits of a low end above 0; three at least."""
+    return max(3, 1 - math.floor(math.log10(low)))
+
+
+def _at_least(low: float) -> str:
+    """A low end, rounded down."""
+    decimals = _decimals(low)
+    return f"{math.floor(low * 10**decimals) / 10**decimals:.{decimals}f}"
+
+
+def _warning(rows: Sequence[Row], tolerance: float) -> str:
+    """What is said where a claim rests on a probe that is not converged.
+
+    It rests on the probes that it names with their controls or, where nothing is certain, on all that were looked at.
+    A probe without a penalty is the control itself.
+    """
+    looked = sorted(_looked_at(rows), key=itemgetter("lag"))
+    certain = [row for row in looked if is_certain(row)]
+    named = [furthest(list(own)) for _, own in groupby(certain, itemgetter("lag"))] or looked
+    lags = {row["lag"] for row in named}
+    norms = [row["nested_gradient_norm"] for row in named if row["penalty"] != math.inf]
+    norms += [row["gradient_norm"] for row in rows if row["control"] == JOINT_CHAIN and row["lag"] in lags]
+    above = [norm for norm in norms if norm > tolerance]
+    if above:
+        known = f"gradient norm {max(above):.1e}, tolerance {tolerance:.1e}"
+        return f" WARNING: not converged ({known}): raise --max_passes"
+    if any(math.isnan(norm) for norm in norms):
+        return f" WARNING: perhaps not converged (gradient norm unknown, tolerance {tolerance:.1e}): raise --max_passes"
+    return ""

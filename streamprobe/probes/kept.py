@@ -34,6 +34,7 @@ CONTROLS_FILE = "controls.safetensors"
 FORMAT = 1  # of that file; raised whenever what is in it changes
 SAME = ("data_fingerprint", "model_fingerprint", "config")  # in both files of a run
 JUDGED_BY = ("half", "best_pass", "gradient_norm")
+NESTED = "nested"  # the feed of probes that read the joint control and a layer: see `evaluation.gains`
 
 
 class FinalProbes(NamedTuple):
@@ -45,6 +46,7 @@ class FinalProbes(NamedTuple):
     half: Tensor  # [K] the logit at which the class-weighted probability is one half
     best_pass: Tensor  # [L, K] int64
     gradient_norm: Tensor  # [L, K]
+    penalty: Tensor | None = None  # [L, K] of the layer's weights of NESTED probes, inf where they have none
 
     @property
     def shared(self) -> list[int]:

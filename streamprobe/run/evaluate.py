@@ -17,7 +17,7 @@ from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.errors import InputError
 from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.rows import Row
-from streamprobe.evaluation.texts import text_rows
+from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.kept import KeptProbes
 from streamprobe.probes.storage import find_probes, read_about
@@ -186,7 +186,7 @@ def judge_chains(asked: Asked, setup: Setup, folder: Path, cost: Cost) -> TestRe
         "probes_of": str(asked.folder),
         "chains_seen": setup.seen,
         "counts": inputs.dataset.counts.as_dict(),
-        "verdicts": verdicts(judged),
+        "verdicts": verdicts(judged, training.tolerance, labels_of_texts(probes)),
         "preflight": inputs.preflight,
     }
     return TestResults(

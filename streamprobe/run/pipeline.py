@@ -19,7 +19,7 @@ from streamprobe.errors import InputError
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.scores import evaluate
-from streamprobe.evaluation.texts import text_rows
+from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.base import Probes
 from streamprobe.probes.kept import FinalProbes, KeptProbes
@@ -235,7 +235,7 @@ def judge_held_out(
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {
         "counts": inputs.dataset.counts.as_dict(),
-        "verdicts": verdicts(judged),
+        "verdicts": verdicts(judged, training.tolerance, labels_of_texts(probes)),
         "preflight": inputs.preflight,
     }
     return TestResults(

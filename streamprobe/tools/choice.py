@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from streamprobe.errors import InputError
 from streamprobe.evaluation.rows import Row
-from streamprobe.evaluation.verdict import probe_of_verdict
+from streamprobe.evaluation.verdict import LOW_ENDS, probe_of_verdict
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.system.csv_files import read_csv
@@ -91,14 +91,14 @@ def _having(columns: list[Column], lag: int) -> str | None:
 def _rows_of(folder: Path, probes: Probes) -> list[Row]:
     """The rows of results.csv of probes of this solver, as far as the choice needs them."""
     fix = "give --layer, --lag, --label and --target"
-    names = ("solver", *PLACE, "control", "auroc", "lift_low_corrected")
+    names = ("solver", *PLACE, "control", "auroc", *LOW_ENDS)
     rows = []
     for line in read_csv(folder / "results.csv", names, fix):
         if line["control"] or line["solver"] != probes.solver:
             continue
         try:
             numbers = {name: int(line[name]) for name in ("layer", "lag")}
-            scores = {name: float(line[name] or "nan") for name in ("auroc", "lift_low_corrected")}
+            scores = {name: float(line[name] or "nan") for name in ("auroc", *LOW_ENDS)}
         except ValueError as error:
             raise InputError(f"results.csv in {folder} ({error})", "one that a run wrote", fix) from error
         rows.append({"label": line["label"], "target": line["target"], **numbers, **scores})

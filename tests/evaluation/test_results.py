@@ -11,7 +11,7 @@ from scipy.stats import t
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
 
-from streamprobe.evaluation import results
+from streamprobe.evaluation import bootstrap
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains, percentiles
 from streamprobe.evaluation.results import BINS, ScoredProbes, by_category, differences, judge, reliability
 from streamprobe.evaluation.rows import COMPARED, FIELDS, Judged
@@ -100,7 +100,7 @@ def test_probes_are_judged_alike_alone_and_beside_others(parts: list[ScoredProbe
 def test_judging_does_not_depend_on_how_large_a_table_is(
     parts: list[ScoredProbes], judged: list[Judged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "CELLS", 1)
+    monkeypatch.setattr(bootstrap, "CELLS", 1)
     assert_alike(judge(parts, N_CHAINS, 100, 7), judged)
 
 
@@ -191,33 +191,28 @@ def test_differences_are_paired_too(parts: list[ScoredProbes], judged: list[Judg
     assert (row["a"], row["b"]) == (3, 5)
 
 
-def test_the_verdict_names_the_furthest_lag_that_is_certain(judged: list[Judged]) -> None:
-    [sentence] = verdicts(judged)
-    assert "lag +0 is the largest" in sentence and "layer 5" in sentence and "4 probes looked at" in sentence
+def test_a_corrected_lift_is_above_0_where_one_is_certain(judged: list[Judged]) -> None:
     assert find(judged, 5, 0)["lift_low_corrected"] > 0 > find(judged, 5, 8)["lift_low_corrected"]
     assert all(
         each.row["lift_low_corrected"] <= each.row["lift_low"] + 0.02 for each in judged if not each.row["control"]
     )
 
 
-def test_the_verdict_says_no_lag_and_none_without_what_it_takes(parts: list[ScoredProbes]) -> None:
-    deaf = [each._replace(scored=each.scored._replace(scores=each.scored.scores.flip(0))) for each in parts]
-    assert "at no lag" in verdicts(judge(deaf, N_CHAINS, 100, 7))[0]
-    assert "no verdict" in verdicts(judge(parts, N_CHAINS, 0, 7))[0]
-    assert (
-        "no verdict"
-        in verdicts(
-            judge(
-                [
-                    parts[0]
-                    .at(torch.ones(N_CHAINS * LENGTH, dtype=torch.bool))
-                    ._replace(columns=[Column("back", "token", lag) for lag in (0, 8, 9, 10)])
-                ],
-                N_CHAINS,
-                100,
-                7,
-            )
-        )[0]
+def test_a_lift_is_over_single_controls_alone(parts: list[ScoredProbes], judged: list[Judged]) -> None:
+    """Negative control: under another name the joint control, which sees all, is the best one."""
+    joint = parts[1]._replace(scored=parts[1].scored._replace(scores=parts[1].scored.targets[:, None].float()))
+    lifts = {
+        name: [each.row["lift"] for each in judge([*parts, joint._replace(sites=sites_of([name]))], N_CHAINS, 0, 7)[:8]]
+        for name in ("joint", "joint+chain", "another")
+    }
+    expected = [each.row["lift"] for each in judged[:8]]
+    assert str(lifts["joint"]) == str(lifts["joint+chain"]) == str(expected) != str(lifts["another"])
+
+
+def test_lift_makes_no_verdict(judged: list[Judged]) -> None:
+    [sentence] = verdicts(judged, 1e-3)
+    assert sentence == (
+        "back: no verdict on a token inside back, since the control joint+chain was not trained (--controls) [newton]"
     )
 
 
@@ -273,11 +268,10 @@ def test_false_alarms_are_rare_with_few_chains_too(n_chains: int, n_positive: in
 
 
 def test_nothing_is_claimed_from_a_few_chains(parts: list[ScoredProbes]) -> None:
-    """A probe that is right in all of three chains with a positive: no corrected bound, and the verdict says why."""
+    """A probe that is right in all of three chains with a positive: no corrected bound."""
     few = [each.at(each.scored.chain < 3) for each in parts]
     judged = judge(few, 3, 100, 7)
     assert all(math.isnan(each.row["lift_low_corrected"]) for each in judged)
-    assert "at most 3 test chains hold a positive, and 10 are needed" in verdicts(judged)[0]
     one = judge([each.at(each.scored.chain < 1) for each in parts], 1, 100, 7)
     assert all(math.isnan(each.row["auroc_low"]) and not math.isnan(each.row["auroc"]) for each in one)
     assert all(math.isnan(row["low"]) for row in differences(one))
@@ -286,7 +280,7 @@ def test_nothing_is_claimed_from_a_few_chains(parts: list[ScoredProbes]) -> None
 def test_a_split_without_a_valid_token_is_nan(parts: list[ScoredProbes]) -> None:
     nothing = judge([each.at(each.scored.chain < 0) for each in parts], N_CHAINS, 20, 7)
     assert all(math.isnan(each.row["auroc"]) and each.row["n_tokens"] == 0 for each in nothing)
-    assert "no verdict" in verdicts(nothing)[0]
+    assert "no verdict" in verdicts(nothing, 1e-3)[0]
 
 
 def test_intervals_cover_the_true_auroc() -> None:

@@ -13,7 +13,7 @@ from streamprobe.reporting.terminal import compare, describe_files, headline, ta
 
 
 def test_the_table_is_compact_and_ends_in_its_verdict(groups: list[ScoredProbes], rows: list[Row]) -> None:
-    given = verdicts(judge(groups, len(groups[0].scored.chain.unique()), 20, 0))
+    given = verdicts(judge(groups, len(groups[0].scored.chain.unique()), 20, 0), 1e-3)
     lines = table(rows, given).splitlines()
     assert max(len(line) for line in lines if HOSTILE not in line) <= 120
     assert lines[-1] == given[-1]

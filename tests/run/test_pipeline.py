@@ -121,7 +121,7 @@ def test_a_run_writes_what_it_promises(config, capsys):
         "memory",
         "pass 3",
         "test AUROC   backtracking, target within",
-        "above every control",
+        "no verdict on",
         "wrote",
     ):
         assert told in printed
@@ -224,7 +224,8 @@ def test_a_rare_label_runs_whatever_its_permuted_twin_loses(config, chains_file,
     for seed in range(5):
         assert main([config, *argv, "--seed", str(seed)]) == 0
     printed = capsys.readouterr().out
-    assert "columns without both classes are left out" in printed and "at most 1 test chains hold a positive" in printed
+    assert "columns without both classes are left out" in printed
+    assert re.search("(no test chain|at most 1 test chain) holds a positive", printed)
 
 
 def test_the_data_keep_their_fingerprint(config):
@@ -338,6 +339,7 @@ def test_no_activation_reaches_a_file(config, memory):
         "state.safetensors": (5 + 2 * vectors) * bank,
         "probes.safetensors": 3 * bank,
         "report.html": families * pictures * 10_000,
+        "summary.json": 2 * probes * len(FIELDS) * 35,  # a line for each number of a probe
         "transcripts.json": 10 * 250 * (probes + 12),  # a letter for each probe, and the token
     }
     events = probes * curves * 3 * 2 * 50 + families * 2 * 3 * 3_000 + 2 * columns * 6_000

@@ -8,6 +8,7 @@ import torch
 
 from streamprobe.errors import InputError
 from streamprobe.evaluation.rows import FIELDS
+from streamprobe.evaluation.verdict import LOW_ENDS
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.sites import layer_sites
@@ -22,7 +23,7 @@ def write(folder: Path, rows: list[tuple[int, Column, float, str]]) -> Path:
     lines = [",".join(FIELDS)]
     for layer, column, area, low in rows:
         cells = {"solver": "newton", "layer": layer, "label": column.label, "target": column.target, "lag": column.lag}
-        cells |= {"auroc": area, "lift_low_corrected": low}
+        cells |= {"auroc": area, "lift_low_corrected": "0.1", **dict.fromkeys(LOW_ENDS, low)}
         for control in ("", "text"):
             lines.append(",".join(str((cells | {"control": control}).get(name, "")) for name in FIELDS))
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
@@ -41,6 +42,20 @@ def test_it_is_the_probe_that_the_verdict_names(tmp_path):
     assert chosen(folder) == (1, onset)
     assert chosen(folder, target="token") == (3, ahead) and chosen(folder, lag=0) == (1, token)
     assert chosen(folder, label="b") == (1, other) and chosen(folder, layer=3) == (3, ahead)
+
+
+@pytest.mark.parametrize("lacking", LOW_ENDS)
+def test_a_probe_without_one_of_the_gains_is_not_that_of_the_verdict(tmp_path, lacking):
+    """Nor one of a lag that does not look ahead."""
+    token, ahead, onset, _ = COLUMNS
+    rows = [(1, token, 0.9, "0.2"), (3, ahead, 0.8, "0.2"), (1, onset, 0.7, "0.2")]
+    folder = write(tmp_path, rows)
+    assert chosen(folder)[1].lag == 8
+    lines = [line.split(",") for line in (folder / "results.csv").read_text().splitlines()]
+    for line in lines[1:]:
+        line[FIELDS.index(lacking)] = "-0.1"
+    (folder / "results.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    assert chosen(folder) == (1, token), "that of the lag nearest to 0"
 
 
 def test_without_a_verdict_it_is_the_best_at_the_lag_nearest_to_0(tmp_path):
