@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import Judged, Row, group_by, intervals_of_differences
 from streamprobe.evaluation.significance import LEAST_CHAINS, lower_bounds
 
@@ -66,11 +67,13 @@ def compare_with_controls(family: Sequence[Judged]) -> None:
 
 
 def _controls_of(probe: Judged, family: Sequence[Judged]) -> list[Judged]:
-    """What the probe must beat: controls of its lag, of no layer or of its own; none of a control."""
+    """What the probe must beat: controls of its lag, of no layer or of its own, for lifts; none of a control."""
     row = probe.row
     if row["control"] or math.isnan(row["auroc"]):
         return []
     rivals = [other for other in family if other.row["control"] and other.row["layer"] in ("", row["layer"])]
+    apart = {name for name, control in CONTROLS.items() if not control.under_lift}
+    rivals = [other for other in rivals if other.row["control"] not in apart]
     return [other for other in rivals if other.row["lag"] == row["lag"] and not math.isnan(other.row["auroc"])]
 
 
