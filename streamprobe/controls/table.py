@@ -97,7 +97,7 @@ CONTROLS = {
         under_lift=False,
     ),
     "joint+chain": Control(
-        "the same and how often each label occurs in the whole chain, so also after t: it knows more than may be known, "
+        "the same, and how often each label occurs in the whole chain, so after t, too: it knows more than can be had, "
         "which can only favour the control (lags above 0 only)",
         "*",
         applies=ahead_only,

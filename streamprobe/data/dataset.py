@@ -5,7 +5,7 @@ Shapes: T tokens in a chain, C label arrays, K columns.
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -173,17 +173,16 @@ def make_dataset(
 ) -> Dataset:
     """Records -> the chains of every split with codes for `labels`; a progress bar shows in a terminal.
 
-    `section_labels` (None: see `choose_section_labels`) are those of the chains' `sections`.  The split is drawn over all records, so that a refused one moves no other.  Chains of more than `context` tokens are
-    refused, and so are the rows `bad`, with whose activations something is wrong.  Raises InputError for a test
-    category that no record has, and for one of `label_names` that no tag of a chain in use names.
+    The split is drawn over all records, so that a refused one moves no other.  Chains of more than `context` tokens are
+    refused, and so are the rows `bad`, with whose activations something is wrong.  `section_labels` are those of the
+    chains' `sections` (None: see `choose_section_labels`).  Raises InputError for a test category that no record has,
+    and for one of `label_names` that no tag of a chain in use names.
     """
     counts = Counts(read=len(records))
     splits: dict[str, list[Chain]] = {name: [] for name in SPLITS}
     named: set[str] = set()
-    where = _divide(records, division)
-    beside = choose_section_labels(records, labels, text) if section_labels is None else list(section_labels)
-    shown = tqdm(records, "tokenise", unit="chain", delay=2, disable=not shows_progress(), leave=False)
-    for record, split in zip(shown, where, strict=True):
+    beside = choose_section_labels(records, labels, text) if section_labels is None else section_labels
+    for record, split in zip(_shown(records), _divide(records, division), strict=True):
         reason = "with a problem of the test split" if split == "duplicate" else _why_unused(record, bad, text)
         if reason or isinstance(record, Refused):
             counts.refuse(reason, record.id)
@@ -200,6 +199,11 @@ def make_dataset(
     if division.validate_on_test:
         splits["validation"] = splits["test"]
     return Dataset(splits, list(labels), counts, beside)
+
+
+def _shown(records: Sequence[Record | Refused]) -> Iterable[Record | Refused]:
+    """The records, with a progress bar in a terminal."""
+    return tqdm(records, "tokenise", unit="chain", delay=2, disable=not shows_progress(), leave=False)
 
 
 def choose_section_labels(

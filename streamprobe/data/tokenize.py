@@ -133,13 +133,25 @@ def tokenize(
     found = np.where(characters.known[last], _codes_along(characters.section[last]), UNKNOWN)
     codes = np.full((len(ids), len(named)), UNKNOWN, dtype=np.int8)
     codes[sample] = found[characters.support[last]]
-    of_labels, of_sections = (codes[:, [named.index(name) for name in names]] for names in (labels, section_labels))
     ends = np.zeros(len(ids), dtype=bool)
     ends[read] = _sentence_ends(rendered.text, offsets[read], last)
-    first = next(iter(read[characters.response[last]].tolist()), len(ids))
-    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, of_labels, sample, of_sections, ends)]
-    about = (first, record.category, record.row, rendered.marker)
-    return Chain(record.id, *tensors[:3], *about, *tensors[3:])
+    return Chain(
+        record.id,
+        torch.from_numpy(ids),
+        _chosen(codes, named, labels),
+        torch.from_numpy(sample),
+        start=next(iter(read[characters.response[last]].tolist()), len(ids)),
+        category=record.category,
+        row=record.row,
+        marker=rendered.marker,
+        sections=_chosen(codes, named, section_labels),
+        sentence_end=torch.from_numpy(ends),
+    )
+
+
+def _chosen(codes: np.ndarray, named: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Those of the codes [T, n] of the n labels `named` that are of `names`, in their order."""
+    return torch.from_numpy(np.ascontiguousarray(codes[:, [named.index(name) for name in names]]))
 
 
 def _last_letters(text: str, offsets: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ Shapes: N tokens, L sites, K columns, D features, E width of an embedding.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ from streamprobe.trainer import Done, Job
 PROBED = "layers"  # the feed of the probes themselves
 
 
-def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embedding_size: int | None = None) -> list[Feed]:
+def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embedding_size: int | None) -> list[Feed]:
     """The probed layers first, then the controls with sites of their own.
 
     A control that changes the labels is one more column of the probed layers; others are asked for the columns to which
-    they apply.  `embedding_size` is E where there are layers made of embeddings (None: the hidden size).
+    they apply.  `embedding_size` is E where there are layers made of embeddings, else None.
     """
     n_layers, controls = len(layers), inputs.controls
     every, real = torch.arange(len(inputs.columns)), torch.arange(inputs.n_real)
@@ -45,13 +45,14 @@ def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embeddin
         asked = [k for k in real.tolist() if CONTROLS[name].applies(inputs.columns[k])]
         if asked:
             given = [n_layers + layer for layer in controls.layers_given(name)]
-            reads = Reads(controls, name, given, embedding_size or hidden_size)
+            reads = Reads(controls, name, given, embedding_size or 0)
             width = len(given) * reads.width + hand_made
             feeds.append(Feed(name, control_sites([name]), width, reads, torch.tensor(asked), hand_made))
     return feeds
 
 
-class Reads(NamedTuple):
+@dataclass(frozen=True)
+class Reads:
     """What the probes of one control read of a batch."""
 
     controls: ChosenControls

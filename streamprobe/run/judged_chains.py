@@ -28,7 +28,8 @@ def read_chains(
 ) -> Dataset:
     """The chains of the data: split as in the run where they are its `own`, else all of them as test chains.
 
-    The rows `bad` are refused; `section_labels` are the run's, whatever labels the data have.  Raises InputError where no chain is left.
+    The rows `bad` are refused; `section_labels` are the run's, whatever labels the data have.  Raises InputError where
+    no chain is left.
     """
     found = chains_of(config, texts, bad, None if own else EVERY, section_labels=section_labels)
     if not found.splits["test"]:
