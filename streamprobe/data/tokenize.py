@@ -128,13 +128,11 @@ def tokenize(
     special = np.isin(ids, list(special_ids(tokenizer)))
     read = np.flatnonzero(~special & (offsets[:, 0] < offsets[:, 1]))  # the tokens that stand for text
     last = _last_letters(rendered.text, offsets[read])
-    sample = np.zeros(len(ids), dtype=bool)
-    sample[read] = characters.support[last]
+    sample = _marked(len(ids), read[characters.support[last]])
     found = np.where(characters.known[last], _codes_along(characters.section[last]), UNKNOWN)
     codes = np.full((len(ids), len(named)), UNKNOWN, dtype=np.int8)
     codes[sample] = found[characters.support[last]]
-    ends = np.zeros(len(ids), dtype=bool)
-    ends[read] = _sentence_ends(rendered.text, offsets[read], last)
+    ends = _marked(len(ids), read[_sentence_ends(rendered.text, offsets[read], last)])
     return Chain(
         record.id,
         torch.from_numpy(ids),
@@ -147,6 +145,13 @@ def tokenize(
         sections=_chosen(codes, named, section_labels),
         sentence_end=torch.from_numpy(ends),
     )
+
+
+def _marked(n: int, tokens: np.ndarray) -> np.ndarray:
+    """Which of n tokens are among these: bool [n]."""
+    marked = np.zeros(n, dtype=bool)
+    marked[tokens] = True
+    return marked
 
 
 def _chosen(codes: np.ndarray, named: Sequence[str], names: Sequence[str]) -> Tensor:
