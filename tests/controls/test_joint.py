@@ -221,6 +221,14 @@ def test_probes_read_the_layers_without_their_padding_and_then_what_is_made_by_h
     assert torch.equal(read[:, 0, 2 * WIDTH :], features_of("joint+chain", chain))
 
 
+@pytest.mark.parametrize("name", SIDE)
+def test_the_host_looks_at_no_number_that_is_expanded(name: str) -> None:
+    """On a device that has none."""
+    controls = ChosenControls([name], LABELS, SECTIONS)
+    nothing = torch.zeros(7, controls.width, device="meta")
+    assert controls.expand(name, nothing).shape == (7, controls.widths[name])
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_what_is_stored_is_expanded_alike_in_chunks(size: int) -> None:
     """Whichever tokens stand beside a token, and in whatever order."""
