@@ -149,7 +149,7 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.0023"]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.003"]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
     assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
@@ -374,7 +374,7 @@ def launch(config, *argv):
 
 @pytest.mark.parametrize(
     ("memory", "stops"),
-    [("auto", [(3, 3), (5, 3)]), ("auto", [(2, 0), (6, 3)]), ("0.002", [(3, 3)]), ("0.002", [(3, 2)])],
+    [("auto", [(3, 3), (5, 3)]), ("auto", [(2, 0), (6, 3)]), ("0.0028", [(3, 3)]), ("0.0028", [(3, 2)])],
     ids=["replayed", "replayed from an older pass", "streamed", "streamed from an older pass"],
 )
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops, capsys):
