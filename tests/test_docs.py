@@ -150,7 +150,7 @@ def missing_files(text: str) -> list[str]:
 def tables_of_controls(text: str) -> list[list[str]]:
     """The first column of each table that is headed `control`, without the backticks."""
     tables = re.findall(r"^\| control \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
-    return [re.findall(r"^\| `?(\w+)`? \|", table, re.MULTILINE) for table in tables]
+    return [re.findall(r"^\| `?([\w+]+)`? \|", table, re.MULTILINE) for table in tables]
 
 
 @pytest.fixture(params=PAGES)

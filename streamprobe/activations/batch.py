@@ -1,6 +1,6 @@
 """The only thing that crosses from the model to the probes.
 
-Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
+Shapes: N tokens, L layers, K columns, D hidden size, p numbers on the side.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class TokenBatch(NamedTuple):
     """The only thing that crosses from the model to the probes."""
 
     acts: Tensor  # [N, L, D] in the backbone's dtype; behind the probed layers those of controls that are like them
-    side: Tensor  # [N, P] float32: features of controls, known without a model
+    side: Tensor  # [N, p] float32: what features of controls are made of, known without a model
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64: which chain of the stream

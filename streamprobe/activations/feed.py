@@ -20,6 +20,7 @@ class Feed(NamedTuple):
     n_features: int  # D
     features: Callable[[TokenBatch], Tensor]  # -> [N, L, D]
     columns: Tensor  # [k] which of the batch's K columns
+    n_hand_made: int = 0  # so many features, the last ones, are made by hand: their size means something, as it is
 
     def of(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Features [N, L, D], targets [N, k] and valid [N, k]."""

@@ -1,6 +1,6 @@
 """Room for the activations of a split: bounded, in device memory or host RAM, shuffled if need be, and never a file.
 
-Shapes: N tokens, L layers, K columns, D hidden size, P features on the side.
+Shapes: N tokens, L layers, K columns, D hidden size, p numbers on the side.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
 
     def token_bytes(self) -> int:
-        """Bytes of a token: its activations and features on the side, targets and validity, and its place."""
+        """Bytes of a token: its activations and numbers on the side, targets and validity, and its place."""
         return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 16
 
 

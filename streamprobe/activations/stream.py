@@ -1,6 +1,6 @@
 """Chains through the backbone to labelled token activations.
 
-Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size, P features on the side.
+Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size, p numbers on the side.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +78,7 @@ def stream(
 
     `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
     pass `on_forward` is given the tokens in it and those with padding.  The layers of `embedded` stand behind the
-    probed ones, and `side` gives a chain's features [T, P].
+    probed ones, and `side` gives numbers of a chain's tokens [T, p].
     A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
     float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
     a chain if the model cannot read one in chunks.
@@ -144,7 +144,7 @@ class _Asked(NamedTuple):
 
     row: Tensor  # [N] int64: which of the B chains
     token: Tensor  # [N] int64
-    side: Tensor  # [N, P]
+    side: Tensor  # [N, p]
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
 

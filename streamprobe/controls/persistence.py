@@ -1,6 +1,6 @@
 """Control `persistence`: the label so far.
 
-Shapes: T tokens in a chain, C labels, P features.
+Shapes: T tokens in a chain, N tokens of any chains, C labels, P features.
 """
 
 import torch
@@ -12,19 +12,29 @@ from streamprobe.lags import INSIDE, ONSET
 
 
 def persistence_features(chain: Chain, n_labels: int) -> Tensor:
-    """[T, P] from a chain's first C label codes up to each token: the time in a section or since the last one.
+    """[T, C] from a chain's first C label codes up to each token: see `section_ages`."""
+    return section_ages(chain.codes[:, :n_labels])
 
-    For each label: is t inside; was there a section before; the tokens since this one began or since the last ended.
+
+def section_ages(codes: Tensor) -> Tensor:
+    """Label codes [T, C] -> the time in a section or since the last one, in tokens, [T, C] float32.
+
+    In a section, how many of its tokens there were up to this one; behind it minus the tokens since its last one; 0
+    where there was none yet.
     """
-    codes = chain.codes[:, :n_labels]  # [T, C]
     place = torch.arange(len(codes))[:, None]
     inside = codes >= INSIDE  # [T, C]
     began = torch.where(codes == ONSET, place, -1).cummax(0).values
     ended = torch.where(inside, place, -1).cummax(0).values
-    before = ended >= 0
-    features = []
-    for c in range(codes.shape[1]):
-        since = torch.where(inside[:, c], place[:, 0] - began[:, c].clamp_min(0), place[:, 0] - ended[:, c])
-        flags = torch.stack([inside[:, c], before[:, c] & ~inside[:, c]], dim=1).float()
-        features.append(torch.cat([flags, (piecewise_linear(since)[:, None] * flags[:, :, None]).flatten(1)], dim=1))
-    return torch.cat(features, dim=1)
+    since_end = torch.where(ended >= 0, ended - place, 0)
+    return torch.where(inside, place - began.clamp_min(0) + 1, since_end).float()
+
+
+def expand_ages(stored: Tensor) -> Tensor:
+    """[N, C] of `section_ages` -> [N, P].
+
+    For each label: is t inside; was there a section before; the tokens since this one began or since the last ended.
+    """
+    flags = torch.stack([stored > 0, stored < 0], dim=2).float()  # [N, C, 2]
+    since = piecewise_linear(stored.abs() - flags[:, :, 0])
+    return torch.cat([flags, (since[:, :, None] * flags[..., None]).flatten(2)], dim=2).flatten(1)

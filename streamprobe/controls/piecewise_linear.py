@@ -1,23 +1,39 @@
 """A number as features of which any piecewise linear function is a weighted sum.
 
-Shapes: N tokens.
+Shapes: N tokens; `...` any others.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 KNOTS = torch.tensor([0, 1, *(n << k for k in range(13) for n in (2, 3))]).float()  # 0, 1, 2, 3, 4, 6, 8, 12, ...
+LAST = float(KNOTS[-1])
 
 
 def piecewise_linear(x: Tensor) -> Tensor:
-    """x [N] >= 0 -> [N, len(KNOTS)]: how near it is to the knots on both sides, which add up to 1.
+    """x [...] >= 0 -> [..., len(KNOTS)]: how near it is to the knots on both sides, which add up to 1.
 
     A weighted sum of them is piecewise linear between the knots (hat functions, the basis of linear splines).  The
-    knots grow in steps of a half or a third; all beyond the last one is one.
+    knots grow in steps of a half or a third; all beyond the last one is one.  The host waits for no device.
     """
-    x = x.float().clamp(max=float(KNOTS[-1]))
-    after = torch.searchsorted(KNOTS, x).clamp_min(1)
-    low, high = KNOTS[after - 1], KNOTS[after]
-    above = ((x - low) / (high - low))[:, None]
-    empty = torch.zeros(len(x), len(KNOTS))
-    return empty.scatter(1, after[:, None], above).scatter(1, after[:, None] - 1, 1 - above)
+    knots = _knots_on(x.device)
+    x = x.float().clamp(max=LAST).contiguous()
+    after = torch.searchsorted(knots, x).clamp_min(1)
+    low, high = knots[after - 1], knots[after]
+    above, after = ((x - low) / (high - low))[..., None], after[..., None]
+    empty = torch.zeros(*x.shape, len(knots), device=x.device)
+    return empty.scatter_(-1, after, above).scatter_(-1, after - 1, 1 - above)
+
+
+def known_or_not(x: Tensor) -> Tensor:
+    """x [N], negative where there is no number -> [N, 1 + len(KNOTS)]: whether there is none, and else the number."""
+    missing = (x < 0).float()[:, None]
+    return torch.cat([missing, piecewise_linear(x.clamp_min(0)) * (1 - missing)], dim=1)
+
+
+@cache
+def _knots_on(device: torch.device) -> Tensor:
+    """The knots on a device, brought there once: that copy the host waits for."""
+    return KNOTS.to(device)

@@ -1,17 +1,20 @@
 """Control `position`: the token's place in the response.
 
-Shapes: T tokens in a chain, P features.
+Shapes: T tokens in a chain, N tokens of any chains, P features.
 """
 
 import torch
 from torch import Tensor
 
-from streamprobe.controls.piecewise_linear import piecewise_linear
+from streamprobe.controls.piecewise_linear import known_or_not
 from streamprobe.data.tokenize import Chain
 
 
 def position_features(chain: Chain, n_labels: int = 0) -> Tensor:
-    """[T, P] of a chain: whether t is before the response, and else its place in that."""
-    place = torch.arange(len(chain.ids))
-    problem = (place < chain.start).float()[:, None]
-    return torch.cat([problem, piecewise_linear((place - chain.start).clamp_min(0)) * (1 - problem)], dim=1)
+    """[T, 1] of a chain: the token's place in the response, negative before that."""
+    return (torch.arange(len(chain.ids)) - chain.start).float()[:, None]
+
+
+def expand_position(stored: Tensor) -> Tensor:
+    """[N, 1] -> [N, P]: whether a token is before the response, and else its place in that."""
+    return known_or_not(stored[:, 0])

@@ -5,7 +5,7 @@ Shapes: T tokens in a chain, C label arrays, K columns.
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,6 +111,7 @@ DIVIDED = Division()
 NO_TOKEN = "without a token that counts, as where a chat template leaves the response out"
 NOT_FINITE = "with activations that are infinite or not numbers"
 SPLITS = ("train", "validation", "test")
+MOST_SECTION_LABELS = 16  # each is some 60 features of the control `joint`
 
 
 class Census(NamedTuple):
@@ -128,6 +129,7 @@ class Dataset:
     splits: Mapping[str, Sequence[Chain]]  # `train`, `validation` and `test`
     labels: Sequence[str]  # the names of the chains' C label arrays
     counts: Counts
+    section_labels: Sequence[str] = ()  # the names of the chains' A labels in `sections`
 
     def chains(self) -> list[Chain]:
         """Every chain once, split by split: the validation chains may be the test chains."""
@@ -143,12 +145,12 @@ class Dataset:
         return [len(chain.ids) for chain in self.chains()]
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that is fed: token ids, labels and support of every chain, by split."""
+        """SHA-256 of everything that is fed: token ids, labels, support and sentence ends of every chain, by split."""
         digest = hashlib.sha256()
         for name, chains in self.splits.items():
             digest.update(name.encode())
             for c in chains:
-                for tensor in (c.ids, c.codes, c.support):
+                for tensor in (c.ids, c.codes, c.support, c.sections, c.sentence_end):
                     digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
@@ -167,25 +169,26 @@ def make_dataset(
     division: Division = DIVIDED,
     bad: Collection[int] = (),
     label_names: Mapping[str, str] = NAMES,
+    section_labels: Sequence[str] | None = None,
 ) -> Dataset:
     """Records -> the chains of every split with codes for `labels`; a progress bar shows in a terminal.
 
     The split is drawn over all records, so that a refused one moves no other.  Chains of more than `context` tokens are
-    refused, and so are the rows `bad`, with whose activations something is wrong.  Raises InputError for a test
-    category that no record has, and for one of `label_names` that no tag of a chain in use names.
+    refused, and so are the rows `bad`, with whose activations something is wrong.  `section_labels` are those of the
+    chains' `sections` (None: see `choose_section_labels`).  Raises InputError for a test category that no record has,
+    and for one of `label_names` that no tag of a chain in use names.
     """
     counts = Counts(read=len(records))
     splits: dict[str, list[Chain]] = {name: [] for name in SPLITS}
     named: set[str] = set()
-    where = _divide(records, division)
-    shown = tqdm(records, "tokenise", unit="chain", delay=2, disable=not shows_progress(), leave=False)
-    for record, split in zip(shown, where, strict=True):
+    beside = choose_section_labels(records, labels, text) if section_labels is None else section_labels
+    for record, split in zip(_shown(records), _divide(records, division), strict=True):
         reason = "with a problem of the test split" if split == "duplicate" else _why_unused(record, bad, text)
         if reason or isinstance(record, Refused):
             counts.refuse(reason, record.id)
             continue
         try:
-            chain = _fitting(tokenize(record, tokenizer, labels, text), context, text)
+            chain = _fitting(tokenize(record, tokenizer, labels, text, section_labels=beside), context, text)
         except Unusable as why:
             counts.refuse(str(why), record.id)
             continue
@@ -195,7 +198,29 @@ def make_dataset(
     check_names(label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
-    return Dataset(splits, list(labels), counts)
+    return Dataset(splits, list(labels), counts, beside)
+
+
+def _shown(records: Sequence[Record | Refused]) -> Iterable[Record | Refused]:
+    """The records, with a progress bar in a terminal."""
+    return tqdm(records, "tokenise", unit="chain", delay=2, disable=not shows_progress(), leave=False)
+
+
+def choose_section_labels(
+    records: Sequence[Record | Refused], labels: Sequence[str], text: TextOptions = AS_TEXT
+) -> list[str]:
+    """The labels whose sections the control `joint` is given: `labels`, then those that most records have.
+
+    At most MOST_SECTION_LABELS, and the same ones whichever chains turn out to have activations that are not finite.
+    """
+    found = Counter(
+        label
+        for record in records
+        if isinstance(record, Record) and not _why_unused(record, (), text)
+        for label in sorted({section.label for section in record.sections})
+    )
+    others = sorted(found, key=lambda label: (-found[label], label))
+    return list(dict.fromkeys([*labels, *others]))[:MOST_SECTION_LABELS]
 
 
 def _fitting(chain: Chain, context: int, text: TextOptions) -> Chain:

@@ -108,11 +108,21 @@ def describe_chains(dataset: Dataset, labels: Sequence[str]) -> list[str]:
         + ", ".join(f"{in_a_line(name)} {n:,}" for name, n in counts.labels.most_common()),
         *_notes(counts),
         *describe_tags(counts, labels),
+        *_describe_section_labels(dataset),
         "",
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}{named}",
         *(_split_line(name, chains, len(labels)) for name, chains in dataset.splits.items()),
         "            (base rate of the label's tokens, in so many sections)",
     ]
+
+
+def _describe_section_labels(dataset: Dataset) -> list[str]:
+    """A line on the labels of the data that the control `joint` is not given, if there are any."""
+    known = dataset.section_labels
+    left_out = [in_a_line(name) for name, _ in dataset.counts.labels.most_common() if name not in known]
+    if not known or not left_out:
+        return []
+    return [f"joint     the sections of {len(known)} labels are given to this control, but not {_listed(left_out)}"]
 
 
 def _split_line(name: str, chains: Sequence[Chain], n_labels: int) -> str:

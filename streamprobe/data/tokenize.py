@@ -1,6 +1,6 @@
 """One record as token ids and label codes.
 
-Shapes: T tokens in a chain, C labels.
+Shapes: T tokens in a chain, C labels that are probed, A labels whose sections are known beside them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,9 @@ class TextOptions(NamedTuple):
 
 
 AS_TEXT = TextOptions()
+STOPS = frozenset(".!?。．｡！？﹒﹗﹖")  # letters that end a sentence
+LINE_ENDS = frozenset("\n\r\u2028\u2029")
+NOTHING = torch.empty(0)
 
 
 def text_options(keys: Mapping[str, Any]) -> TextOptions:
@@ -52,6 +55,14 @@ class Chain:
     category: str = ""  # the kind of problem, to which results can be split
     row: int = 0  # which of the data
     marker: str = ""  # with which the prompt ends and the response begins; it was left out of the prompt
+    sections: Tensor = NOTHING  # [T, A] int8: codes of the labels that the control `joint` is given; none: A is 0
+    sentence_end: Tensor = NOTHING  # [T] bool: does a sentence or a line end in this token?  None: in no token
+
+    def __post_init__(self) -> None:
+        if len(self.sections) != len(self.ids):
+            object.__setattr__(self, "sections", torch.empty(len(self.ids), 0, dtype=torch.int8))
+        if len(self.sentence_end) != len(self.ids):
+            object.__setattr__(self, "sentence_end", torch.zeros(len(self.ids), dtype=torch.bool))
 
 
 class Characters(NamedTuple):
@@ -94,8 +105,15 @@ def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Re
     return Rendered(text, *encode(text, options.prompt, tokenizer, options.bos), len(head), marker, place, pieces)
 
 
-def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: TextOptions = AS_TEXT) -> Chain:
-    """One record as token ids and label codes for each of `labels`.
+def tokenize(
+    record: Record,
+    tokenizer: Any,
+    labels: Sequence[str],
+    options: TextOptions = AS_TEXT,
+    *,
+    section_labels: Sequence[str] = (),
+) -> Chain:
+    """One record as token ids, label codes for each of `labels`, and `sections` for each of `section_labels`.
 
     A token takes the labels of the sections that hold its last character that is not white space (its last character,
     where all are), so a token that straddles a border belongs to the later section.  Text in no section is UNKNOWN
@@ -104,20 +122,41 @@ def tokenize(record: Record, tokenizer: Any, labels: Sequence[str], options: Tex
     assistant's earlier turns (`support: last_assistant`); with `all`, those that the model did not write are samples
     labelled OUTSIDE.  Special tokens are never either.
     """
-    rendered = render(record, tokenizer, options)
-    characters = _label_characters(record, rendered, labels, options)
+    rendered, named = render(record, tokenizer, options), list(dict.fromkeys([*labels, *section_labels]))
+    characters = _label_characters(record, rendered, named, options)
     ids, offsets = np.array(rendered.ids, dtype=np.int64), np.array(rendered.offsets, dtype=np.int64).reshape(-1, 2)
     special = np.isin(ids, list(special_ids(tokenizer)))
     read = np.flatnonzero(~special & (offsets[:, 0] < offsets[:, 1]))  # the tokens that stand for text
     last = _last_letters(rendered.text, offsets[read])
-    sample = np.zeros(len(ids), dtype=bool)
-    sample[read] = characters.support[last]
+    sample = _marked(len(ids), read[characters.support[last]])
     found = np.where(characters.known[last], _codes_along(characters.section[last]), UNKNOWN)
-    codes = np.full((len(ids), len(labels)), UNKNOWN, dtype=np.int8)
+    codes = np.full((len(ids), len(named)), UNKNOWN, dtype=np.int8)
     codes[sample] = found[characters.support[last]]
-    first = next(iter(read[characters.response[last]].tolist()), len(ids))
-    tensors = torch.from_numpy(ids), torch.from_numpy(codes), torch.from_numpy(sample)
-    return Chain(record.id, *tensors, first, record.category, record.row, rendered.marker)
+    ends = _marked(len(ids), read[_sentence_ends(rendered.text, offsets[read], last)])
+    return Chain(
+        record.id,
+        torch.from_numpy(ids),
+        _chosen(codes, named, labels),
+        torch.from_numpy(sample),
+        start=next(iter(read[characters.response[last]].tolist()), len(ids)),
+        category=record.category,
+        row=record.row,
+        marker=rendered.marker,
+        sections=_chosen(codes, named, section_labels),
+        sentence_end=torch.from_numpy(ends),
+    )
+
+
+def _marked(n: int, tokens: np.ndarray) -> np.ndarray:
+    """Which of n tokens are among these: bool [n]."""
+    marked = np.zeros(n, dtype=bool)
+    marked[tokens] = True
+    return marked
+
+
+def _chosen(codes: np.ndarray, named: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Those of the codes [T, n] of the n labels `named` that are of `names`, in their order."""
+    return torch.from_numpy(np.ascontiguousarray(codes[:, [named.index(name) for name in names]]))
 
 
 def _last_letters(text: str, offsets: np.ndarray) -> np.ndarray:
@@ -130,6 +169,20 @@ def _last_letters(text: str, offsets: np.ndarray) -> np.ndarray:
     start, end = offsets.T
     found = letter[end - 1]
     return np.where(found < start, end - 1, found)
+
+
+def _sentence_ends(text: str, offsets: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Whether a sentence or a line ends in each token: bool [T].
+
+    One ends in a token whose last letter, `last` [T], is one of STOPS, or that holds one of LINE_ENDS.  Of the tokens
+    that a letter is divided among only the last counts, since none before it knows which letter that is.
+    offsets: [T, 2] int64.
+    """
+    start, end = offsets.T
+    after = np.append(start[1:], len(text))[: len(start)]  # where the next token begins
+    stops = np.fromiter((text[place] in STOPS for place in last), bool, len(last))
+    lines = np.append(0, np.cumsum(np.fromiter(map(LINE_ENDS.__contains__, text), bool, len(text))))  # up to each place
+    return (stops & (last < after)) | (lines[np.clip(after, start, end)] > lines[start])
 
 
 def _label_characters(record: Record, rendered: Rendered, labels: Sequence[str], options: TextOptions) -> Characters:

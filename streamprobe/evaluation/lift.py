@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from streamprobe.evaluation.rows import JOINT, JOINT_CHAIN, Judged, intervals_of_differences
+from streamprobe.controls.table import CONTROLS
+from streamprobe.evaluation.rows import Judged, intervals_of_differences
 from streamprobe.evaluation.significance import LEAST_CHAINS, lower_bounds
 
 
@@ -72,6 +73,6 @@ def _controls_of(probe: Judged, family: Sequence[Judged]) -> list[Judged]:
     row = probe.row
     if row["control"] or math.isnan(row["auroc"]):
         return []
-    single = [other for other in family if other.row["control"] not in ("", JOINT, JOINT_CHAIN)]
+    single = [other for other in family if (name := other.row["control"]) and CONTROLS[name].under_lift]
     rivals = [other for other in single if other.row["layer"] in ("", row["layer"])]
     return [other for other in rivals if other.row["lag"] == row["lag"] and not math.isnan(other.row["auroc"])]

@@ -31,7 +31,7 @@ from streamprobe.probes.storage import (
 )
 
 CONTROLS_FILE = "controls.safetensors"
-FORMAT = 1  # of that file; raised whenever what is in it changes
+FORMAT = 2  # of that file; raised whenever what is in it changes
 SAME = ("data_fingerprint", "model_fingerprint", "config")  # in both files of a run
 JUDGED_BY = ("half", "best_pass", "gradient_norm")
 NESTED = "nested"  # the feed of probes that read the joint control and a layer: see `evaluation.gains`
@@ -61,7 +61,8 @@ class KeptProbes(NamedTuple):
 
     final: Sequence[FinalProbes]
     seen: Tensor  # [n] int64, rising: hashes of the problems that trained them or chose their thresholds
-    words: Mapping[str, Tensor]  # `mean` [E] and `directions` [E, E / 3] of controls made of embeddings, if there are
+    words: Mapping[str, Tensor]  # `mean` [E] and `directions` [E, E / 2] of controls made of embeddings, if there are
+    section_labels: Sequence[str] = ()  # those whose sections the control `joint` is given
 
 
 def shared_probes(final: Sequence[FinalProbes]) -> dict[str, Probes]:
@@ -88,7 +89,7 @@ def pack_controls(kept: KeptProbes, about: Mapping[str, Any]) -> bytes:
         tensors |= {f"{each.solver}.{each.feed}.{name}": tensor for name, tensor in own.items()}
         places = {"sites": [list(site) for site in bank.sites], "columns": [list(column) for column in bank.columns]}
         jobs.append({"solver": each.solver, "feed": each.feed, "kind": bank.kind, **places})
-    facts = {"format": FORMAT, "jobs": jobs, **about}
+    facts = {"format": FORMAT, "jobs": jobs, "section_labels": list(kept.section_labels), **about}
     return pack_tensors(tensors, {**facts, "sha256": _digest(tensors, facts)})
 
 
@@ -126,7 +127,8 @@ def load_kept(folder: Path) -> KeptProbes:
         if any(about.get(name) != shared_about.get(name) for name in SAME):
             raise ValueError(f"of another run than {probes.name}")
         words = {name: tensors[f"words.{name}"] for name in ("mean", "directions") if f"words.{name}" in tensors}
-        kept = KeptProbes([_read_job(job, tensors, shared) for job in about["jobs"]], tensors["seen"], words)
+        final = [_read_job(job, tensors, shared) for job in about["jobs"]]
+        kept = KeptProbes(final, tensors["seen"], words, about["section_labels"])
         _check(kept, shared)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(
@@ -175,6 +177,8 @@ def _check(kept: KeptProbes, shared: Mapping[str, Probes]) -> None:
     """Raises ValueError for what does not go together."""
     if {each.solver for each in kept.final if each.shared} != shared.keys():
         raise ValueError(f"not the solvers {' '.join(shared)}")
+    if not (isinstance(kept.section_labels, list) and all(isinstance(name, str) for name in kept.section_labels)):
+        raise TypeError("labels that are no names")
     if kept.seen.dim() != 1 or kept.seen.dtype != torch.int64:
         raise ValueError("no hashes of problems")
     if kept.words:

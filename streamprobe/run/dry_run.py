@@ -92,8 +92,10 @@ def describe_run(config: RunConfig) -> None:
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     del texts  # as in a run, which plans with the memory that is free then
-    reader = Reader(inputs, backbone, model.max_batch_tokens, cost, embedded=embed_controls(inputs, backbone))
-    plan = plan_run(config, inputs, backbone, make_feeds(inputs, layers, backbone.hidden_size), before=None)
+    embedded = embed_controls(inputs, backbone)
+    reader = Reader(inputs, backbone, model.max_batch_tokens, cost, embedded=embedded)
+    feeds = make_feeds(inputs, layers, backbone.hidden_size, embedded.width if embedded else None)
+    plan = plan_run(config, inputs, backbone, feeds, before=None)
     splits = inputs.dataset.splits
     timed = time_batch(splits["train"], reader.stream, model.max_batch_tokens, config.training.seed + 1)
     say(

@@ -98,7 +98,8 @@ def set_up(asked: Asked, cost: Cost) -> Setup:
     """
     texts, config = read_texts(asked.config)
     asked = asked._replace(config=config)
-    chains = read_chains(config, texts, asked.own)
+    read = partial(read_chains, config, texts, asked.own, section_labels=asked.kept.section_labels)
+    chains = read()
     if asked.own:
         check_chains(asked.folder, chains)
     inputs, seen = look_at(asked, texts, chains)
@@ -108,10 +109,10 @@ def set_up(asked: Asked, cost: Cost) -> Setup:
     bad = find_bad_rows(config, chains, backbone, cost=cost) if config.data.bad_chains == "skip" else set()
     if bad:
         say(f"skipped   {len(bad)} chains {NOT_FINITE}; what is left:\n")
-        inputs, seen = look_at(asked, texts, read_chains(config, texts, asked.own, bad))
+        inputs, seen = look_at(asked, texts, read(bad))
     embedded = restore_embedded(asked.kept, inputs, backbone)
     reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embedded)
-    feeds = feeds_of(asked.kept, inputs, backbone)
+    feeds = feeds_of(asked.kept, inputs, backbone, embedded.width if embedded else None)
     return Setup(config, texts.tokenizer, inputs, seen, facts, backbone, feeds, reader)
 
 
@@ -155,9 +156,10 @@ def restore_embedded(kept: KeptProbes, inputs: Inputs, backbone: Backbone) -> Em
     return EmbeddingLayers(embedding, words, backbone.hidden_size, controls)
 
 
-def feeds_of(kept: KeptProbes, inputs: Inputs, backbone: Backbone) -> list[Feed]:
+def feeds_of(kept: KeptProbes, inputs: Inputs, backbone: Backbone, embedding_size: int | None) -> list[Feed]:
     """What each group of probes is fed.  Raises InputError where the run's config does not give that."""
-    made = {feed.name: feed for feed in make_feeds(inputs, backbone.layers, backbone.hidden_size)}
+    every = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedding_size)
+    made = {feed.name: feed for feed in every}
     feeds = []
     for each in kept.final:
         feed, bank = made.get(each.feed), each.bank

@@ -74,8 +74,18 @@ def format_options(data: DataConfig) -> FormatOptions:
     return FormatOptions(rejoined=data.response == "rejoined", label_names=data.names, rules=data.rules)
 
 
-def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = (), division: Division | None = None) -> Dataset:
-    """The chains of a run, by split (none: as its config says); the rows `bad` are refused."""
+def chains_of(
+    config: RunConfig,
+    texts: Texts,
+    bad: Collection[int] = (),
+    division: Division | None = None,
+    *,
+    section_labels: Sequence[str] | None = None,
+) -> Dataset:
+    """The chains of a run, by split (none: as its config says); the rows `bad` are refused.
+
+    `section_labels` are those of their `sections` (None: see `choose_section_labels`).
+    """
     data = config.data
     of_config = Division(
         test_share=data.test_share,
@@ -94,6 +104,7 @@ def chains_of(config: RunConfig, texts: Texts, bad: Collection[int] = (), divisi
         division=division or of_config,
         bad=bad,
         label_names={} if texts.partial else data.names,
+        section_labels=section_labels,
     )
 
 
@@ -128,7 +139,7 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     probes, training = config.probes, config.training
     plain = chains_of(config, texts, bad)
     preflight.check_splits(plain, probes.labels)
-    controls = ChosenControls(_fair_controls(config, plain), len(probes.labels))
+    controls = ChosenControls(_fair_controls(config, plain), len(probes.labels), len(plain.section_labels))
     real = make_columns(probes.labels, probes.targets, probes.lags)
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     columns = relabelled_columns(real, list(controls.relabelled), training.seeds)

@@ -1,9 +1,10 @@
 """What is trained in a run: a job for each solver and each group of sites with as many features.
 
-Shapes: N tokens, L sites, K columns, D features, P features that chains alone give.
+Shapes: N tokens, L sites, K columns, D features, E width of an embedding.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.schema import TrainingConfig
+from streamprobe.controls.chosen import ChosenControls
 from streamprobe.controls.table import CONTROLS
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import control_sites, layer_sites
@@ -26,29 +28,43 @@ from streamprobe.trainer import Done, Job
 PROBED = "layers"  # the feed of the probes themselves
 
 
-def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int) -> list[Feed]:
+def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embedding_size: int | None) -> list[Feed]:
     """The probed layers first, then the controls with sites of their own.
 
     A control that changes the labels is one more column of the probed layers; others are asked for the columns to which
-    they apply.
+    they apply.  `embedding_size` is E where there are layers made of embeddings, else None.
     """
     n_layers, controls = len(layers), inputs.controls
     every, real = torch.arange(len(inputs.columns)), torch.arange(inputs.n_real)
     feeds = [Feed(PROBED, layer_sites(layers), hidden_size, lambda batch: batch.acts[:, :n_layers], every)]
-    if controls.embedded:
-        sites = control_sites(controls.embedded)
-        feeds.append(Feed("embeddings", sites, hidden_size, lambda batch: batch.acts[:, n_layers:], real))
-    for name, place in controls.places.items():
+    if controls.with_layers:
+        sites = control_sites(controls.with_layers)
+        own = slice(n_layers, n_layers + len(sites))
+        feeds.append(Feed("embeddings", sites, hidden_size, lambda batch: batch.acts[:, own], real))
+    for name, hand_made in controls.widths.items():
         asked = [k for k in real.tolist() if CONTROLS[name].applies(inputs.columns[k])]
         if asked:
-            width = place.stop - place.start
-            feeds.append(Feed(name, control_sites([name]), width, _on_the_side(place), torch.tensor(asked)))
+            given = [n_layers + layer for layer in controls.layers_given(name)]
+            reads = Reads(controls, name, given, embedding_size or 0)
+            width = len(given) * reads.width + hand_made
+            feeds.append(Feed(name, control_sites([name]), width, reads, torch.tensor(asked), hand_made))
     return feeds
 
 
-def _on_the_side(place: slice) -> Callable[[TokenBatch], Tensor]:
-    """What a control's probes read of a batch, [N, 1, P]."""
-    return lambda batch: batch.side[:, None, place]
+@dataclass(frozen=True)
+class Reads:
+    """What the probes of one control read of a batch."""
+
+    controls: ChosenControls
+    name: str
+    layers: Sequence[int]  # which of the batch's layers stand in front
+    width: int  # E: the numbers of a layer that are not zeros to fill it up
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        """[N, 1, D] float32: the layers, and behind them what is made by hand."""
+        layers = [batch.acts[:, layer, : self.width].float() for layer in self.layers]
+        hand_made = self.controls.expand(self.name, batch.side)
+        return (torch.cat([*layers, hand_made], dim=1) if layers else hand_made)[:, None]
 
 
 def make_jobs(

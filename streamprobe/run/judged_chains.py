@@ -23,12 +23,15 @@ from streamprobe.system.console import say
 EVERY = Division(test_share=1.0)  # all chains are test chains
 
 
-def read_chains(config: RunConfig, texts: Texts, own: bool, bad: Collection[int] = ()) -> Dataset:
+def read_chains(
+    config: RunConfig, texts: Texts, own: bool, bad: Collection[int] = (), *, section_labels: Sequence[str]
+) -> Dataset:
     """The chains of the data: split as in the run where they are its `own`, else all of them as test chains.
 
-    The rows `bad` are refused.  Raises InputError where no chain is left.
+    The rows `bad` are refused; `section_labels` are the run's, whatever labels the data have.  Raises InputError where
+    no chain is left.
     """
-    found = chains_of(config, texts, bad, None if own else EVERY)
+    found = chains_of(config, texts, bad, None if own else EVERY, section_labels=section_labels)
     if not found.splits["test"]:
         counts = found.counts
         reasons = f" ({counts.n_refused} refused: {preflight.refusals(counts)})" if counts.refused else ""
@@ -52,7 +55,7 @@ def make_inputs(config: RunConfig, texts: Texts, plain: Dataset, columns: list[C
     Raises InputError where no probe can be judged by them, and for a model that cannot read them.
     """
     labels, training = config.probes.labels, config.training
-    controls = ChosenControls(config.probes.controls, len(labels))
+    controls = ChosenControls(config.probes.controls, len(labels), len(plain.section_labels))
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     dataset = replace(dataset, splits={"test": dataset.splits["test"]})
     if not {column.array for column in columns} <= set(dataset.labels):

@@ -48,21 +48,23 @@ class Reserve(NamedTuple):
 
 
 def estimate_reserve(
-    sizes: Sizes, *, tokens: int, longest: int, intermediate: int, n_evaluated: int, n_probes: int
+    sizes: Sizes, *, tokens: int, longest: int, intermediate: int, n_evaluated: int, n_probes: int, widest: int
 ) -> Reserve:
     """What must stay free, estimated for blocks like Llama's with fused attention.
 
     `tokens`: of the largest forward pass, with padding; `longest`: of its longest chain; `intermediate`: width of the
-    model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers.
+    model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers;
+    `widest`: features of the group of probes that has most, which may be made of the token on the way.
     """
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
     chunk = max(CHUNK_TOKENS, tokens)
-    trained_on = 4 * chunk * (2 * sizes.layers * (sizes.hidden + 1) + (8 + 3 * sizes.layers) * sizes.columns)  # float32
+    features = max(2 * sizes.layers * (sizes.hidden + 1), 4 * widest)  # parts, what is made of them, and a copy
+    trained_on = 4 * chunk * (features + (8 + 3 * sizes.layers) * sizes.columns)  # float32
     held = min(HELD, HELD_BYTES // sizes.token_bytes()) + chunk
-    waiting = sizes.token_bytes() + 4 * sizes.layers * sizes.columns
-    drawn = held * (2 * waiting + 2 * 4 * (sizes.hidden + 1))  # joined, and twice as features of a layer
+    waiting = max(sizes.token_bytes(), 4 * widest) + 4 * sizes.layers * sizes.columns
+    drawn = held * (2 * waiting + 2 * 4 * (max(sizes.hidden, widest) + 1))  # joined, and twice as features of a layer
     scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
     return Reserve(max(forward + handed_on + trained_on + drawn, scored))
 
@@ -247,6 +249,7 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
         intermediate=max(width) if isinstance(width, list) else width,  # some models have one a block
         n_evaluated=max(supported),
         n_probes=n_probes,
+        widest=max(feed.n_features for feed in feeds),
     )
     vectors = Matrices.of(feeds).vectors if with_matrices(config.training.solvers) else 0
     return reserve._replace(host=max(reserve.host, 2 * vectors))  # twice while a checkpoint is written

@@ -138,8 +138,9 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
         check_same_run(facts, earlier.checkpoint.facts)
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
-    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embed_controls(inputs, backbone))
-    feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size)
+    embedded = embed_controls(inputs, backbone)
+    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embedded)
+    feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedded.width if embedded else None)
     used = [*inputs.dataset.splits["train"], *inputs.dataset.splits["validation"]]
     seen = problem_hashes(texts.records, used).unique()
     return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts, seen)
@@ -264,7 +265,8 @@ def probes_to_keep(setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tenso
         whole = bank.choose(list(range(len(bank.columns))), threshold)
         final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
     embedded = setup.reader.embedded
-    return KeptProbes(final, setup.seen, embedded.words._asdict() if embedded else {})
+    words = embedded.words._asdict() if embedded else {}
+    return KeptProbes(final, setup.seen, words, setup.inputs.dataset.section_labels)
 
 
 def describe_cost(cost: Cost, plan: RunPlan, done: Done) -> dict[str, Any]:

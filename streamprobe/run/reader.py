@@ -63,12 +63,12 @@ def find_bad_rows(config: RunConfig, dataset: Dataset, backbone: Backbone, *, co
 
 
 def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None:
-    """The controls that are layers made of embeddings, if the run has any."""
-    controls = inputs.controls.embedded
-    if not controls:
+    """The layers made of embeddings that controls are, or are given, if the run has any."""
+    wanted = inputs.controls.embedded
+    if not wanted:
         return None
     ids = torch.cat([chain.ids for chain in inputs.dataset.splits["train"]])
-    layers = EmbeddingLayers.fitted(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, controls)
+    layers = EmbeddingLayers.fitted(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, wanted)
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()  # so that the plan of memory sees what is free
     return layers

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamprobe.controls.embedding import WINDOWS, EmbeddingLayers, recent_tokens, this_token
+from streamprobe.controls.embedding import WINDOWS, EmbeddingLayers, last_tokens, recent_tokens, this_token
 from streamprobe.controls.permuted import permute_labels, relabel, relabelled_columns
-from streamprobe.controls.persistence import persistence_features
+from streamprobe.controls.persistence import expand_ages, persistence_features
 from streamprobe.controls.piecewise_linear import KNOTS, piecewise_linear
-from streamprobe.controls.position import position_features
+from streamprobe.controls.position import expand_position, position_features
 from streamprobe.data.dataset import Counts, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
@@ -43,7 +43,12 @@ def chain_of(codes: Tensor, start: int = 15) -> Chain:
 
 def position(n: int, start: int) -> Tensor:
     """The features of `position` in a chain of n tokens."""
-    return position_features(chain_of(torch.zeros(n, 1, dtype=torch.int8), start))
+    return expand_position(position_features(chain_of(torch.zeros(n, 1, dtype=torch.int8), start)))
+
+
+def persistence(codes: Tensor) -> Tensor:
+    """The features of `persistence` in a chain with these codes [T, C]."""
+    return expand_ages(persistence_features(chain_of(codes), codes.shape[1]))
 
 
 # --- permuted labels ---
@@ -130,13 +135,46 @@ def persistence_by_loop(codes: list[int]) -> list[tuple[bool, bool, int]]:
 @pytest.mark.parametrize("seed", range(10))
 def test_persistence_is_that_of_a_loop(seed: int) -> None:
     codes, _ = make_codes(seed)
-    features = persistence_features(chain_of(codes), 1)
+    features = persistence(codes)
     width = len(KNOTS)
     for row, (inside, before, since) in zip(features, persistence_by_loop(codes[:, 0].tolist()), strict=True):
         assert row[:2].tolist() == [inside, before]
         here, there = row[2 : 2 + width], row[2 + width :]
         expected = piecewise_linear(torch.tensor([since]))[0]
         assert torch.equal(here, expected * inside) and torch.equal(there, expected * before)
+
+
+def basis_by_loop(x: float) -> list[float]:
+    """How near x is to the knots on both sides, in float32."""
+    knots, values = KNOTS.tolist(), [0.0] * len(KNOTS)
+    x = min(x, knots[-1])
+    for i, (low, high) in enumerate(zip(knots, knots[1:], strict=False)):
+        if x <= high:
+            share = torch.tensor(x - low) / (high - low)
+            values[i], values[i + 1] = float(1 - share), float(share)
+            break
+    return values
+
+
+@pytest.mark.parametrize("start", [0, 15, 200])
+def test_features_that_are_stored_compactly_are_those_that_were_fed_before(start: int) -> None:
+    """Of several labels, with rare ages, number for number."""
+    codes = torch.cat([make_codes(seed, 180)[0] for seed in (1, 2, 3)], dim=1)
+    codes[:, 1] = torch.where(torch.arange(180) < 30, codes[:, 1], OUTSIDE)
+    chain = chain_of(codes, start)
+    position = [[1.0] + [0.0] * len(KNOTS) if t < start else [0.0, *basis_by_loop(t - start)] for t in range(180)]
+    assert torch.equal(expand_position(position_features(chain)), torch.tensor(position))
+    expected = []
+    for column in codes.T.tolist():
+        for t, (inside, before, since) in enumerate(persistence_by_loop(column)):
+            basis = basis_by_loop(since)
+            here, there = [inside * value for value in basis], [before * value for value in basis]
+            expected.append((t, [inside, before, *here, *there]))
+    rows = torch.tensor([row for _, row in sorted(expected, key=lambda each: each[0])]).float()
+    rows = rows.reshape(180, -1)
+    assert torch.equal(expand_ages(persistence_features(chain, 3)), rows)
+    assert torch.equal(expand_ages(persistence_features(chain, 2)), rows[:, : 2 * rows.shape[1] // 3])
+    assert position_features(chain).shape == (180, 1) and persistence_features(chain, 3).shape == (180, 3)
 
 
 def knows_the_past_only(features: Tensor, cut: Tensor) -> bool:
@@ -147,7 +185,7 @@ def knows_the_past_only(features: Tensor, cut: Tensor) -> bool:
 @pytest.mark.parametrize("n", [1, 16, 50, 119])
 def test_no_side_feature_knows_what_comes(n: int) -> None:
     codes, _ = make_codes(5)
-    assert knows_the_past_only(persistence_features(chain_of(codes), 1), persistence_features(chain_of(codes[:n]), 1))
+    assert knows_the_past_only(persistence(codes), persistence(codes[:n]))
     assert knows_the_past_only(position(120, 15), position(n, 15))
     share_of_length = [torch.arange(m)[:, None] / m for m in (120, n)]  # negative control
     assert n == 1 or not knows_the_past_only(*share_of_length)
@@ -162,6 +200,7 @@ def test_position_counts_from_the_response() -> None:
 # --- layers made of embeddings ---
 
 BOTH = {"embed": this_token, "text": recent_tokens}
+ALL = BOTH | {"order": last_tokens}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +211,7 @@ def embedding() -> nn.Embedding:
 
 def text_by_loop(embedding: nn.Embedding, surface: EmbeddingLayers, ids: Tensor) -> Tensor:
     """[T, D] of every token's windows, one after another."""
-    table = (embedding.weight.detach() - surface.mean) @ surface.directions
+    table = (embedding.weight.detach() - surface.mean) @ surface.directions[:, : 32 // 3]
     rows = []
     for t in range(len(ids)):
         means = [table[ids[max(0, t + 1 - window) : t + 1]].mean(0) for window in WINDOWS]
@@ -193,7 +232,7 @@ def test_surface_is_the_embedding_and_means_of_the_last_tokens(embedding: nn.Emb
 @pytest.mark.parametrize("size", [1, 50, 130, 299])
 def test_surface_is_the_same_in_chunks(embedding: nn.Embedding, size: int) -> None:
     ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(2))
-    surface = EmbeddingLayers.fitted(embedding, ids, 32, BOTH)
+    surface = EmbeddingLayers.fitted(embedding, ids, 32, ALL)
     whole = surface.rows(ids, 300)
     parts = torch.cat(
         [surface.rows(ids[max(0, i - surface.before) : i + size], len(ids[i : i + size])) for i in range(0, 300, size)]
@@ -224,10 +263,33 @@ def test_the_kept_directions_are_those_of_most_variance(embedding: nn.Embedding)
     surface = EmbeddingLayers.fitted(embedding, ids, 32, BOTH)
     rows = embedding.weight.detach()[ids]
     centred = (rows - rows.mean(0)).double()
-    expected = torch.linalg.svd(centred, full_matrices=False).S.square()[: 32 // 3].sum()
-    kept = (centred @ surface.directions.double()).square().sum()
-    assert torch.allclose(kept, expected, rtol=1e-5)
-    assert surface.directions.shape == (32, 10)
+    for n in (32 // 3, 32 // 2):
+        expected = torch.linalg.svd(centred, full_matrices=False).S.square()[:n].sum()
+        kept = (centred @ surface.first(n).double()).square().sum()
+        assert torch.allclose(kept, expected, rtol=1e-5)
+        assert surface.first(n).is_contiguous() and torch.equal(surface.first(n), surface.directions[:, :n])
+    assert surface.directions.shape == (32, 16)
+
+
+@pytest.mark.parametrize("width", [32, 30])
+def test_the_last_tokens_are_those_of_a_loop(width: int) -> None:
+    """In order; a chain begins with zeros, and so does the end of a layer whose width cannot be divided by 8."""
+    torch.manual_seed(5)
+    embedding = nn.Embedding(50, width)
+    ids = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(6))
+    surface = EmbeddingLayers.fitted(embedding, ids, width, {"order": last_tokens})
+    table = (embedding.weight.detach() - surface.mean) @ surface.directions
+    expected = torch.zeros(40, width)
+    for t in range(40):
+        row = [
+            table[ids[t - back], : width // part] if t >= back else torch.zeros(width // part)
+            for back, part in enumerate((2, 4, 8, 8))
+        ]
+        expected[t, : sum(map(len, row))] = torch.cat(row)
+    assert torch.allclose(surface.rows(ids, 40)[:, 0], expected, atol=1e-5)
+    assert torch.allclose(surface.rows(ids, 7)[:, 0], expected[-7:], atol=1e-5)
+    swapped = surface.rows(ids[torch.tensor([*range(38), 39, 38])], 1)  # negative control: the order counts
+    assert not torch.allclose(swapped[:, 0], expected[-1:], atol=1e-2)
 
 
 def test_permuted_labels_do_not_depend_on_which_other_controls_there_are() -> None:

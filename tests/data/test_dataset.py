@@ -3,6 +3,7 @@
 import io
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from builders import fingerprint, load_chains, make_record, make_rows, make_tokenizer
 from tqdm import tqdm
 
-from streamprobe.data.annotations import Section, annotate
-from streamprobe.data.dataset import Division
+from streamprobe.data import preflight
+from streamprobe.data.annotations import Annotation, Section, annotate
+from streamprobe.data.dataset import MOST_SECTION_LABELS, Division, choose_section_labels, make_dataset
 from streamprobe.data.formats import annotated, category_of
 from streamprobe.data.prompts import format_prompt
-from streamprobe.data.records import FormatOptions, Record
+from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.splits import split_chains
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
@@ -509,3 +511,52 @@ def test_a_name_may_be_missing_from_some_rows_of_the_data_only(tokenizer):
     assert load_chains(rows, tokenizer, LABELS, 512, fields=fields, most=10)[1].used == 10
     with pytest.raises(InputError, match="no tag names '5. backtracking'"):  # negative control
         load_chains(rows, tokenizer, LABELS, 512, fields=fields)
+
+
+# --- the labels whose sections a joint control is given ---
+
+
+def labelled(*labels: str, problem: str = "why?") -> Record:
+    """A record with a section of a word for each label."""
+    text = "so " * len(labels)
+    return make_record(problem, text, [(label, 3 * i, 3 * i + 2) for i, label in enumerate(labels)])
+
+
+def test_section_labels_are_the_probed_ones_and_then_those_of_most_records():
+    records = [labelled("c", "c", "c"), labelled("b", "a"), labelled("b", "c"), Refused("why", id="x"), labelled("d")]
+    assert choose_section_labels(records, ["d"]) == ["d", "b", "c", "a"], "of records, not of sections"
+    assert choose_section_labels(records, ["never", "c"]) == ["never", "c", "b", "a", "d"]
+    named = [replace(record, annotation=Annotation([])) for record in records[:1]]
+    assert choose_section_labels([*named, Refused("why")], ["c"]) == ["c"]
+
+
+def test_at_most_so_many_are_taken_and_the_others_are_named(tokenizer):
+    names = [f"label {i:02}" for i in range(20)]
+    records = [labelled(*names[: 20 - i], problem=f"why {i}?") for i in range(6)]
+    dataset = make_dataset(records, tokenizer, [names[19]], context=512, division=Division(validate_on_test=True))
+    assert dataset.section_labels == [names[19], *names[:15]] and len(dataset.section_labels) == MOST_SECTION_LABELS
+    assert all(chain.sections.shape == (len(chain.ids), 16) for chain in dataset.chains())
+    lines = [line for line in preflight.describe_chains(dataset, [names[19]]) if line.startswith("joint ")]
+    assert lines == [
+        "joint     the sections of 16 labels are given to this control, but not label 15, label 16, label 17, label 18"
+    ]
+    few = make_dataset(records, tokenizer, names[:3], context=512, section_labels=names)
+    assert list(few.section_labels) == names
+    assert not [line for line in preflight.describe_chains(few, names[:3]) if line.startswith("joint ")]
+
+
+def test_the_labels_do_not_depend_on_which_chains_are_bad(tokenizer):
+    rows = [labelled("a"), labelled("b"), labelled("b"), labelled("a", problem="else")]
+    records = [replace(row, row=i) for i, row in enumerate(rows)]
+    plain, skipped = (make_dataset(records, tokenizer, ["c"], context=512, bad=bad) for bad in ((), {1, 2}))
+    assert plain.section_labels == skipped.section_labels == ["c", "a", "b"]
+
+
+def test_the_fingerprint_is_of_sections_and_sentence_ends_too(tokenizer):
+    chain = tokenize(labelled("a", "b"), tokenizer, ["a"], section_labels=["a", "b"])
+    prints = {fingerprint({"train": [chain]})}
+    for name in ("sections", "sentence_end", "codes", "support", "ids"):
+        changed = getattr(chain, name).clone()
+        changed[-1] = 1 - changed[-1].int()
+        prints.add(fingerprint({"train": [replace(chain, **{name: changed})]}))
+    assert len(prints) == 6 and fingerprint({"train": [replace(chain)]}) in prints

@@ -214,4 +214,4 @@ def test_the_demos_chains_and_split_stay_what_they_are(monkeypatch):
     splits, _ = load_chains(
         rows, load_tokenizer(config.model.model), config.probes.labels, context(read_config(config.model.model))
     )
-    assert fingerprint(splits) == "0c339199b7e74525193b2b153f465d908faacc5b9dd733b8dc4d13170b755ae5"
+    assert fingerprint(splits) == "dde4f329a92e3218bb7c7272eac8c05cd6c3e339bf7c538fb8de671fff571126"

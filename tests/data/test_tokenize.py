@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from builders import make_letters_core, make_record, make_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamprobe.data.annotations import Section
 from streamprobe.data.prompts import encode
@@ -30,6 +30,7 @@ PIECES = [  # label and text of the sections, between which some text has no lab
     ("", "  the end 🙂 \n "),
 ]
 LABELS = ["backtracking", "deduction"]
+RAW = TextOptions("{problem}", "response", "ignore", bos=False)
 
 
 def pieces_as_record(problem: str = "why?\n") -> Record:
@@ -222,3 +223,60 @@ def test_bytes_of_unknown_letters_carry_the_label_of_their_own_letter(tmp_path, 
     if model == "unigram":  # the negative control: the tokenizer's own offsets
         raw = tokenizer(record.problem + response, add_special_tokens=False, return_offsets_mapping=True)
         assert raw["offset_mapping"][1:] != spans
+
+
+# --- where a sentence ends ---
+
+ENDING = (
+    "So. We 3.5! ok?\n\nWait 🙂。 漢字！ next？ half．and｡ no… one. \n  two \n three\r\n four.\tfive 🙂\u2028six.\n",
+    "why? 🙂。\nbecause! ",
+)
+
+
+def ends_by_loop(text: str, spans: list[tuple[int, int]]) -> list[bool]:
+    """Whether a sentence or line ends in each token, which holds the last byte of whatever ends it."""
+    found = []
+    for i, (start, end) in enumerate(spans):
+        following = spans[i + 1][0] if i + 1 < len(spans) else len(text)
+        whole = [c for c in range(start, end) if c < following]  # letters whose last byte is in this token
+        letters = [c for c in range(start, end) if not text[c].isspace()]
+        ends = bool(letters) and letters[-1] in whole and text[letters[-1]] in ".!?。．｡！？"
+        found.append(ends or any(text[c] in "\n\r\u2028" for c in whole))
+    return found
+
+
+def test_sentences_end_at_the_last_byte_of_a_sign_or_a_line_end() -> None:
+    """In latin and in CJK text, with letters of several tokens; problem and response alike."""
+    response, problem = ENDING
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(None))
+    text, letters = problem + response, byte_table()
+    chain = tokenize(make_record(problem, response, [("deduction", 0, 3)]), tokenizer, LABELS, RAW)
+    tokens = tokenizer.convert_ids_to_tokens(chain.ids.tolist())
+    spans = walk([bytes(letters[letter] for letter in token) for token in tokens], text)
+    assert chain.sentence_end.tolist() == ends_by_loop(text, spans)
+    assert len([span for span in spans if spans.count(span) > 1]) > 10, "letters of several tokens"
+    assert 20 < chain.sentence_end.sum() < len(tokens) / 3
+    early = [start for start, end in spans if text[end - 1] in "。！？"]  # negative control: their first bytes
+    assert len(early) > sum(chain.sentence_end[i] and text[spans[i][1] - 1] in "。！？" for i in range(len(spans)))
+
+
+def test_special_tokens_end_no_sentence_and_text_without_a_sign_has_none() -> None:
+    core = byte_level(processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    chain = tokenize(make_record("why", "so it is", [("deduction", 0, 3)]), tokenizer, LABELS, RAW)
+    assert not chain.sentence_end.any() and len(chain.sentence_end) == len(chain.ids)
+    ended = tokenize(make_record("why", "so it is.", [("deduction", 0, 3)]), tokenizer, LABELS, RAW)
+    assert ended.sentence_end.sum() == 1 and not ended.sentence_end[ended.ids < 2].any()
+
+
+def test_sections_are_the_codes_of_their_labels_whichever_are_probed() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(None))
+    record = pieces_as_record()
+    both = tokenize(record, tokenizer, LABELS, RAW)
+    for labels in (LABELS, LABELS[:1], []):
+        for known in (LABELS, LABELS[::-1], [*LABELS, "never"], []):
+            chain = tokenize(record, tokenizer, labels, RAW, section_labels=known)
+            assert chain.codes.tolist() == both.codes[:, [LABELS.index(name) for name in labels]].tolist()
+            never = both.codes[:, 0].where(both.codes[:, 0] == UNKNOWN, OUTSIDE)
+            columns = [both.codes[:, LABELS.index(name)] if name in LABELS else never for name in known]
+            assert chain.sections.T.tolist() == [column.tolist() for column in columns]

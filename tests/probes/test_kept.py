@@ -44,6 +44,7 @@ KEPT = KeptProbes(
     ],
     torch.tensor([-7, 3, 2**62]),
     {"mean": torch.arange(5.0), "directions": torch.ones(5, 1)},
+    ["backtracking", "déduction"],
 )
 PLAIN = KeptProbes([final_of("newton", "layers", [0], REAL)], torch.zeros(0, dtype=torch.int64), {})
 
@@ -64,6 +65,7 @@ def test_what_was_kept_comes_back(tmp_path: Path, kept: KeptProbes) -> None:
     found = load_kept(write(tmp_path, kept))
     assert same(found.seen, kept.seen) and found.words.keys() == kept.words.keys()
     assert all(same(found.words[name], kept.words[name]) for name in kept.words)
+    assert list(found.section_labels) == list(kept.section_labels)
     for a, b in zip(found.final, kept.final, strict=True):
         assert (a.solver, a.feed, a.bank.sites, a.bank.columns) == (b.solver, b.feed, b.bank.sites, b.bank.columns)
         assert a.bank.threshold is not None and b.bank.threshold is not None

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from streamprobe.cli import main
 from streamprobe.data.splits import split_chains
 from streamprobe.probes import kept
-from streamprobe.probes.kept import CONTROLS_FILE
+from streamprobe.probes.kept import CONTROLS_FILE, load_kept
 from streamprobe.probes.storage import pack_tensors
 from streamprobe.run import reader
 
@@ -124,7 +124,8 @@ def change(run: Path, name: str, add: float) -> None:
     [
         ("newton.position.threshold", "f1", {"position"}),
         ("newton.embeddings.half", "f1_at_half", {"embed", "text"}),
-        ("words.mean", "auroc", {"text"}),
+        ("newton.joint+chain.threshold", "f1", {"joint+chain"}),
+        ("words.mean", "auroc", {"text", "joint", "joint+chain"}),
     ],
 )
 def test_a_row_is_as_before_fails_without_what_was_kept(
@@ -190,6 +191,23 @@ def test_the_same_chains_in_another_file_score_the_same(
         if before["control"] != "permuted":
             assert numbers(after) == pytest.approx(numbers(before), abs=1e-5, nan_ok=True)
     assert any(a["auroc"] != b["auroc"] for a, b in zip(now, rows_of(run), strict=True) if a["control"] == "permuted")
+
+
+def test_joint_controls_are_given_the_labels_of_the_run(run: Path, chains_file: Path) -> None:
+    """Whichever other labels the data have, and in whichever order they would come there."""
+    rows, splits = split_of(chains_file)
+    known = load_kept(run).section_labels
+    assert list(known[:2]) == KEYS["labels"] and len(known) > 2
+    other = write([row for row, split in zip(rows, splits, strict=True) if split == "test"])
+    for row in rows:  # a label that only other texts have, and that most of them have
+        row["annotated_chain"] += '["musing"] hm["end-section"]'
+        row["reasoning_chain"] += " hm"
+    more = write([row for row, split in zip(rows, splits, strict=True) if split == "test"], "more.json")
+    for data in (other, more):
+        assert main(["evaluate", "run", "--data", data]) == 0
+    for before, now in zip(rows_of(run / "evaluations/other"), rows_of(run / "evaluations/more"), strict=True):
+        if before["control"].startswith("joint") and before["target"] == "token":
+            assert float(now["auroc"]) == pytest.approx(float(before["auroc"]), abs=0.05)
 
 
 def test_the_same_chains_score_the_same_fails_without_their_labels(run: Path, chains_file: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_chat_is_trained_and_resumed(folder, capsys):
 def test_one_label_a_text_gives_rows_of_texts_and_leaves_out_controls_that_know_it(folder, model_dir, capsys):
     rows, _ = trained(folder, "pooled", "--labels", "deceptive", model=model_dir)
     assert {row["control"] for row in rows} == {"", "embed", "text", "position"}
-    assert "persistence, permuted left out" in capsys.readouterr().out
+    assert "persistence, permuted, joint, joint+chain left out" in capsys.readouterr().out
     texts = list(csv.DictReader((folder / "run-pooled-2" / "texts.csv").open()))
     assert {row["pooling"] for row in texts} == {"mean", "max", "last"} and float(texts[0]["auroc"]) > 0.5
     argv = ["--model", model_dir, "--data", str(folder / "pooled.jsonl"), "--labels", "deceptive", *KEYS]

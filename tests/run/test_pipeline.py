@@ -30,6 +30,7 @@ from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import stream
 from streamprobe.cli import train as main
+from streamprobe.controls.table import CONTROLS
 from streamprobe.data.dataset import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.metrics import measure
@@ -98,7 +99,7 @@ def test_a_run_writes_what_it_promises(config, capsys):
     columns = 2 * (3 + 3 + 1)  # labels x (token, onset, within: positive lags only)
     assert list(rows[0]) == FIELDS
     by_control = {"": 2 * columns, "permuted": 2 * columns, "embed": columns, "text": columns, "position": columns}
-    by_control["persistence"] = 2 * 3  # where the label lies ahead
+    by_control |= dict.fromkeys(("persistence", "joint", "joint+chain"), 2 * 3)  # where the label lies ahead
     assert Counter((r["solver"], r["control"]) for r in rows) == {
         (solver, control): n for solver in ("adam", "newton") for control, n in by_control.items()
     }
@@ -148,7 +149,7 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.0023"]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.003"]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
     assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
@@ -244,10 +245,10 @@ def test_seeds_spread_what_is_random_and_nothing_else(config):
     spread = {(r["solver"], r["control"]): float(r["auroc_spread"]) for r in rows}
     assert {place for place, value in spread.items() if value == value} == {
         ("newton", "permuted"),
-        *(("adam", c) for c in ("", "embed", "text", "position", "persistence", "permuted")),
+        *(("adam", c) for c in ("", *CONTROLS)),
     }
     assert 0 < spread["adam", ""] < 0.1 < 10 * spread["newton", "permuted"]
-    assert len(rows) == 2 * (2 * 3 * 2 + 2 * 3 + 3 + 1), "one row for all seeds"
+    assert len(rows) == 2 * (2 * 3 * 2 + 2 * 3 + 3 + 3), "one row for all seeds"
     assert load_probes("runs/tiny", "adam").weight.shape == (2, 3, 32), "the first seed's probes are saved"
 
 
@@ -280,6 +281,8 @@ def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
         "control text",
         "control position",
         "control persistence",
+        "control joint",
+        "control joint+chain",
         "layer00 control permuted",
         "layer02 control permuted",
     ]
@@ -373,7 +376,7 @@ def launch(config, *argv):
 
 @pytest.mark.parametrize(
     ("memory", "stops"),
-    [("auto", [(3, 3), (5, 3)]), ("auto", [(2, 0), (6, 3)]), ("0.002", [(3, 3)]), ("0.002", [(3, 2)])],
+    [("auto", [(3, 3), (5, 3)]), ("auto", [(2, 0), (6, 3)]), ("0.0028", [(3, 3)]), ("0.0028", [(3, 2)])],
     ids=["replayed", "replayed from an older pass", "streamed", "streamed from an older pass"],
 )
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops, capsys):
