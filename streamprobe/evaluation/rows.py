@@ -21,7 +21,7 @@ FIELDS = (
     "tpr_at_5fpr,brier,base_rate,n_tokens,n_positive,n_chains,n_positive_chains,auroc_spread,best_pass,gradient_norm"
 ).split(",")
 Row = dict[str, Any]
-JOINT, JOINT_CHAIN = "joint", "joint+chain"  # controls that combine others; the second is what a layer's gain is over
+JOINT_CHAIN = "joint+chain"  # the control that a gain is over
 GAINS = ("gain_bits", "gain", "gain_within")  # what a layer adds to the joint control: see `gains`
 COMPARED: Row = {  # the fields of comparisons with controls, where there is none
     **{f"{name}{end}": math.nan for name in (*GAINS, "lift") for end in ("", "_low", "_high", "_low_corrected")},

@@ -203,10 +203,10 @@ def test_a_lift_is_over_single_controls_alone(parts: list[ScoredProbes], judged:
     joint = parts[1]._replace(scored=parts[1].scored._replace(scores=parts[1].scored.targets[:, None].float()))
     lifts = {
         name: [each.row["lift"] for each in judge([*parts, joint._replace(sites=sites_of([name]))], N_CHAINS, 0, 7)[:8]]
-        for name in ("joint", "joint+chain", "another")
+        for name in ("joint", "joint+chain", "text")
     }
     expected = [each.row["lift"] for each in judged[:8]]
-    assert str(lifts["joint"]) == str(lifts["joint+chain"]) == str(expected) != str(lifts["another"])
+    assert str(lifts["joint"]) == str(lifts["joint+chain"]) == str(expected) != str(lifts["text"])
 
 
 def test_lift_makes_no_verdict(judged: list[Judged]) -> None:
