@@ -27,9 +27,14 @@ def joint_features(chain: Chain, n_labels: int) -> Tensor:
 
 def expand_joint(stored: Tensor) -> Tensor:
     """[N, 2 + 4A] -> [N, P]: each of them as features, the chain so far as it is stored."""
+    return torch.cat(_parts(stored), dim=1)
+
+
+def _parts(stored: Tensor) -> list[Tensor]:
+    """The features of `expand_joint` side by side."""
     n = (stored.shape[1] - ALONE) // OF_A_LABEL  # A
     place, ages, so_far, sentence = stored.split([1, n, 3 * n, 1], dim=1)
-    return torch.cat([expand_position(place), expand_ages(ages), so_far, known_or_not(sentence[:, 0])], dim=1)
+    return [expand_position(place), expand_ages(ages), so_far, known_or_not(sentence[:, 0])]
 
 
 def chain_rates(chain: Chain, n_labels: int) -> Tensor:
@@ -47,7 +52,7 @@ def expand_with_rates(stored: Tensor) -> Tensor:
     """[N, 2 + 6A], what `joint` stores and the rates of the whole chain -> [N, P + 2A]."""
     n = (stored.shape[1] - ALONE) // (OF_A_LABEL + RATES)  # A
     joint, rates = stored.split([ALONE + OF_A_LABEL * n, RATES * n], dim=1)
-    return torch.cat([expand_joint(joint), rates], dim=1)
+    return torch.cat([*_parts(joint), rates], dim=1)
 
 
 def log_odds(k: Tensor, n: Tensor) -> Tensor:

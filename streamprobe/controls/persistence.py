@@ -6,7 +6,7 @@ Shapes: T tokens in a chain, N tokens of any chains, C labels, P features.
 import torch
 from torch import Tensor
 
-from streamprobe.controls.piecewise_linear import piecewise_linear
+from streamprobe.controls.piecewise_linear import KNOTS, nearest_knots
 from streamprobe.data.tokenize import Chain
 from streamprobe.lags import INSIDE, ONSET
 
@@ -35,6 +35,9 @@ def expand_ages(stored: Tensor) -> Tensor:
 
     For each label: is t inside; was there a section before; the tokens since this one began or since the last ended.
     """
-    flags = torch.stack([stored > 0, stored < 0], dim=2).float()  # [N, C, 2]
-    since = piecewise_linear(stored.abs() - flags[:, :, 0])
-    return torch.cat([flags, (since[:, :, None] * flags[..., None]).flatten(2)], dim=2).flatten(1)
+    inside, after = stored > 0, stored < 0  # [N, C]
+    near = nearest_knots(stored.abs() - inside.float())
+    features = torch.zeros(*stored.shape, 2 + 2 * len(KNOTS), device=stored.device)
+    features[..., 0], features[..., 1] = inside, after
+    places = 2 + near.knots + len(KNOTS) * after[..., None]
+    return features.scatter_(2, places, near.shares * (inside | after)[..., None]).flatten(1)

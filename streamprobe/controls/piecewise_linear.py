@@ -4,6 +4,7 @@ Shapes: N tokens; `...` any others.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,26 @@ def piecewise_linear(x: Tensor) -> Tensor:
     A weighted sum of them is piecewise linear between the knots (hat functions, the basis of linear splines).  The
     knots grow in steps of a half or a third; all beyond the last one is one.  The host waits for no device.
     """
+    near = nearest_knots(x)
+    empty = torch.zeros(*x.shape, len(KNOTS), device=x.device)
+    return empty.scatter_(-1, near.knots, near.shares)
+
+
+class Near(NamedTuple):
+    """The two knots beside a number, and how near it is to each."""
+
+    knots: Tensor  # [..., 2] int64
+    shares: Tensor  # [..., 2] float32, which add up to 1
+
+
+def nearest_knots(x: Tensor) -> Near:
+    """The knots below and above each x [...] >= 0, of any float or integer dtype."""
     knots = _knots_on(x.device)
     x = x.float().clamp(max=LAST).contiguous()
     after = torch.searchsorted(knots, x).clamp_min(1)
     low, high = knots[after - 1], knots[after]
-    above, after = ((x - low) / (high - low))[..., None], after[..., None]
-    empty = torch.zeros(*x.shape, len(knots), device=x.device)
-    return empty.scatter_(-1, after, above).scatter_(-1, after - 1, 1 - above)
+    above = (x - low) / (high - low)
+    return Near(torch.stack([after - 1, after], dim=-1), torch.stack([1 - above, above], dim=-1))
 
 
 def known_or_not(x: Tensor) -> Tensor:
