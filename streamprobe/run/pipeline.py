@@ -1,21 +1,17 @@
 """A config becomes a finished run: read, load, plan, train, test, write."""
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.load import RunConfig
 from streamprobe.data.overlap import problem_hashes
-from streamprobe.errors import InputError
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.scores import evaluate
@@ -27,20 +23,22 @@ from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
 from streamprobe.reporting.tracking.tracker import Tracker
-from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
+from streamprobe.run.checkpoint import STATE, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, make_inputs, read_texts
-from streamprobe.run.jobs import describe_progress, make_feeds, make_jobs, states_of, take_up
-from streamprobe.run.memory_plan import Kept, RunPlan, make_memories, plan_run
-from streamprobe.run.provenance import facts_of, peak_memory, write_config
+from streamprobe.run.jobs import make_feeds, make_jobs, states_of, take_up
+from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
+from streamprobe.run.pass_end import PassEnd
+from streamprobe.run.provenance import facts_of, sizes_of, write_config
 from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
 from streamprobe.system.hardware import exact_float32
 from streamprobe.system.start import no_collections
+from streamprobe.system.wrapping import columns
 from streamprobe.trainer import Done, Job, log_metrics, train
 
 
@@ -145,47 +143,6 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts, seen)
 
 
-@dataclass
-class PassEnd:
-    """What is done at the end of every pass, when the trainer calls it: two curves, a line, and a checkpoint."""
-
-    checkpoints: Checkpoints
-    facts: dict[str, Any]
-    kept: Kept
-    jobs: Sequence[Job]
-    tracker: Tracker
-    device: torch.device
-    begun: Done  # how far training had come when this process began
-    lap: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self.newest = self.snapshot(self.begun)
-
-    def __call__(self, done: Done) -> None:
-        """Notes what a pass took, and puts its curves on disk before a checkpoint that a resumed run goes on from."""
-        seconds, self.lap = time.perf_counter() - self.lap, time.perf_counter()
-        self.tracker.number("progress/tokens_per_second", done.tokens / done.passes / seconds, done.tokens)
-        self.tracker.number("progress/memory_gb", peak_memory(self.device) / 1e9, done.tokens)
-        say(f"pass {done.passes:<4}{seconds:>8.1f} s   {describe_progress(self.jobs)}")
-        if all(job.solver.resumable for job in self.jobs):
-            self.newest = self.snapshot(done)
-        try:
-            self.tracker.flush()
-        except InputError:  # which ends the run
-            self.finish()
-            raise
-        self.checkpoints.offer(self.newest)
-
-    def snapshot(self, done: Done) -> Checkpoint:
-        """The run as it stands after a pass, sharing no memory with what trains on."""
-        return Checkpoint(states_of(self.jobs), self.facts, done.passes, done.tokens, self.kept)
-
-    def finish(self) -> None:
-        """Returns when the run is on disk as it stood when it could last be resumed."""
-        self.checkpoints.write(self.newest)
-        self.checkpoints.wait()
-
-
 def calibrated(job: Job, inputs: Inputs) -> Probes:
     """The best probes with their class weighting undone, so that the sigmoid of a logit is the probability they mean.
 
@@ -235,6 +192,7 @@ def judge_held_out(
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {
         "counts": inputs.dataset.counts.as_dict(),
+        "splits": sizes_of(inputs.dataset.splits),
         "verdicts": verdicts(judged),
         "preflight": inputs.preflight,
     }
@@ -289,12 +247,13 @@ def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
 
 
 def finish(results: TestResults, tracker: Tracker) -> None:
-    """What a run ends with in the terminal and where its curves went."""
-    verdicts = results.described["verdicts"]
-    found = terminal.table(results.rows, verdicts, results.texts)
-    printed = f"{found}\n{terminal.describe_cost(results.cost())}"
-    say(f"\n{printed}")
+    """What a run ends with in the terminal and where its curves went: the verdicts last."""
+    verdicts, width = results.described["verdicts"], columns()
+    cost = terminal.describe_cost(results.cost())
+    say(f"\n{terminal.table(results.rows, results.texts, width)}\n{cost}")
     first, *_ = results.facts["config"]["solvers"]
-    tracker.outcome("\n\n".join([*verdicts, printed]), terminal.headline(results.rows, first))
+    kept = f"{terminal.table(results.rows, results.texts)}\n{cost}"
+    tracker.outcome("\n\n".join([*verdicts, kept]), terminal.headline(results.rows, first))
     tracker.close()
-    say(terminal.describe_files(results.folder))
+    say(terminal.describe_files(results.folder, width))
+    say(f"\n{terminal.describe_outcome(verdicts, results.folder, width)}")
