@@ -72,7 +72,7 @@ def _svg(figure: Figure) -> str:
 
 
 TITLES = {
-    "gain_bits": "gain: bits a token that the best layer adds to the joint control",
+    "gain_bits": "gain: bits a token that the best layer adds to joint+chain",
     "lift": "lift: AUROC of the best layer less that of its best single control",
 }
 SIGNED = ("gain_bits", "gain", "gain_within", "lift")  # above or below 0
@@ -99,9 +99,7 @@ def lag_curves(grid: Grid) -> Figure:
     left.set_title("AUROC")
     if two:
         _gains(figure.add_subplot(1, 2, 2), layers, metric)
-    for axes in figure.axes:
-        axes.set_xlabel("lag in tokens")
-        _ticks(axes, lags_of(grid))
+    _ticks(left, lags_of(grid))
     handles, _ = left.get_legend_handles_labels()
     *of_controls, of_best = handles
     figure.legend(handles=[of_best, *of_controls], loc="outside lower center", ncols=6)
@@ -114,8 +112,6 @@ def lift_curve(grid: Grid) -> Figure:
     figure = Figure(figsize=(5.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     _gains(axes, lines_of(grid)[0], "lift")
-    axes.set_xlabel("lag in tokens")
-    _ticks(axes, lags_of(grid))
     return figure
 
 
@@ -128,12 +124,13 @@ def _gains(axes: Any, layers: Grid, metric: str) -> None:
     lines = gained(layers) if bits else layers
     best = best_of(lines.values(), metric if bits else "auroc")
     axes.axhline(0, color=FAINT, linewidth=0.8)
+    _band(axes, best, metric)
     if bits:
         _faint(axes, lines, metric)
-    _band(axes, best, metric)
-    sure = certain(best.values())
-    axes.plot([row["lag"] for row in sure], [row[metric] for row in sure], "o", color=TEXT, fillstyle="none", ms=9)
+        sure = certain(best.values())
+        axes.plot([row["lag"] for row in sure], [row[metric] for row in sure], "o", color=TEXT, fillstyle="none", ms=9)
     axes.set_title(TITLES[metric])
+    _ticks(axes, lags_of(lines))
 
 
 def _faint(axes: Any, layers: Grid, metric: str) -> None:
@@ -151,7 +148,8 @@ def _band(axes: Any, best: Mapping[int, Row], name: str, *, colour: str = BEST, 
 
 
 def _ticks(axes: Any, lags: Sequence[int]) -> None:
-    """A tick for every lag that has room for its name."""
+    """The axis of lags: a tick for every one that has room for its name."""
+    axes.set_xlabel("lag in tokens")
     room = (lags[-1] - lags[0]) / 13
     shown: list[int] = []
     for lag in sorted(lags, key=lambda lag: (lag != 0, lag)):
@@ -220,7 +218,6 @@ def runs_curves(runs: Sequence[NamedGrid]) -> Figure:
         every[1].axhline(0, color=FAINT, linewidth=0.8)
         every[1].set_title(TITLES["gain_bits"])
     for axes in every:
-        axes.set_xlabel("lag in tokens")
         _ticks(axes, lags)
     handles, _ = every[0].get_legend_handles_labels()
     figure.legend(handles=handles, loc="outside lower center", ncols=3)

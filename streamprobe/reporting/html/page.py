@@ -30,9 +30,9 @@ OF_TEXTS = (
 )
 OF_CATEGORIES = "Of each category and lag the layer that is the best on all test chains."
 GAIN_MAPS = {
-    "gain_bits": "Gain in bits a token over the joint control",
-    "gain_within": "Gain in AUROC within chains over the joint control",
-    "gain": "Gain in AUROC over the joint control",
+    "gain_bits": "Gain in bits a token",
+    "gain_within": "Gain in AUROC within chains",
+    "gain": "Gain in AUROC",
 }
 FILES_NOTE = "They lie beside this page, in the folder of the run."
 
@@ -77,6 +77,7 @@ def _sections(parts: Mapping[str, tuple[str, str]]) -> list[str]:
 def identity_of(run: Mapping[str, Any]) -> dict[str, str]:
     """What a run is of: model, data, date, sizes, and by which version; what its summary does not say is left out."""
     config, versions, splits = run["config"], run.get("versions", {}), run.get("splits", {})
+    commit, _, changes = str(run.get("git_commit", "unknown")).partition("+")
     layers = " ".join(map(str, config.get("layers") or []))
     found = {
         "model": f"{config.get('model', '')}" + f", layers {layers}" * bool(layers),
@@ -84,7 +85,7 @@ def identity_of(run: Mapping[str, Any]) -> dict[str, str]:
         "date": str(run.get("date", "")),
         "chains": _sizes(splits, "chains"),
         "tokens": _sizes(splits, "tokens"),
-        "streamprobe": f"{versions.get('streamprobe', '')}, commit {run.get('git_commit', 'unknown')}",
+        "streamprobe": f"{versions.get('streamprobe', '')}, commit {commit[:12]}" + " with changes" * bool(changes),
         "device": ", ".join(str(run[name]) for name in ("device", "dtype") if name in run),
     }
     return {name: value for name, value in found.items() if value}
@@ -103,9 +104,9 @@ def _identity(run: Mapping[str, Any]) -> str:
     return "\n".join(["<dl class=identity>", *lines, "</dl>"])
 
 
-def drawing(svg: str, about: str) -> str:
-    """A chart, which scrolls sideways where the screen is narrow."""
-    return f'<div class=wide tabindex=0 role=group aria-label="{escape(about)}">{svg}</div>'
+def drawing(svg: str, about: str, kind: str = "curves") -> str:
+    """A chart of curves, or a `map`, which scrolls sideways where the screen is narrow."""
+    return f'<div class="wide {kind}" tabindex=0 role=group aria-label="{escape(about)}">{svg}</div>'
 
 
 def _family(family: Family, grid: Grid) -> str:
@@ -118,24 +119,28 @@ def _family(family: Family, grid: Grid) -> str:
         drawing(lag_curves(grid), about),
         "<p class=note>Blue: the best layer of each lag with its interval. Grey: every layer. Dashed: controls."
         f"{circle}</p>",
-        *(_map(grid, metric, heading) for metric, heading in GAIN_MAPS.items() if known(rows_of(gains), metric)),
-        _map(grid, "auroc", "AUROC"),
+        _maps(grid, {metric: heading for metric, heading in GAIN_MAPS.items() if known(rows_of(gains), metric)}),
+        _maps(grid, {"auroc": "AUROC"}),
         _controls(controls),
     ]
     if known(rows_of(layers), "lift"):
-        lift = _map(grid, "lift", "Lift over the best single control")
+        lift = _maps(grid, {"lift": "Lift over the best single control"})
         curve = drawing(lift_curve(grid), f"lift by lag, {title(family)}")
         elements.append(f"<details><summary>Lift</summary>{curve}{lift}</details>" if gains else lift)
     base = [row["base_rate"] for row in known(rows_of(layers), "base_rate")]
     rates = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
-    precision = drawing(metric_map(grid, "average_precision"), "average precision by layer and lag")
+    precision = drawing(metric_map(grid, "average_precision"), "average precision by layer and lag", "map")
     elements.append(f"<details><summary>Average precision{rates}</summary>{precision}</details>")
     return "".join(elements)
 
 
-def _map(grid: Grid, metric: str, heading: str) -> str:
-    """A heat map below its heading."""
-    return f"<h3>{heading}</h3>{drawing(metric_map(grid, metric), f'{heading} by layer and lag')}"
+def _maps(grid: Grid, metrics: Mapping[str, str]) -> str:
+    """The heat map of each metric below its heading, beside each other where there is room."""
+    drawn = [
+        f"<div><h3>{heading}</h3>{drawing(metric_map(grid, metric), f'{heading} by layer and lag', 'map')}</div>"
+        for metric, heading in metrics.items()
+    ]
+    return f"<div class=maps>{''.join(drawn)}</div>" if drawn else ""
 
 
 def _controls(controls: Grid) -> str:
