@@ -103,7 +103,7 @@ def table(rows: Sequence[Row], texts: Sequence[Row] = (), width: int | None = No
         heading = f"test AUROC   {label}, target {target}, solver {solver}   (*: best of its lag)"
         lines += [wrapped(heading, width), ""]
         lags = lags_of(grid)
-        at_once = _evenly(len(lags), min(MOST_LAGS, max(1, (room - NAME) // CELL)))
+        at_once = evenly(len(lags), min(MOST_LAGS, max(1, (room - NAME) // CELL)))
         for start in range(0, len(lags), at_once):
             lines += [*_by_layer_and_lag(layers, controls, best, lags[start : start + at_once]), ""]
         lines += draw_table(BEST, list(best.values()), room)
@@ -112,7 +112,7 @@ def table(rows: Sequence[Row], texts: Sequence[Row] = (), width: int | None = No
     return "\n".join([*lines, text_table(texts, width), ""] if texts else lines[:-1])
 
 
-def _evenly(n: int, most: int) -> int:
+def evenly(n: int, most: int) -> int:
     """How many of n to put side by side: with no more rows than `most` would need, all about as long."""
     return math.ceil(n / math.ceil(n / most))
 

@@ -217,8 +217,8 @@ def runs_curves(runs: Sequence[NamedGrid]) -> Figure:
     if two:
         every[1].axhline(0, color=FAINT, linewidth=0.8)
         every[1].set_title(TITLES["gain_bits"])
-    for axes in every:
-        _ticks(axes, lags)
+        _ticks(every[1], sorted({lag for run in runs for lag in lags_of(gained(lines_of(run.grid)[0]))}))
+    _ticks(every[0], lags)
     handles, _ = every[0].get_legend_handles_labels()
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure

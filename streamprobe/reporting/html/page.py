@@ -11,6 +11,7 @@ from streamprobe.reporting.html import one_probe
 from streamprobe.reporting.html.charts import lag_curves, lift_curve, metric_map
 from streamprobe.reporting.html.document import document, own_file
 from streamprobe.reporting.html.tables import CATEGORIES, PROBES, SORTS, TEXTS, best_in_categories, draw_table
+from streamprobe.reporting.identity import identity_of
 from streamprobe.reporting.read_back import FinishedRun
 
 NUMBERS = (
@@ -57,7 +58,7 @@ def render(found: FinishedRun, links: Mapping[str, str]) -> str:
     named = {**parts, "probe": ("One probe", ""), "read": ("Held-out chains", ""), **tables}
     anchors = "".join(f"<a href='#{name}'>{escape(heading)}</a>" for name, (heading, _) in named.items())
     body = [
-        _identity(found.run),
+        identity_list(identity_of(found.run)),
         *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in found.run["verdicts"]),
         f"<p class=note>{NUMBERS}</p>",
         f"<p class=note>{GAINS}</p>" if any_gain else "",
@@ -74,33 +75,9 @@ def _sections(parts: Mapping[str, tuple[str, str]]) -> list[str]:
     return [f"<h2 id={name}>{escape(heading)}</h2>{content}" for name, (heading, content) in parts.items()]
 
 
-def identity_of(run: Mapping[str, Any]) -> dict[str, str]:
-    """What a run is of: model, data, date, sizes, and by which version; what its summary does not say is left out."""
-    config, versions, splits = run["config"], run.get("versions", {}), run.get("splits", {})
-    commit, _, changes = str(run.get("git_commit", "unknown")).partition("+")
-    layers = " ".join(map(str, config.get("layers") or []))
-    found = {
-        "model": f"{config.get('model', '')}" + f", layers {layers}" * bool(layers),
-        "data": str(config.get("data", "")),
-        "date": str(run.get("date", "")),
-        "chains": _sizes(splits, "chains"),
-        "tokens": _sizes(splits, "tokens"),
-        "streamprobe": f"{versions.get('streamprobe', '')}, commit {commit[:12]}" + " with changes" * bool(changes),
-        "device": ", ".join(str(run[name]) for name in ("device", "dtype") if name in run),
-    }
-    return {name: value for name, value in found.items() if value}
-
-
-def _sizes(splits: Mapping[str, Mapping[str, int]], name: str) -> str:
-    """How many of them all splits have, and each."""
-    counts = {split: own[name] for split, own in splits.items() if own[name]}
-    each = ", ".join(f"{n:,} {split}" for split, n in counts.items())
-    return f"{sum(counts.values()):,}" + f" ({each})" * (len(counts) > 1) if counts else ""
-
-
-def _identity(run: Mapping[str, Any]) -> str:
-    """A line for each fact."""
-    lines = [f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in identity_of(run).items()]
+def identity_list(identity: Mapping[str, str]) -> str:
+    """What a run is of, a line for each fact."""
+    lines = [f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in identity.items()]
     return "\n".join(["<dl class=identity>", *lines, "</dl>"])
 
 
