@@ -127,7 +127,7 @@ def _controls(controls: Grid) -> str:
     said = {
         name: CONTROLS[name].about + " (shown: the highest layer)" * bool(CONTROLS[name].relabel) for name in controls
     }
-    items = "".join(f"<li><b>{escape(name)}</b>: {escape(about)}</li>" for name, about in said.items())
+    items = "".join(f"<li>{escape(name)}: {escape(about)}</li>" for name, about in said.items())
     return f"<details><summary>What the controls are given</summary><ul>{items}</ul></details>"
 
 
