@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamprobe.evaluation.rows import GAINS, Row, place
-from streamprobe.evaluation.verdict import furthest
 
 Family = tuple[str, str, str]  # solver, label, target
 Grid = dict[str, dict[int, Row]]  # by place, then by lag
@@ -91,9 +90,8 @@ def certain(rows: Iterable[Row]) -> list[Row]:
 
 
 def furthest_certain(rows: Iterable[Row]) -> Row | None:
-    """Of the probes whose foresight may be claimed the one that a verdict names; None where there is none."""
-    found = certain(rows)
-    return furthest(found) if found else None
+    """Of the probes whose foresight may be claimed the one of the largest lag, there of the most bits for certain."""
+    return max(certain(rows), key=lambda row: (row["lag"], row["gain_bits_low_corrected"]), default=None)
 
 
 def as_number(value: float, form: str = ".3f") -> str:
