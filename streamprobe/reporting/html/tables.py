@@ -64,9 +64,12 @@ CATEGORIES: Table = [
     ("category", lambda row: row["category"]),
     *PROBES[:4],
     ("layer", lambda row: str(row["layer"])),
-    *(column for column in PROBES if column[0] in ("AUROC", "lift", "over", "AP", "base rate")),
-    ("95% interval of AUROC", _interval("auroc")),
-    ("95% interval of lift", _interval("lift")),
+    *PROBES[5:7],
+    ("lift", _of("lift")),
+    ("95% interval", _interval("lift")),
+    ("over", lambda row: row["best_control"]),
+    ("AP", _of("average_precision")),
+    ("base rate", _of("base_rate")),
     ("positive", lambda row: str(row["n_positive"])),
     ("tokens", lambda row: str(row["n_tokens"])),
     ("chains", lambda row: str(row["n_chains"])),
@@ -96,4 +99,5 @@ def best_in_categories(rows: Sequence[Row], categories: Sequence[Row]) -> list[R
         for lag, row in best_of(lines_of(grid)[0].values()).items()
     }
     names = ("solver", "label", "target", "lag", "layer")
-    return [row for row in categories if not row["control"] and tuple(row[name] for name in names) in chosen]
+    found = [row for row in categories if not row["control"] and tuple(row[name] for name in names) in chosen]
+    return sorted(found, key=lambda row: tuple(row[name] for name in ("category", *names)))
