@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
 import streamprobe
-from streamprobe.commands import bench, evaluate, folders, preview, score, shared, steer, training, watch
+from streamprobe.commands import bench, compare, evaluate, folders, preview, score, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
 
@@ -176,6 +176,12 @@ COMMANDS = {
     ),
     "report": Command(
         "draw report.html of a run anew from its other files", "runs/demo", shared.add_run, folders.report
+    ),
+    "compare": Command(
+        "set runs side by side: their models and data, best layers by lag, and how far each foresees",
+        "runs/demo runs/demo-2 --html compare.html",
+        compare.options,
+        compare.compare,
     ),
     "push": Command(
         "put the probes of a run and its results on the Hugging Face hub",

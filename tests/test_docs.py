@@ -23,7 +23,20 @@ from streamprobe.reporting.files import FILES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
-COMMANDS = ("train", "demo", "preview", "score", "evaluate", "watch", "steer", "report", "push", "bench", "configs")
+COMMANDS = (
+    "train",
+    "demo",
+    "preview",
+    "score",
+    "evaluate",
+    "watch",
+    "steer",
+    "report",
+    "compare",
+    "push",
+    "bench",
+    "configs",
+)
 # Pages whose options are those of commands that take no config
 FOR_RUNS = ("docs/probes.md", "docs/cost.md", "docs/transfer.md")
 OF_PREVIEW = ("--html", "--chains")  # its own options, beside the keys

@@ -4,7 +4,7 @@ Shapes: N tokens, L sites, K columns, D features.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,10 +18,10 @@ class Feed(NamedTuple):
     name: str
     sites: list[Site]
     n_features: int  # D
-    features: Callable[[TokenBatch], Tensor]  # -> [N, L, D]
+    features: Callable[[TokenBatch], Any]  # -> [N, L, D], or what else the probes of these sites read
     columns: Tensor  # [k] which of the batch's K columns
     n_hand_made: int = 0  # so many features, the last ones, are made by hand: their size means something, as it is
 
-    def of(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N, L, D], targets [N, k] and valid [N, k]."""
+    def of(self, batch: TokenBatch) -> tuple[Any, Tensor, Tensor]:
+        """Features, targets [N, k] and valid [N, k]."""
         return self.features(batch), batch.targets.T[self.columns].T, batch.valid.T[self.columns].T

@@ -86,6 +86,7 @@ def pack_controls(kept: KeptProbes, about: Mapping[str, Any]) -> bytes:
         bank = each.bank
         rest = _choose(bank, [k for k in range(len(bank.columns)) if k not in each.shared])
         own = rest.tensors() | {"threshold": rest.threshold} | {name: getattr(each, name) for name in JUDGED_BY}
+        own |= {} if each.penalty is None else {"penalty": each.penalty}
         tensors |= {f"{each.solver}.{each.feed}.{name}": tensor for name, tensor in own.items()}
         places = {"sites": [list(site) for site in bank.sites], "columns": [list(column) for column in bank.columns]}
         jobs.append({"solver": each.solver, "feed": each.feed, "kind": bank.kind, **places})
@@ -153,9 +154,10 @@ def _read_job(job: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Map
         assert bank.threshold is not None
         first = bank.tensors() | {"threshold": bank.threshold}
         own = {name: torch.cat([first[name], tensor], dim=1) for name, tensor in own.items()}
-    threshold = own.pop("threshold")
+    threshold, penalty = own.pop("threshold"), own.pop("penalty", None)
     shape = (len(sites), len(columns))
-    if [tuple(x.shape) for x in (threshold, half, best_pass, gradient_norm)] != [shape, shape[1:], shape, shape]:
+    grids = [threshold, best_pass, gradient_norm, *([] if penalty is None else [penalty])]
+    if any(tuple(grid.shape) != shape for grid in grids) or tuple(half.shape) != shape[1:]:
         raise ValueError(f"tensors that are no grid of {shape[0]} sites x {shape[1]} columns")
     if best_pass.is_floating_point() or not all(x.is_floating_point() for x in (half, gradient_norm, *own.values())):
         raise TypeError("tensors of another kind of number")
@@ -163,7 +165,7 @@ def _read_job(job: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Map
         raise ValueError("numbers that are infinite or none")
     bank = KINDS[job["kind"]].from_tensors(sites, columns, own, job["solver"])
     bank.threshold = threshold.double()
-    return FinalProbes(job["solver"], job["feed"], bank, half, best_pass, gradient_norm)
+    return FinalProbes(job["solver"], job["feed"], bank, half, best_pass, gradient_norm, penalty)
 
 
 def _site(*given: Any) -> Site:

@@ -19,11 +19,12 @@ from streamprobe.errors import InputError, first_line
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.nested import NestedProbes
 from streamprobe.probes.sites import layer_sites
 from streamprobe.system.network import look_for_hub
 
 FILE = "probes.safetensors"
-KINDS: dict[str, type[Probes]] = {ProbeBank.kind: ProbeBank}  # of probes, by name: what can be read back
+KINDS: dict[str, type[Probes]] = {kind.kind: kind for kind in (ProbeBank, NestedProbes)}  # what can be read back
 
 
 def restore(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -9,26 +9,22 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamprobe.config.schema import LAUNCH_KEYS
-from streamprobe.errors import InputError
 from streamprobe.evaluation.results import TestResults, by_category, differences, reliability
 from streamprobe.evaluation.rows import FIELDS, Row, place
 from streamprobe.evaluation.texts import TEXT_FIELDS
 from streamprobe.probes.kept import pack_controls, shared_probes
 from streamprobe.probes.storage import pack_probes
+from streamprobe.reporting.curves import collect as collect_curves
+from streamprobe.reporting.read_back import broken, read_run
 from streamprobe.reporting.transcripts import collect
-from streamprobe.system.csv_files import broken_file, cell, read_csv
+from streamprobe.system.csv_files import cell
 from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import for_others
-
-WORDS = ("solver", "label", "target", "control", "split", "best_control", "pooling")  # fields that are text,
-BOUNDED = ("auroc", "average_precision", "gain", "lift", "f1", "tpr", "brier", "base_rate")  # drawn, about 1 at most,
-COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass", "n_texts")  # and whole numbers
 
 
 class OutputFile(NamedTuple):
@@ -57,6 +53,11 @@ def differences_csv(results: TestResults) -> bytes | None:
 def reliability_csv(results: TestResults) -> bytes | None:
     """What probes say, and what is true."""
     return _pack_all(reliability(results.probes))
+
+
+def curves_json(results: TestResults) -> bytes:
+    """What every probe gets right and wrong: its precision-recall curve, and counts at its threshold."""
+    return json.dumps(collect_curves(results.probes), separators=(",", ":")).encode()
 
 
 def texts_csv(results: TestResults) -> bytes | None:
@@ -115,6 +116,7 @@ FILES = {  # in the order in which they are written; the report is drawn of othe
     "categories.csv": OutputFile(categories_csv, "the rows of results.csv within each category of problems"),
     "differences.csv": OutputFile(differences_csv, "paired differences of AUROC between layers and between lags"),
     "reliability.csv": OutputFile(reliability_csv, "mean probability and share of positives, in ten bins of tokens"),
+    "curves.json": OutputFile(curves_json, "precision, recall, and hits and errors at its threshold, of every probe"),
     "texts.csv": OutputFile(texts_csv, "a row per probe, control and pooling, where each text has one label"),
     "summary.json": OutputFile(summary_json, "the results nested, with cost, counts, versions and fingerprints"),
     "report.html": OutputFile(report_html, "one self-contained page"),
@@ -148,23 +150,20 @@ def _pack_all(rows: Sequence[Row]) -> bytes | None:
 
 
 def draw_report(folder: Path) -> bytes:
-    """The content of report.html, from the folder's results.csv, summary.json, transcripts.json and, if any, texts.csv.
+    """The content of report.html, from the folder's results.csv, summary.json, transcripts.json and, if any, others.
 
-    Raises InputError where one of the others is missing, or any is broken.
+    Raises InputError where one of the three is missing, or any is broken.
     """
     from streamprobe.reporting.html.page import render  # imports matplotlib; the names in FILES are wanted without it
 
-    if not os.path.isdir(folder):  # which is no error for a name that is too long
-        raise InputError(f"{folder}, which is no folder", "the folder of a run", "give one, such as runs/demo")
-    rows = read_rows(folder / "results.csv", FIELDS)
-    texts = read_rows(folder / "texts.csv", TEXT_FIELDS) if (folder / "texts.csv").exists() else []
-    run = _read_json(folder / "summary.json", "run")["run"]
-    transcripts = _read_json(folder / "transcripts.json", "chains", "labels", "probes", "reference", "picked_by")
-    _require(folder / "summary.json", run, "config", "preflight", "verdicts", "versions")
+    found = read_run(folder)
+    written = {"config.yaml": "every key: streamprobe train runs it again"}
+    written |= {name: file.about for name, file in FILES.items() if name != "report.html"}
+    links = {name: about for name, about in written.items() if (folder / name).is_file()}
     try:
-        page = render(str(run.get("title", folder.resolve().name)), rows, run, transcripts, texts=texts)
+        page = render(found, links)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-        raise _broken(folder, f"{type(error).__name__}: {error}") from error
+        raise broken(folder, f"{type(error).__name__}: {error}") from error
     return page.encode(errors="replace")
 
 
@@ -173,46 +172,3 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_atomic(path, draw_report(folder))
     return path
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, str(error)) from error
-
-
-def _broken(path: Path, why: str) -> InputError:
-    return broken_file(path, why, "give the folder of such a run")
-
-
-def _read_json(path: Path, *names: str) -> dict[str, Any]:
-    text = _read(path)
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, str(error)) from error
-    _require(path, found, *names)
-    return found
-
-
-def _require(path: Path, found: Any, *names: str) -> None:
-    missing = [name for name in names if not (isinstance(found, dict) and name in found)]
-    if missing:
-        raise _broken(path, f"no {missing[0]} in it")
-
-
-def read_rows(path: Path, fields: Sequence[str] = FIELDS) -> list[Row]:
-    """The rows of a results.csv, or of another file with these fields.  Raises InputError for a file that is none."""
-    rows: list[Row] = []
-    for line in read_csv(path, fields):
-        try:
-            row: Row = {name: line[name] if name in WORDS else float(line[name] or "nan") for name in fields}
-            wide = [name for name in fields if name.startswith(BOUNDED) and abs(row[name]) > 1e6]
-            if wide:
-                raise ValueError(f"{wide[0]} {line[wide[0]]}")
-            whole = {name: int(row[name]) for name in COUNTS if name in row}
-            rows.append(row | whole | {"layer": int(line["layer"]) if line["layer"] else ""})
-        except (ValueError, OverflowError) as error:
-            raise _broken(path, f"row {len(rows) + 1}: {error}") from error
-    return rows

@@ -17,6 +17,7 @@ LETTER_WIDTH = 0.6 * NAME_SIZE  # of such a name, on average
 GAP = 4  # between the name of a row and its cells
 BRIGHT = 0.55  # brightness of a colour, of 1, from which the number on it is dark
 DARK, LIGHT = "#111111", "#ffffff"
+OUTLINES = ((LIGHT, 3.6), (DARK, 1.6))  # colour and width of the lines around a cell, the lower one first
 
 
 class Scale(NamedTuple):
@@ -50,10 +51,13 @@ def draw(
     scale: Scale,
     written: Callable[[float], str],
     number_size: float,
+    outlined: NDArray[np.bool_] | None = None,
+    outlines: Sequence[tuple[str, float]] = OUTLINES,
 ) -> Any:
     """The values [R, C] with the names of their rows and columns, each number in its cell as `written` gives it.
 
-    A NaN is a blank cell.  `number_size` is that of the numbers' font.  Returns a figure of matplotlib.
+    A NaN is a blank cell.  `number_size` is that of the numbers' font.  Where `outlined` [R, C] is True there are lines
+    around the cell, `outlines`: two, of which one stands out from any colour.  Returns a figure of matplotlib.
     """
     import matplotlib  # here, since it takes half a second and most commands draw nothing
     from matplotlib.figure import Figure
@@ -69,8 +73,20 @@ def draw(
     for i, k in np.argwhere(~np.isnan(values)):
         colour = DARK if brightness[i, k] > BRIGHT else LIGHT
         write(k, i, written(values[i, k]), ha="center", color=colour, size=number_size)
+    if outlined is not None:
+        _outline(axes, outlined, outlines)
     for i, name in enumerate(rows):
         write(-0.5 - GAP / cell, i, name, ha="right", size=NAME_SIZE)
     for k, name in enumerate(columns):
         write(k, -1, name, ha="center", size=min(NAME_SIZE, cell / 2.3))
     return figure
+
+
+def _outline(axes: Any, outlined: NDArray[np.bool_], outlines: Sequence[tuple[str, float]]) -> None:
+    """Lines just inside the edges of these cells [R, C], so that those of neighbours do not meet."""
+    from matplotlib.patches import Rectangle
+
+    for i, k in np.argwhere(outlined):
+        for colour, width in outlines:
+            place, size = (k - 0.46, i - 0.42), (0.92, 0.84)
+            axes.add_patch(Rectangle(place, *size, fill=False, edgecolor=colour, linewidth=width, joinstyle="miter"))

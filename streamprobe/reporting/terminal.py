@@ -1,183 +1,253 @@
-"""What a run ends with in the terminal: the table of each label and target with its verdict, the cost and the files."""
+"""What a run ends with in the terminal: the table of each label and target, the cost, the files, and then the verdicts.
+
+Every table takes the width that it may have, and leaves out its least important columns where that is too little.
+"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from streamprobe.evaluation.rows import Row, place
+from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.texts import POOLINGS, best_text_rows
+from streamprobe.reporting.grids import (
+    Grid,
+    as_number,
+    best_of,
+    certain,
+    gained,
+    grids,
+    interval,
+    known,
+    lags_of,
+    layers_by_lag,
+    lines_of,
+    rows_of,
+    title,
+)
+from streamprobe.system.wrapping import wrapped
 
-Family = tuple[str, str, str]  # solver, label, target
-Grid = dict[str, dict[int, Row]]  # by place, then by lag
-WIDTH = 14  # lags side by side
-
-
-def grids(rows: Iterable[Row]) -> dict[Family, Grid]:
-    """The rows of each solver, label and target, in the order of the verdicts; layers before controls."""
-    found: dict[Family, Grid] = {}
-    for row in sorted(rows, key=lambda row: (row["solver"], row["label"], row["target"], bool(row["control"]))):
-        grid = found.setdefault((row["solver"], row["label"], row["target"]), {})
-        grid.setdefault(place(row), {})[row["lag"]] = row
-    return found
-
-
-def lags_of(grid: Grid) -> list[int]:
-    """Every lag of a grid, rising."""
-    return sorted({lag for line in grid.values() for lag in line})
-
-
-def best_of(lines: Iterable[Mapping[int, Row]]) -> dict[int, Row]:
-    """The row with the highest AUROC at each lag, among the lines given."""
-    best: dict[int, Row] = {}
-    for line in lines:
-        for lag, row in line.items():
-            if lag not in best or _by_auroc(row) > _by_auroc(best[lag]):
-                best[lag] = row
-    return dict(sorted(best.items()))
+WIDE = 120  # columns of what goes to no terminal
+NAME, CELL = 12, 7  # columns of a name, and of the number of a lag
+MOST_LAGS = 14  # side by side
+LISTED = 100  # columns of the list of files, at most
+UNBROKEN = "\xa0"  # a space at which no line ends
 
 
-def _by_auroc(row: Row) -> float:
-    return -1.0 if math.isnan(row["auroc"]) else row["auroc"]
+class Shown(NamedTuple):
+    """A column of a table: its head, how wide it is, the cell of a row, and how much it matters (0 the most)."""
+
+    head: str
+    width: int  # below 0: from the left
+    text: Callable[[Any], str]
+    matters: int
 
 
-def lines_of(grid: Grid) -> tuple[Grid, Grid]:
-    """The lines of the layers, and one of each control: of one that is tried at every layer the highest values."""
-    layers = {name: line for name, line in grid.items() if not _first(line)["control"]}
-    by_control: dict[str, list[dict[int, Row]]] = {}
-    for line in sorted(grid.values(), key=lambda line: _first(line)["layer"] != ""):
-        if name := _first(line)["control"]:
-            by_control.setdefault(name, []).append(line)
-    return layers, {name: best_of(lines) for name, lines in by_control.items()}
+def number_column(head: str, width: int, matters: int, name: str, *, form: str = ".3f") -> Shown:
+    """The column of one number of a row."""
+    return Shown(head, width, lambda row: as_number(row[name], form), matters)
 
 
-def _first(line: Mapping[int, Row]) -> Row:
-    return next(iter(line.values()))
+def interval_column(width: int, matters: int, name: str, sign: str = "") -> Shown:
+    """The column of an interval."""
+    return Shown("  95% interval", -width, lambda row: f"  {interval(row, name, sign)}".rstrip(), matters)
 
 
-def table(rows: Sequence[Row], verdicts: Sequence[str], texts: Sequence[Row] = ()) -> str:
-    """For each solver, label and target: AUROC by layer or control and lag, the best layer of each lag, its verdict.
+BEST = [
+    Shown("lag", 5, lambda row: f"{row['lag']:+d}", 0),
+    Shown("layer", 6, lambda row: str(row["layer"]), 0),
+    number_column("AUROC", 7, 0, "auroc"),
+    interval_column(16, 4, "auroc"),
+    number_column("gain bits", 10, 0, "gain_bits", form="+.3f"),
+    interval_column(18, 1, "gain_bits", "+"),
+    number_column("at least", 9, 2, "gain_bits_low_corrected", form="+.3f"),
+    number_column("lift", 7, 3, "lift", form="+.3f"),
+    interval_column(18, 9, "lift", "+"),
+    Shown("  over", -14, lambda row: f"  {row['best_control']}".rstrip(), 5),
+    number_column("AP", 6, 6, "average_precision"),
+    number_column("base", 7, 7, "base_rate"),
+    number_column("F1", 7, 8, "f1"),
+    Shown("positive of tokens", 20, lambda row: f"{row['n_positive']:>8,} of {row['n_tokens']:>7,}", 10),
+]
 
-    Behind it what is found of whole texts, if there is anything.
+
+def columns_that_fit(columns: Sequence[Shown], rows: Sequence[Any], width: int) -> list[Shown]:
+    """The columns that have something to show, without those that matter least where `width` is too little for all."""
+    kept = [column for column in columns if any(column.text(row) for row in rows)]
+    while sum(abs(column.width) for column in kept) > width and len(kept) > 1:
+        kept.remove(max(reversed(kept), key=lambda column: column.matters))
+    return kept
+
+
+def draw_table(columns: Sequence[Shown], rows: Sequence[Any], width: int) -> list[str]:
+    """A line of heads, and one for each row."""
+    kept = columns_that_fit(columns, rows, width)
+
+    def line(cells: Iterable[str]) -> str:
+        placed = (f"{cell:{'<' if c.width < 0 else '>'}{abs(c.width)}}" for c, cell in zip(kept, cells, strict=True))
+        return "".join(placed).rstrip()
+
+    return [line(column.head for column in kept), *(line(column.text(row) for column in kept) for row in rows)]
+
+
+def table(rows: Sequence[Row], texts: Sequence[Row] = (), width: int | None = None) -> str:
+    """For each solver, label and target: AUROC by layer or control and lag, and the best layer of each lag.
+
+    Below it what is certain, and behind it what is found of whole texts, if there is anything.
     """
+    room = width or WIDE
     lines: list[str] = []
-    for ((solver, label, target), grid), verdict in zip(grids(rows).items(), verdicts, strict=True):
+    for (solver, label, target), grid in grids(rows).items():
         layers, controls = lines_of(grid)
         best = best_of(layers.values())
-        lines += [f"test AUROC   {label}, target {target}, solver {solver}   (* the best layer of a lag)", ""]
+        heading = f"test AUROC   {label}, target {target}, solver {solver}   (*: best of its lag)"
+        lines += [wrapped(heading, width), ""]
         lags = lags_of(grid)
-        for start in range(0, len(lags), WIDTH):
-            lines += [*_by_layer_and_lag(layers, controls, best, lags[start : start + WIDTH]), ""]
-        lines += _best_layers(best)
-        flat = [row for line in grid.values() for row in line.values()]
-        blank = sum(math.isnan(row["auroc"]) for row in flat)
-        if blank:
-            lines.append(f"{blank} probes have nan: their test tokens lack a class")
-        norms = sorted(row["gradient_norm"] for row in flat if not math.isnan(row["gradient_norm"]))
-        if norms:
-            lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
-        lines += ["", verdict, "", ""]
-    return "\n".join([*lines, text_table(texts), "", ""] if texts else lines)[:-1]
+        at_once = evenly(len(lags), min(MOST_LAGS, max(1, (room - NAME) // CELL)))
+        for start in range(0, len(lags), at_once):
+            lines += [*_by_layer_and_lag(layers, controls, best, lags[start : start + at_once]), ""]
+        lines += draw_table(BEST, list(best.values()), room)
+        lines += [wrapped(note, width) for note in (*_notes_on_gain(layers), *_notes_on_probes(rows_of(grid)))]
+        lines += ["", ""]
+    return "\n".join([*lines, text_table(texts, width), ""] if texts else lines[:-1])
+
+
+def evenly(n: int, most: int) -> int:
+    """How many of n to put side by side: with no more rows than `most` would need, all about as long."""
+    return math.ceil(n / math.ceil(n / most))
 
 
 def _by_layer_and_lag(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
     """AUROC, a line for each layer or control and a column for each lag."""
-    lines = [f"{'lag':<12}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
+    lines = [f"{'lag':<{NAME}}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
     for name, line in (layers | controls).items():
         cells = [
-            f"{line[lag]['auroc']:>6.3f}" + " *"[line[lag] is best.get(lag)] if lag in line else " " * 7 for lag in lags
+            f"{line[lag]['auroc']:>6.3f}" + " *"[line[lag] is best.get(lag)] if lag in line else " " * CELL
+            for lag in lags
         ]
-        lines.append((f"{name:<12}" + "".join(cells)).rstrip())
+        lines.append((f"{name:<{NAME}}" + "".join(cells)).rstrip())
     return lines
 
 
-def _best_layers(best: Mapping[int, Row]) -> list[str]:
-    """A line for the best layer of each lag."""
-    lines = [
-        f"{'lag':>5}{'layer':>7}{'AUROC':>8}   {'95% interval':<16}{'lift':>6}   {'95% interval':<18}{'over':<12}"
-        f"{'AP':>6}{'base':>7}{'F1':>7}{'positive of tokens':>22}"
-    ]
-    for lag, row in best.items():
-        lines.append(
-            f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>8.3f}   {_interval(row, 'auroc', ''):<16}"
-            f"{_or_blank(row['lift'], '+.3f'):>6}   {_interval(row, 'lift', '+'):<18}{row['best_control']:<12}"
-            f"{row['average_precision']:>6.3f}{row['base_rate']:>7.3f}{row['f1']:>7.3f}"
-            f"{row['n_positive']:>11,} of {row['n_tokens']:>7,}"
-        )
+def _notes_on_gain(layers: Grid) -> list[str]:
+    """Which layers are certainly ahead of the joint control, where there is one."""
+    if not gained(layers):
+        return []
+    found = layers_by_lag(certain(rows_of(layers)))
+    named = (f"{lag:+d}: layer{'s' * (len(own) > 1)} {' '.join(map(str, own))}" for lag, own in found.items())
+    meaning = "(gain bits and gain within chains above 0, corrected for all probes looked at)"
+    return [f"certain   {'; '.join(named) or 'at no lag'}   {meaning}"]
+
+
+def _notes_on_probes(rows: Sequence[Row]) -> list[str]:
+    """How many probes lack a class, and how far they are from the exact solution."""
+    lines = []
+    blank = sum(math.isnan(row["auroc"]) for row in rows)
+    if blank:
+        lines.append(f"{blank} probes have nan: their test tokens lack a class")
+    norms = sorted(row["gradient_norm"] for row in known(rows, "gradient_norm"))
+    if norms:
+        lines.append(f"gradient norm: largest {norms[-1]:.1e}, median {norms[len(norms) // 2]:.1e}")
     return lines
 
 
-def compare(before: Sequence[Row], rows: Sequence[Row]) -> str:
+class Pair(NamedTuple):
+    """The row of a probe on the run's own test chains, and on other ones."""
+
+    there: Row
+    here: Row
+
+
+TRANSFER = [
+    Shown("lag", 5, lambda pair: f"{pair.there['lag']:+d}", 0),
+    Shown("layer", 6, lambda pair: str(pair.there["layer"]), 0),
+    Shown("AUROC", 8, lambda pair: as_number(pair.there["auroc"]), 0),
+    Shown("lift", 8, lambda pair: as_number(pair.there["lift"], "+.3f"), 1),
+    Shown("AUROC", 9, lambda pair: as_number(pair.here["auroc"]), 0),
+    Shown("  95% interval", -16, lambda pair: f"  {interval(pair.here, 'auroc')}".rstrip(), 2),
+    Shown("lift", 8, lambda pair: as_number(pair.here["lift"], "+.3f"), 1),
+    Shown("  95% interval", -18, lambda pair: f"  {interval(pair.here, 'lift', '+')}".rstrip(), 3),
+]
+
+
+def compare(before: Sequence[Row], rows: Sequence[Row], width: int | None = None) -> str:
     """For each solver, label and target a line a lag: the layer that is the best in `before`, there and in `rows`."""
     names = ("solver", "label", "target", "layer", "lag")
     here = {tuple(row[name] for name in names): row for row in rows if not row["control"]}
     lines: list[str] = []
-    for (solver, label, target), grid in grids(before).items():
+    for family, grid in grids(before).items():
+        best = best_of(lines_of(grid)[0].values()).values()
+        pairs = [Pair(row, here[tuple(row[name] for name in names)]) for row in best]
+        heading = f"transfer     {title(family)}: the layer that is best on the run's test chains"
         lines += [
-            f"transfer     {label}, target {target}, solver {solver}: the layer that is best on the run's test chains",
+            wrapped(heading, width),
             "",
-            f"{'':<12}{'there':>10}{'':>10}   here",
-            f"{'lag':>5}{'layer':>7}{'AUROC':>10}{'lift':>10}   AUROC   {'95% interval':<16}{'lift':>6}   95% interval",
+            f"{'there':>19}{'here':>17}",
+            *draw_table(TRANSFER, pairs, width or WIDE),
+            "",
         ]
-        for lag, row in best_of(lines_of(grid)[0].values()).items():
-            now = here[tuple(row[name] for name in names)]
-            lines.append(
-                f"{lag:>+5d}{row['layer']:>7}{row['auroc']:>10.3f}{_or_blank(row['lift'], '+.3f'):>10}   "
-                f"{now['auroc']:>5.3f}   {_interval(now, 'auroc', ''):<16}{_or_blank(now['lift'], '+.3f'):>6}   "
-                f"{_interval(now, 'lift', '+')}".rstrip()
-            )
-        lines.append("")
     return "\n".join(lines)
 
 
-def _or_blank(value: float, form: str) -> str:
-    return "" if math.isnan(value) else f"{value:{form}}"
+class OfText(NamedTuple):
+    """The row of a probe on whole texts, and that of its best control, if it has one."""
+
+    probe: Row
+    control: Row | None
 
 
-def _interval(row: Row, name: str, sign: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if math.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
+def _of_probe(column: Shown) -> Shown:
+    """The column of a row as that of a pair, of its probe."""
+    return column._replace(text=lambda pair: column.text(pair.probe))
 
 
-def text_table(rows: Sequence[Row]) -> str:
+OF_TEXTS = [
+    Shown("pooling", -9, lambda pair: pair.probe["pooling"], 0),
+    Shown("layer", 5, lambda pair: str(pair.probe["layer"]), 0),
+    _of_probe(number_column("AUROC", 8, 0, "auroc")),
+    _of_probe(interval_column(17, 1, "auroc")),
+    _of_probe(number_column("TPR at 1%", 11, 2, "tpr_at_1fpr")),
+    _of_probe(interval_column(17, 5, "tpr_at_1fpr")),
+    _of_probe(number_column("TPR at 5%", 11, 4, "tpr_at_5fpr")),
+    _of_probe(interval_column(17, 6, "tpr_at_5fpr")),
+    Shown("  control", -13, lambda pair: f"  {pair.control['control']}" if pair.control else "", 3),
+    Shown("AUROC", 7, lambda pair: as_number(pair.control["auroc"]) if pair.control else "", 3),
+]
+
+
+def text_table(rows: Sequence[Row], width: int | None = None) -> str:
     """For each solver, label and pooling of whole texts: its best layer, beside its best control."""
-    lines: list[str] = []
+    found: dict[tuple[str, str, int], list[OfText]] = {}
     for probe, control in best_text_rows(rows):
-        if probe["pooling"] == POOLINGS[0]:
-            named = f"{probe['label']}, solver {probe['solver']}, lag {probe['lag']:+d}"
-            counts = f"{probe['n_positive']:,} of {probe['n_texts']:,} positive"
-            lines += [
-                *([""] if lines else []),
-                f"whole texts   {named}: {counts}   (the best layer and the best control; TPR at 1% and 5% FPR)",
-                "",
-                f"{'pooling':<9}{'layer':>5}{'AUROC':>8}   {'95% interval':<16}{'TPR at 1%':>10}   {'95% interval':<16}"
-                f"{'TPR at 5%':>10}   {'95% interval':<16}   {'control':<12}{'AUROC':>6}",
-            ]
-        cells = "".join(
-            f"{probe[name]:>{width}.3f}   {_interval(probe, name, ''):<16}"
-            for name, width in (("auroc", 8), ("tpr_at_1fpr", 10), ("tpr_at_5fpr", 10))
+        found.setdefault((probe["solver"], probe["label"], probe["lag"]), []).append(OfText(probe, control))
+    lines: list[str] = []
+    for (solver, label, lag), pairs in found.items():
+        first = next(pair.probe for pair in pairs if pair.probe["pooling"] == POOLINGS[0])
+        counts = f"{first['n_positive']:,} of {first['n_texts']:,} positive"
+        heading = (
+            f"whole texts   {label}, solver {solver}, lag {lag:+d}: {counts}   (the best layer and the best control; "
+            "TPR at 1% and 5% FPR)"
         )
-        beside = f"   {control['control']:<12}{control['auroc']:>6.3f}" if control else ""
-        lines.append(f"{probe['pooling']:<9}{probe['layer']:>5}{cells}{beside}".rstrip())
+        lines += [*([""] if lines else []), wrapped(heading, width), "", *draw_table(OF_TEXTS, pairs, width or WIDE)]
     return "\n".join(lines)
 
 
 def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
     """The numbers by which runs compare, by the names that TensorBoard gives them: those of one solver, unnamed.
 
-    Of each label and target the lag of its verdict, and the highest lift, AUROC and average precision.
+    Of each label and target the furthest lag that is certain, and the highest gain in bits, lift, AUROC and average
+    precision.
     """
     found: dict[str, float] = {}
     for (_, *family), grid in grids(row for row in rows if row["solver"] == solver).items():
-        layers, _ = lines_of(grid)
-        real = [row for line in layers.values() for row in line.values()]
-        clear = [row["lag"] for row in real if row["lift_low_corrected"] > 0]
+        real = rows_of(lines_of(grid)[0])
+        clear = [row["lag"] for row in certain(real)]
         if clear:
             found[f"test/certain up to lag/{'/'.join(family)}"] = max(clear)
-        for name in ("lift", "auroc", "average_precision"):
-            known = [row[name] for row in real if not math.isnan(row[name])]
-            if known:
-                found[f"test/highest {name}/{'/'.join(family)}"] = max(known)
+        for name in ("gain_bits", "lift", "auroc", "average_precision"):
+            values = [row[name] for row in known(real, name)]
+            if values:
+                found[f"test/highest {name}/{'/'.join(family)}"] = max(values)
     return found
 
 
@@ -198,7 +268,7 @@ def describe_cost(cost: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_files(folder: Path) -> str:
+def describe_files(folder: Path, width: int | None = None) -> str:
     """The files of a run with their sizes."""
     sizes: dict[str, int] = {}
     for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
@@ -207,10 +277,16 @@ def describe_files(folder: Path) -> str:
             name = "events.out.tfevents.*"
         shown = f"{name}/" if inside else name
         sizes[shown] = sizes.get(shown, 0) + path.stat().st_size
-    listed = [f"{name} {_size(n)}" for name, n in sizes.items()]
-    head = f"wrote     {folder}/"
-    return "\n".join([head, *("          " + ", ".join(listed[i : i + 4]) for i in range(0, len(listed), 4))])
+    listed = ", ".join(f"{name} {_size(n)}".replace(" ", UNBROKEN) for name, n in sizes.items())
+    lines = wrapped(f"files     {listed}", min(width or LISTED, LISTED)).replace(UNBROKEN, " ")
+    return f"wrote     {folder}/\n{lines}"
 
 
 def _size(n: int) -> str:
     return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{max(1, round(n / 1e3))} kB"
+
+
+def describe_outcome(verdicts: Sequence[str], folder: Path, width: int | None = None) -> str:
+    """What a run says last: its verdicts, and where its report lies."""
+    said = [wrapped(verdict, width) for verdict in verdicts]
+    return "\n\n".join([*said, f"report    {folder / 'report.html'}"])

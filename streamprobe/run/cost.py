@@ -1,6 +1,7 @@
 """What a run was asked to do and what that took."""
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ class Cost:
         self.forwards, self.tokens, self.padded = self.forwards + 1, self.tokens + tokens, self.padded + padded
 
     def as_dict(self, device: torch.device) -> dict[str, Any]:
-        """The numbers as summary.json holds them, up to now."""
+        """When that is, and the numbers up to now, as summary.json holds them."""
         return {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "seconds": round(time.perf_counter() - self.began, 1),
             "model_forwards": self.forwards,
             "model_tokens": self.tokens,

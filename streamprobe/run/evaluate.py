@@ -22,17 +22,20 @@ from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.kept import KeptProbes
 from streamprobe.probes.storage import find_probes, read_about
 from streamprobe.reporting import terminal
-from streamprobe.reporting.files import EVALUATION, read_rows, write_files
+from streamprobe.reporting.files import EVALUATION, write_files
+from streamprobe.reporting.read_back import read_rows
 from streamprobe.run.cost import Cost
 from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, Texts, controls_that_know, read_texts
 from streamprobe.run.jobs import make_feeds
 from streamprobe.run.judged_chains import columns_of, count_overlap, make_inputs, read_chains
+from streamprobe.run.nested import nested_feed
 from streamprobe.run.opened import check_chains
-from streamprobe.run.provenance import facts_of
+from streamprobe.run.provenance import facts_of, sizes_of
 from streamprobe.run.reader import Backbone, Reader, find_bad_rows, load_model
 from streamprobe.system.console import say
 from streamprobe.system.hardware import exact_float32
+from streamprobe.system.wrapping import columns
 
 FOLDER = "evaluations"  # in that of the run
 PLACE = ("solver", "label", "target", "layer", "lag")
@@ -70,9 +73,11 @@ def evaluate_run(asked: Asked, name: str, out: str | None) -> Path:
     with claim_folder(out, name, False, beside=asked.folder / FOLDER, option="out") as folder:
         results = judge_chains(asked, set_up(asked, cost), folder, cost)
         write_files(results, EVALUATION)
-        said = terminal.table(results.rows, results.described["verdicts"], results.texts)
-        compared = "" if asked.own else f"\n{terminal.compare(before, results.rows)}"
-        say(f"\n{said}{compared}\n{terminal.describe_cost(results.cost())}\n{terminal.describe_files(folder)}")
+        width = columns()
+        compared = "" if asked.own else f"\n{terminal.compare(before, results.rows, width)}"
+        say(f"\n{terminal.table(results.rows, results.texts, width)}{compared}")
+        say(f"{terminal.describe_cost(results.cost())}\n{terminal.describe_files(folder, width)}")
+        say(f"\n{terminal.describe_outcome(results.described['verdicts'], folder, width)}")
     return folder
 
 
@@ -158,11 +163,12 @@ def restore_embedded(kept: KeptProbes, inputs: Inputs, backbone: Backbone) -> Em
 
 def feeds_of(kept: KeptProbes, inputs: Inputs, backbone: Backbone, embedding_size: int | None) -> list[Feed]:
     """What each group of probes is fed.  Raises InputError where the run's config does not give that."""
-    every = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedding_size)
-    made = {feed.name: feed for feed in every}
+    made = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedding_size)
+    nested = nested_feed(made)
+    by_name = {feed.name: feed for feed in [*made, *([nested] if nested else [])]}
     feeds = []
     for each in kept.final:
-        feed, bank = made.get(each.feed), each.bank
+        feed, bank = by_name.get(each.feed), each.bank
         if not feed or feed.sites != bank.sites or feed.n_features != bank.n_features:
             raise InputError(
                 f"a config.yaml with other layers or controls than the {each.feed} of the probes",
@@ -188,6 +194,7 @@ def judge_chains(asked: Asked, setup: Setup, folder: Path, cost: Cost) -> TestRe
         "probes_of": str(asked.folder),
         "chains_seen": setup.seen,
         "counts": inputs.dataset.counts.as_dict(),
+        "splits": sizes_of(inputs.dataset.splits),
         "verdicts": verdicts(judged, training.tolerance, labels_of_texts(probes)),
         "preflight": inputs.preflight,
     }

@@ -111,6 +111,7 @@ def _newton_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: to
         l2=training.l2,
         tolerance=training.tolerance,
         standardize=training.standardize,
+        n_hand_made=feed.n_hand_made,
         shared=kept.shared,
         seed=training.seed,
         device=device,
@@ -142,7 +143,7 @@ def describe_progress(jobs: Sequence[Job]) -> str:
     for name in dict.fromkeys(job.solver.name for job in jobs):
         own = [job for job in jobs if job.solver.name == name]
         final, total = sum(int(job.best.stopped.sum()) for job in own), sum(job.best.stopped.numel() for job in own)
-        lines.append(f"{name}: {_how_good(own)}{final} of {total} probes and controls {SOLVERS[name].final}")
+        lines.append(f"{name}: {_how_good(own)}{final} of {total} {SOLVERS[name].final}")
     return "   ".join(lines)
 
 

@@ -17,6 +17,7 @@ from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.evaluation.calibration import recalibrate
+from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.scores import Scored, evaluate
 from streamprobe.probes.kept import NESTED, FinalProbes
 from streamprobe.probes.nested import Blocks, NestedProbes
@@ -27,7 +28,8 @@ from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
 from streamprobe.trainer import Done, Job
 
-CONTROL = "joint+chain"  # the control that layers are added to
+LINE_SECONDS = 1.0  # between two lines of passes, at least
+Validation = Callable[[], Iterable[TokenBatch]]  # one trip over the validation tokens
 
 
 class NestedJob(NamedTuple):
@@ -40,49 +42,50 @@ class NestedJob(NamedTuple):
 def nested_feed(feeds: Sequence[Feed]) -> Feed | None:
     """What nested probes are fed: the control and the layers; None in a run without that control."""
     by_name = {feed.name: feed for feed in feeds}
-    if CONTROL not in by_name:
+    if JOINT_CHAIN not in by_name:
         return None
-    control, layers = by_name[CONTROL], by_name[PROBED]
+    control, layers = by_name[JOINT_CHAIN], by_name[PROBED]
 
     def features(batch: TokenBatch) -> Blocks:
         return Blocks(control.features(batch)[:, 0], layers.features(batch))
 
-    sites = [*control.sites, *(site.nested for site in layers.sites)]
+    sites = [*control.sites, *layers.sites]
     return Feed(NESTED, sites, control.n_features + layers.n_features, features, control.columns)
 
 
-def make_nested(
-    jobs: Sequence[Job], feed: Feed, training: TrainingConfig, validation: Callable[[], Iterable[TokenBatch]]
-) -> NestedJob | None:
-    """The job of nested probes, once those of Newton's solver are done; None in a run without that solver."""
+def make_nested(jobs: Sequence[Job], training: TrainingConfig, validation: Validation) -> NestedJob | None:
+    """The job of nested probes, once Newton's jobs are done, whose matrices are let go; None where there are none."""
     solvers = {job.feed.name: job.solver for job in jobs if isinstance(job.solver, NewtonSolver)}
-    if not solvers:
+    feed = nested_feed([job.feed for job in jobs if isinstance(job.solver, NewtonSolver)])
+    if feed is None:
         return None
-    control = solvers[CONTROL]
-    feed = feed._replace(columns=feed.columns.to(control.device))
+    for done in solvers.values():
+        done.factors.clear()
+    control = solvers[JOINT_CHAIN]
 
     def loss(probes: NestedProbes) -> Tensor:
-        scored = score_validation(probes, feed, validation)
-        return log_loss(scored, *recalibrate(scored.scores, scored.targets, scored.valid))
+        return balanced_loss(score_validation(probes, feed, validation), control.positive_weight)
 
     start = Start.of(control, solvers[PROBED])
-    options = {"tolerance": training.tolerance, "seed": training.seed}
-    return NestedJob(NestedSolver(start, feed.sites[1:], control.columns, loss, **options), feed)
+    solver = NestedSolver(
+        start, feed.sites[1:], control.columns, loss, tolerance=training.tolerance, seed=training.seed
+    )
+    return NestedJob(solver, feed)
 
 
-def score_validation(probes: NestedProbes, feed: Feed, validation: Callable[[], Iterable[TokenBatch]]) -> Scored:
+def score_validation(probes: NestedProbes, feed: Feed, validation: Validation) -> Scored:
     """The logits of nested probes for the validation tokens."""
     (scored,) = evaluate([(probes, feed)], validation())
     return scored
 
 
-def log_loss(scored: Scored, slope: Tensor, offset: Tensor) -> Tensor:
-    """Mean log-loss [S, K] (float64, nats a token) of the logits slope z + offset; slope, offset [S, K]."""
+def balanced_loss(scored: Scored, positive_weight: Tensor) -> Tensor:
+    """Mean log-loss [S, K] (float64) of tokens whose positives count `positive_weight` [K] times, as in training."""
     columns = []
-    for k in range(scored.targets.shape[1]):
+    for k, p in enumerate(positive_weight.double().unbind()):
         asked = scored.valid[:, k].nonzero()[:, 0]
-        z = scored.scores[:, :, k].T.index_select(1, asked).double() * slope[:, k, None] + offset[:, k, None]
-        columns.append((softplus(z) - scored.targets[asked, k] * z).mean(1))
+        z, y = scored.scores[:, :, k].T.index_select(1, asked).double(), scored.targets[asked, k]
+        columns.append((torch.where(y, softplus(-z) * p, softplus(z))).mean(1))
     return torch.stack(columns, 1)
 
 
@@ -93,18 +96,22 @@ def train_nested(
     *,
     begun: Done,
     max_passes: int,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Trains until all nested probes are final or `max_passes` more are over, behind those of the other jobs.
 
-    `source(n)` is pass n over the training chains; `begun` is how far these had come.
+    `source(n)` is pass n over the training chains; `begun` is how far the other jobs have come; `state` that of nested
+    probes that are final, of a checkpoint.
     """
     solver, printed = job.solver, time.monotonic()
+    if state is not None:
+        solver.load(state)
     while not solver.final and int(solver.passes) < max_passes:
         started = time.monotonic()
         for batch in memory.in_order(partial(source, begun.passes + int(solver.passes) + 1)):
             solver.step(*job.feed.of(batch))
         solver.end_pass()
-        if solver.final or time.monotonic() - printed >= 1:
+        if solver.final or int(solver.passes) == max_passes or time.monotonic() - printed >= LINE_SECONDS:
             printed = time.monotonic()
             say(f"nested {int(solver.passes):<2}{printed - started:>8.1f} s   {describe(solver)}")
 
@@ -115,15 +122,14 @@ def describe(solver: NestedSolver) -> str:
     return f"{final} of {total} nested probes final, {none} without the layer"
 
 
-def final_nested(
-    job: NestedJob, half: Tensor, validation: Callable[[], Iterable[TokenBatch]]
-) -> FinalProbes:
-    """The nested probes as training left them, recalibrated on the validation tokens; half [K] as in FinalProbes."""
+def final_nested(job: NestedJob, validation: Validation) -> FinalProbes:
+    """The nested probes as training left them, recalibrated on the validation tokens."""
     solver = job.solver
     scored = score_validation(solver.bank(), job.feed, validation)
     bank = solver.bank().mapped(*recalibrate(scored.scores, scored.targets, scored.valid))
     bank.solver = NewtonSolver.name
     bank.threshold = torch.full(bank.bias.shape, torch.nan, dtype=torch.float64)
     best_pass = torch.cat([torch.zeros_like(solver.chosen_pass[:1]), solver.chosen_pass]).cpu()
+    half = torch.zeros(len(solver.columns))
     known = {"half": half, "best_pass": best_pass, "gradient_norm": solver.norm, "penalty": solver.penalty}
     return FinalProbes(bank.solver, NESTED, bank, **known)

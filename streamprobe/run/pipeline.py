@@ -1,46 +1,45 @@
 """A config becomes a finished run: read, load, plan, train, test, write."""
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.load import RunConfig
 from streamprobe.data.overlap import problem_hashes
-from streamprobe.errors import InputError
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.scores import evaluate
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.base import Probes
-from streamprobe.probes.kept import FinalProbes, KeptProbes
+from streamprobe.probes.kept import NESTED, FinalProbes, KeptProbes
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
 from streamprobe.reporting.tracking.tracker import Tracker
-from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
+from streamprobe.run.checkpoint import STATE, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, make_inputs, read_texts
-from streamprobe.run.jobs import describe_progress, make_feeds, make_jobs, states_of, take_up
-from streamprobe.run.memory_plan import Kept, RunPlan, make_memories, plan_run
-from streamprobe.run.provenance import facts_of, peak_memory, write_config
+from streamprobe.run.jobs import make_feeds, make_jobs, states_of, take_up
+from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
+from streamprobe.run.nested import final_nested, make_nested, train_nested
+from streamprobe.run.pass_end import PassEnd
+from streamprobe.run.provenance import facts_of, sizes_of, write_config
 from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
 from streamprobe.system.hardware import exact_float32
 from streamprobe.system.start import no_collections
+from streamprobe.system.wrapping import columns
 from streamprobe.trainer import Done, Job, log_metrics, train
 
 
@@ -76,12 +75,13 @@ def run_in(folder: Path, config: RunConfig) -> None:
     write_config(folder, setup.facts)
     tracker = make_tracker(folder, setup, jobs, done)
     validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
+    read = partial(read_pass, setup)
     with Checkpoints(folder) as checkpoints:
         save = PassEnd(checkpoints, setup.facts, plan.kept, jobs, tracker, backbone.device, begun=done)
         done = train(
             jobs,
             memory,
-            lambda number: setup.reader.read("train", config.training.seed + number, f"pass {number}"),
+            read,
             validation,
             tracker=tracker,
             save=save,
@@ -90,12 +90,24 @@ def run_in(folder: Path, config: RunConfig) -> None:
             seed=config.training.seed,
             done=done,
         )
+        nested = make_nested(jobs, config.training, validation)
+        if nested:
+            state = checkpoint.states.get(NESTED) if checkpoint and checkpoint.passes == done.passes else None
+            train_nested(nested, memory, read, begun=done, max_passes=config.training.max_passes, state=state)
+            save.keep(done, nested.solver)
         save.finish()
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
+    kept = probes_to_keep(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
     cost_once = cache(partial(describe_cost, cost, plan, done))  # the same in every file and in the terminal
-    results = judge_held_out(setup, folder, jobs, thresholds=thresholds, cost=cost_once)
+    feeds = [job.feed for job in jobs] + ([nested.feed] if nested else [])
+    results = judge_held_out(setup, folder, kept, feeds, cost=cost_once)
     write_files(results)
     finish(results, tracker)
+
+
+def read_pass(setup: "Setup", number: int) -> Iterator[TokenBatch]:
+    """Pass `number` over the training chains."""
+    return setup.reader.read("train", setup.config.training.seed + number, f"pass {number}")
 
 
 def make_tracker(folder: Path, setup: "Setup", jobs: Sequence[Job], done: Done) -> Tracker:
@@ -146,47 +158,6 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts, seen)
 
 
-@dataclass
-class PassEnd:
-    """What is done at the end of every pass, when the trainer calls it: two curves, a line, and a checkpoint."""
-
-    checkpoints: Checkpoints
-    facts: dict[str, Any]
-    kept: Kept
-    jobs: Sequence[Job]
-    tracker: Tracker
-    device: torch.device
-    begun: Done  # how far training had come when this process began
-    lap: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self.newest = self.snapshot(self.begun)
-
-    def __call__(self, done: Done) -> None:
-        """Notes what a pass took, and puts its curves on disk before a checkpoint that a resumed run goes on from."""
-        seconds, self.lap = time.perf_counter() - self.lap, time.perf_counter()
-        self.tracker.number("progress/tokens_per_second", done.tokens / done.passes / seconds, done.tokens)
-        self.tracker.number("progress/memory_gb", peak_memory(self.device) / 1e9, done.tokens)
-        say(f"pass {done.passes:<4}{seconds:>8.1f} s   {describe_progress(self.jobs)}")
-        if all(job.solver.resumable for job in self.jobs):
-            self.newest = self.snapshot(done)
-        try:
-            self.tracker.flush()
-        except InputError:  # which ends the run
-            self.finish()
-            raise
-        self.checkpoints.offer(self.newest)
-
-    def snapshot(self, done: Done) -> Checkpoint:
-        """The run as it stands after a pass, sharing no memory with what trains on."""
-        return Checkpoint(states_of(self.jobs), self.facts, done.passes, done.tokens, self.kept)
-
-    def finish(self) -> None:
-        """Returns when the run is on disk as it stood when it could last be resumed."""
-        self.checkpoints.write(self.newest)
-        self.checkpoints.wait()
-
-
 def calibrated(job: Job, inputs: Inputs) -> Probes:
     """The best probes with their class weighting undone, so that the sigmoid of a logit is the probability they mean.
 
@@ -219,23 +190,18 @@ def half_logits(job: Job, inputs: Inputs) -> Tensor:
 
 
 def judge_held_out(
-    setup: Setup,
-    folder: Path,
-    jobs: Sequence[Job],
-    *,
-    thresholds: Sequence[Tensor],
-    cost: Callable[[], Mapping[str, Any]],
+    setup: Setup, folder: Path, kept: KeptProbes, feeds: Sequence[Feed], *, cost: Callable[[], Mapping[str, Any]]
 ) -> TestResults:
-    """Scores the held-out chains once with the best probes, and judges them."""
+    """Scores the held-out chains once with the probes of a run, each group with its feed, and judges them."""
     inputs, training = setup.inputs, setup.config.training
     chains = inputs.dataset.splits["test"]
-    kept = probes_to_keep(setup, jobs, thresholds)
     batches = (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
-    probes = score(kept.final, [job.feed for job in jobs], batches)
+    probes = score(kept.final, feeds, batches)
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {
         "counts": inputs.dataset.counts.as_dict(),
+        "splits": sizes_of(inputs.dataset.splits),
         "verdicts": verdicts(judged, training.tolerance, labels_of_texts(probes)),
         "preflight": inputs.preflight,
     }
@@ -256,14 +222,17 @@ def judge_held_out(
     )
 
 
-def probes_to_keep(setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tensor]) -> KeptProbes:
-    """The best probes of every job, and what else it takes to judge them on other data."""
+def probes_to_keep(
+    setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tensor], nested: FinalProbes | None
+) -> KeptProbes:
+    """The best probes of every job and nested ones, and what else it takes to judge them on other data."""
     final = []
     for job, threshold in zip(jobs, thresholds, strict=True):
         bank, best = calibrated(job, setup.inputs), job.best
         half = half_logits(job, setup.inputs)
         whole = bank.choose(list(range(len(bank.columns))), threshold)
         final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
+    final += [nested] if nested else []
     embedded = setup.reader.embedded
     words = embedded.words._asdict() if embedded else {}
     return KeptProbes(final, setup.seen, words, setup.inputs.dataset.section_labels)
@@ -291,12 +260,13 @@ def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
 
 
 def finish(results: TestResults, tracker: Tracker) -> None:
-    """What a run ends with in the terminal and where its curves went."""
-    verdicts = results.described["verdicts"]
-    found = terminal.table(results.rows, verdicts, results.texts)
-    printed = f"{found}\n{terminal.describe_cost(results.cost())}"
-    say(f"\n{printed}")
+    """What a run ends with in the terminal and where its curves went: the verdicts last."""
+    verdicts, width = results.described["verdicts"], columns()
+    cost = terminal.describe_cost(results.cost())
+    say(f"\n{terminal.table(results.rows, results.texts, width)}\n{cost}")
     first, *_ = results.facts["config"]["solvers"]
-    tracker.outcome("\n\n".join([*verdicts, printed]), terminal.headline(results.rows, first))
+    kept = f"{terminal.table(results.rows, results.texts)}\n{cost}"
+    tracker.outcome("\n\n".join([*verdicts, kept]), terminal.headline(results.rows, first))
     tracker.close()
-    say(terminal.describe_files(results.folder))
+    say(terminal.describe_files(results.folder, width))
+    say(f"\n{terminal.describe_outcome(verdicts, results.folder, width)}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from torch import nn
 
 from streamprobe.config.load import RunConfig
+from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError, first_line
 from streamprobe.model.backbone import pick_dtype
 from streamprobe.probes.storage import raw_bytes
@@ -38,6 +40,14 @@ def facts_of(config: RunConfig, data_fingerprint: str, model: Any) -> dict[str, 
         "model_fingerprint": model_fingerprint(model),
         "device": device_name(model.device),
         "dtype": str(pick_dtype(config.model.dtype)),
+    }
+
+
+def sizes_of(splits: Mapping[str, Sequence[Chain]]) -> dict[str, dict[str, int]]:
+    """How many chains and tokens each split has."""
+    return {
+        name: {"chains": len(chains), "tokens": sum(len(chain.ids) for chain in chains)}
+        for name, chains in splits.items()
     }
 
 

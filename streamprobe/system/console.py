@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from streamprobe.errors import InputError, first_line, out_of_memory
+from streamprobe.system.wrapping import columns_of, wrapped
 
 PLAIN = {"▲": "^", "▼": "v", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "\ufffd": "?"}
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -24,8 +25,9 @@ def printable(text: str) -> str:
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Prints text, made printable, at once."""
-    write(printable(text) + end)
+    """Prints text, made printable, at once; for a terminal long lines are broken between words."""
+    shown = printable(text)
+    write((wrapped(shown, columns_of(sys.stdout)) if end == "\n" else shown) + end)
 
 
 def write(text: str) -> None:
@@ -36,9 +38,9 @@ def write(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints text, made printable, on standard error."""
+    """Prints text, made printable, on standard error, broken as `say` does."""
     if sys.stderr is not None:
-        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.write(wrapped(printable(text), columns_of(sys.stderr)) + "\n")
         sys.stderr.flush()
 
 

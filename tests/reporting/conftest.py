@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import ScoredProbes, TestResults, judge
-from streamprobe.evaluation.rows import Judged, Row
+from streamprobe.evaluation.rows import FIELDS, Judged, Row
 from streamprobe.evaluation.texts import POOLINGS, TEXT_FIELDS
 from streamprobe.probes.kept import KeptProbes
 from streamprobe.reporting import files
@@ -20,6 +20,8 @@ from streamprobe.reporting.tracking.tensorboard import TensorBoard
 from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.reporting.transcripts import collect
 from streamprobe.system.files import write_atomic
+
+SPLITS = {"train": {"chains": 1200, "tokens": 70_000}, "test": {"chains": N_CHAINS, "tokens": 960}}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,33 @@ def transcripts(groups: list[ScoredProbes], rows: list[Row], chains: list[Chain]
     return collect(groups, rows, chains, labels=[LABEL], tokenizer=tokenizer)
 
 
+def gain(row: Row, *, low: float, within: float) -> Row:
+    """The row with what its layer adds, and these corrected low ends in bits and within chains."""
+    numbers = {"gain_bits": 0.031, "gain": 0.022, "gain_within": 0.027}
+    ends = {f"{name}_{end}": value for name in numbers for end, value in (("low", 0.011), ("high", 0.051))}
+    lows = {"gain_bits_low_corrected": low, "gain_low_corrected": 0.001, "gain_within_low_corrected": within}
+    return {**row, **numbers, **ends, **lows}
+
+
+@pytest.fixture(scope="module")
+def gained_rows(rows: list[Row]) -> list[Row]:
+    """The rows with gains at lag 8, certain of layer 12 alone: in bits only of layer 3.  Lag 0 and controls have none."""
+    ahead = [row for row in rows if row["lag"] == 8 and not row["control"]]
+    return [
+        gain(row, low=0.012, within=0.002 if row["layer"] == 12 else -0.002) if row in ahead else row for row in rows
+    ]
+
+
 @pytest.fixture
 def results(
     tmp_path: Path, groups: list[ScoredProbes], judged: list[Judged], chains: list[Chain], tokenizer: Any
 ) -> TestResults:
     """All that is known at the end of a run whose texts are hostile."""
-    facts = {"config": {"data": HOSTILE}, "versions": {"python": "3"}}
+    facts = {
+        "config": {"data": HOSTILE, "model": HOSTILE, "layers": [3, 12]},
+        "versions": {"python": "3", "streamprobe": "0.1.0"},
+        "git_commit": f"{'0123456789' * 4}+changes",
+    }
     return TestResults(
         folder=tmp_path / "run",
         probes=groups,
@@ -67,8 +90,8 @@ def results(
         labels=[LABEL],
         tokenizer=tokenizer,
         facts=facts,
-        described={"preflight": HOSTILE, "verdicts": [HOSTILE]},
-        cost=lambda: {"passes": 1},
+        described={"preflight": HOSTILE, "verdicts": [HOSTILE], "splits": SPLITS},
+        cost=lambda: {"passes": 1, "date": "2026-01-02 03:04 UTC"},
         resamples=20,
         seed=0,
     )
@@ -89,6 +112,18 @@ def folder(results: TestResults) -> Path:
     for name in ("results.csv", "summary.json", "transcripts.json"):
         write_atomic(results.folder / name, files.FILES[name].make(results) or b"")
     return results.folder
+
+
+@pytest.fixture
+def full_folder(folder: Path, results: TestResults, gained_rows: list[Row], texts: list[Row]) -> Path:
+    """The same with gains, and with every file of which a report may be drawn."""
+    (folder / "results.csv").write_bytes(files.pack_rows(gained_rows, FIELDS))
+    for name in ("reliability.csv", "curves.json"):
+        (folder / name).write_bytes(files.FILES[name].make(results) or b"")
+    of_categories = [{"category": f"{name} {HOSTILE}", **row} for name in ("a", "b") for row in gained_rows]
+    (folder / "categories.csv").write_bytes(files.pack_rows(of_categories, list(of_categories[0])))
+    (folder / "texts.csv").write_bytes(files.pack_rows(texts, TEXT_FIELDS))
+    return folder
 
 
 CONFIG = {"layers": [3, 12], "seed": 0, "problem_column": "x", "quantization": None}

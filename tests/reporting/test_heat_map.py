@@ -36,3 +36,11 @@ def test_numbers_stand_out_from_their_cells(colours: str) -> None:
 def test_the_width_of_a_map_is_that_of_its_cells_and_names() -> None:
     assert cell_width(total_width(42, ROWS, 3), ROWS, 3) == pytest.approx(42)
     assert total_width(42, ["a longer name"], 3) > total_width(42, ["short"], 3) > 3 * 42
+
+
+def test_cells_are_outlined_where_asked() -> None:
+    given = {"width": 300, "scale": Scale("viridis", 0.5, 1.0), "written": str, "number_size": 8}
+    figure = draw(VALUES, ROWS, ["a", "b", "c"], **given, outlined=VALUES == 0.75)
+    [axes] = figure.axes
+    assert [patch.get_center().tolist() for patch in axes.patches] == [[1, 0]] * 2, "two lines around one cell"
+    assert not draw(VALUES, ROWS, ["a", "b", "c"], **given).axes[0].patches

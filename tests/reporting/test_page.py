@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from scored_chains import HOSTILE
 
+from streamprobe.evaluation.results import TestResults
+from streamprobe.evaluation.rows import Row
 from streamprobe.reporting import files
 from streamprobe.reporting.html import page
 from streamprobe.reporting.transcripts import LEVELS, UNASKED
@@ -43,7 +45,12 @@ class Found(HTMLParser):
         bad += ["a third script"] * (self.elements.count("script") > 2)
         bad += [f"{name} handler" for name, _ in self.attributes if name.startswith("on")]
         inward = ("#", "data:image/png;base64,")
-        bad += [value for name, value in self.attributes if name in ("href", "src") and not value.startswith(inward)]
+        beside = {"config.yaml", *files.FILES}  # in the same folder
+        bad += [
+            value
+            for name, value in self.attributes
+            if name in ("href", "src") and not value.startswith(inward) and value not in beside
+        ]
         return bad
 
 
@@ -53,8 +60,15 @@ def test_hostile_text_stays_text(folder: Path, transcripts: dict[str, Any]) -> N
     found = Found(text)
     assert found.faults() == [] and found.elements.count("script") == 2
     assert sum(HOSTILE in piece for piece in found.text) >= 4, "verdict, heading, config and data"
-    assert json.loads(found.scripts[0]) == transcripts and HOSTILE in transcripts["chains"][0]["id"]
+    held = json.loads(found.scripts[0])
+    assert {name: held[name] for name in transcripts} == transcripts and HOSTILE in transcripts["chains"][0]["id"]
     assert "http:" not in text and "https:" not in text and "url(" not in text.replace("url(#", "")
+
+
+def test_hostile_text_stays_text_in_every_part(full_folder: Path) -> None:
+    found = Found(files.draw_report(full_folder).decode())
+    assert found.faults() == [] and found.elements.count("script") == 2
+    assert sum(HOSTILE in piece for piece in found.text) >= 20, "categories, texts and what the run is of, too"
 
 
 @pytest.mark.parametrize("less, greater", [("&lt;", "&gt;"), ("\\u003c", "\\u003e")])
@@ -88,7 +102,7 @@ def contrast(a: str, b: str) -> float:
 
 def test_text_and_lines_stand_out_in_light_and_in_dark() -> None:
     style = (Path(page.__file__).parent / "page.css").read_text()
-    blocks = re.findall(r":root \{(.*?)\}", style, re.S)
+    blocks = re.findall(r"^ *:root \{(.*?)\}", style, re.S | re.M)
     schemes = [{**dict(re.findall(r"--(\w+): (#\w{6})", block)), "block": block} for block in blocks]
     assert len(schemes) == 2
     for colours in schemes:
@@ -105,3 +119,118 @@ def test_text_and_lines_stand_out_in_light_and_in_dark() -> None:
 
 def test_a_line_fails_to_stand_out_without_contrast() -> None:
     assert contrast("#b9b9b9", "#ffffff") < 3
+
+
+def ids_of(page: Found) -> list[str]:
+    return [value for name, value in page.attributes if name == "id"]
+
+
+def broken_anchors(page: Found) -> list[str]:
+    """The links into the page that lead nowhere."""
+    links = [value for name, value in page.attributes if name == "href" and value.startswith("#")]
+    return [link for link in links if link[1:] not in ids_of(page)]
+
+
+def test_every_link_lands_and_every_id_is_there_once(full_folder: Path) -> None:
+    text = files.draw_report(full_folder).decode()
+    found = Found(text)
+    assert broken_anchors(found) == [] and text.count("href='#") >= 8
+    own = [name for name in ids_of(found) if not re.fullmatch(r"\w{11}|clip\w*|image\w+|m\w{10}", name)]
+    assert sorted(own) == sorted(set(own))
+    assert broken_anchors(Found(text.replace("id=categories", "id=other"))) == ["#categories"], "the check sees it"
+
+
+def test_the_page_says_first_what_the_run_is_of_and_then_the_verdict(folder: Path) -> None:
+    text = files.draw_report(folder).decode()
+    identity = text[text.index("<dl class=identity>") : text.index("</dl>")]
+    for name in ("model", "data", "date", "chains", "tokens", "streamprobe"):
+        assert f"<dt>{name}</dt>" in identity
+    shown = ("2026-01-02 03:04 UTC", "1,216 (1,200 train, 16 test)", "0.1.0, commit 012345678901 with changes")
+    assert all(words in identity for words in shown)
+    order = [
+        "<h1>",
+        "<dl class=identity>",
+        "<p class=verdict>",
+        "<nav>",
+        "<h2 id=family0>",
+        "<h2 id=probe>",
+        "<h2 id=all>",
+    ]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+
+
+def test_gains_are_shown_where_they_are_known(folder: Path, full_folder: Path, results: TestResults) -> None:
+    text = files.draw_report(full_folder).decode()
+    for heading in ("Gain in bits a token", "Gain in AUROC within chains", "Gain in AUROC"):
+        assert f"<h3>{heading}</h3>" in text
+    assert "<summary>Lift</summary>" in text and "<td>yes</td>" in text and ">gain within<" in text
+    (folder / "results.csv").write_bytes(files.FILES["results.csv"].make(results) or b"")
+    without = files.draw_report(folder).decode()
+    assert "Gain in" not in without and ">gain within<" not in without and "<h3>Lift over the best" in without
+
+
+def test_the_probe_that_is_shown_first_is_that_of_the_verdict(folder: Path, full_folder: Path) -> None:
+    held = json.loads(Found(files.draw_report(full_folder).decode()).scripts[0])
+    assert (held["chosen"]["layer"], held["chosen"]["lag"]) == (12, 8)
+    assert len(held["numbers"]) == len(held["probes"]) == 4
+    for numbers in held["numbers"]:
+        assert len(numbers["recall"]) == len(numbers["precision"]) > 20 and len(numbers["said"]) == 10
+        assert len(numbers["counts"]) == 4
+    text = (full_folder / "results.csv").read_text().replace(",0.012,", ",-0.012,")
+    (full_folder / "results.csv").write_text(text)
+    uncertain = json.loads(Found(files.draw_report(full_folder).decode()).scripts[0])
+    assert uncertain["chosen"] == uncertain["reference"], "where none is certain"
+
+
+def test_the_script_finds_every_place_that_it_fills(full_folder: Path) -> None:
+    text = files.draw_report(full_folder).decode()
+    script = Found(text).scripts[1]
+    named = set(re.findall(r'place\("([\w-]+)"\)', script)) | {
+        "tp",
+        "fp",
+        "fn",
+        "tn",
+        "tp-rate",
+        "calibration",
+        "recall",
+    }
+    assert named >= {"named", "said", "token", "confusion-said"}
+    assert named <= set(ids_of(Found(text)))
+
+
+def test_the_plots_are_left_out_without_their_files(folder: Path) -> None:
+    found = Found(files.draw_report(folder).decode())
+    assert not {"calibration", "recall", "tp"} & set(ids_of(found))
+
+
+def test_tokens_are_reached_by_keyboard_and_said_in_a_live_region(folder: Path) -> None:
+    text = files.draw_report(folder).decode()
+    assert "<aside id=token role=status aria-live=polite>" in text
+    assert re.search(r"<div class=text id=chain0 tabindex=0 ", text)
+    for word in ("ArrowLeft", "ArrowRight", "Home", "End", "Escape", '"click"'):
+        assert word in text
+
+
+def test_what_sticks_covers_no_heading_and_paper_cuts_nothing_off() -> None:
+    style = (Path(page.__file__).parent / "page.css").read_text()
+    assert "scroll-margin-top: calc(var(--chooser)" in style
+    printed = style[style.index("@media print") :]
+    assert "print-color-adjust: exact" in printed and re.search(
+        r"\.scroll, .*overflow: visible; max-height: none", printed
+    )
+    assert "@media screen and (prefers-color-scheme: dark)" in style, "so that paper is light"
+
+
+def test_categories_are_judged_by_the_layer_that_is_best_on_all_chains(full_folder: Path, rows: list[Row]) -> None:
+    text = files.draw_report(full_folder).decode()
+    table = text[text.index("<h2 id=categories>") : text.index("<h2 id=texts>")]
+    assert table.count("<tr>") == 1 + 2 * 2 and "class=control" not in table, "two categories, two lags"
+    for lag in (0, 8):
+        best = max((row for row in rows if row["lag"] == lag and not row["control"]), key=lambda row: row["auroc"])
+        assert table.count(f"<td>{lag:+d}</td><td>{best['layer']}</td>") == 2
+
+
+def test_files_of_the_run_are_linked_where_they_are(full_folder: Path) -> None:
+    text = files.draw_report(full_folder).decode()
+    linked = re.findall(r"<a href='([\w.]+)'>", text)
+    assert set(linked) == {path.name for path in full_folder.iterdir()} - {"report.html"} and "curves.json" in linked

@@ -4,19 +4,18 @@ import math
 import re
 from pathlib import Path
 
+import pytest
+import torch
 from scored_chains import HOSTILE
 
-from streamprobe.evaluation.results import ScoredProbes, judge
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import Judged, Row
 from streamprobe.evaluation.verdict import verdicts
-from streamprobe.reporting.terminal import compare, describe_files, headline, table, text_table
+from streamprobe.reporting.terminal import compare, describe_files, describe_outcome, headline, table, text_table
 
 
-def test_the_table_is_compact_and_ends_in_its_verdict(groups: list[ScoredProbes], rows: list[Row]) -> None:
-    given = verdicts(judge(groups, len(groups[0].scored.chain.unique()), 20, 0), 1e-3)
-    lines = table(rows, given).splitlines()
+def test_the_table_is_compact_and_names_the_best_layers(rows: list[Row]) -> None:
+    lines = table(rows).splitlines()
     assert max(len(line) for line in lines if HOSTILE not in line) <= 120
-    assert lines[-1] == given[-1]
     marked = re.findall(r"(\d\.\d{3})\*", "\n".join(lines))
     best = [max((r for r in rows if not r["control"] and r["lag"] == lag), key=lambda r: r["auroc"]) for lag in (0, 8)]
     assert marked == [f"{row['auroc']:.3f}" for row in best]
@@ -24,18 +23,66 @@ def test_the_table_is_compact_and_ends_in_its_verdict(groups: list[ScoredProbes]
     for cells, row in zip(ladder, best, strict=True):
         assert cells[:3] == [f"{row['lag']:+d}", str(row["layer"]), f"{row['auroc']:.3f}"]
         assert f"{row['lift']:+.3f}" in cells and row["best_control"] in cells
+    assert "gain bits" not in "\n".join(lines) and "certain" not in "\n".join(lines), "where no gain is known"
 
 
-def test_many_lags_are_wrapped(rows: list[Row]) -> None:
+def test_the_gain_has_its_interval_and_its_corrected_low_end_at_any_width(gained_rows: list[Row]) -> None:
+    for width in (None, 120, 80):
+        text = table(gained_rows, width=width)
+        [line] = [line for line in text.splitlines() if re.match(r" +\+8 +\d", line)]
+        assert "+0.031  +0.011 to +0.051" in line and "+0.012" in line
+        assert "certain   +8: layer 12   (" in text and text.count("certain   ") == 1
+    none = [{**row, "gain_within_low_corrected": -0.1} for row in gained_rows]
+    assert "certain   at no lag" in table(none)
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(
+    gained_rows: list[Row], texts: list[Row], width: int
+) -> None:
+    """Labels are plain here: one that is wider than the terminal has to be left to it."""
+    plain, of_texts = ([{**row, "label": "backtracking"} for row in each] for each in (gained_rows, texts))
+    whole = verdicts([Judged(row, torch.zeros(20)) for row in plain])
+    printed = {
+        "table": (table(plain, of_texts, width), None),
+        "compare": (compare(plain, plain, width), None),
+        "outcome": (describe_outcome(whole, Path("runs/demo"), width), describe_outcome(whole, Path("runs/demo"))),
+    }
+    for name, (text, unbroken) in printed.items():
+        assert max(map(len, text.splitlines())) <= width, name
+        assert unbroken is None or words(text) == words(unbroken), name
+    assert "nan" not in printed["table"][0]
+
+
+def test_a_line_is_wider_than_the_terminal_without_wrapping(gained_rows: list[Row]) -> None:
+    """Negative control: what goes to a file keeps its lines whole."""
+    whole = verdicts([Judged(row, torch.zeros(20)) for row in gained_rows])
+    assert max(map(len, describe_outcome(whole, Path("runs/demo")).splitlines())) > 80
+    assert max(map(len, table(gained_rows).splitlines())) > 80
+
+
+def test_the_verdicts_and_the_path_of_the_report_come_last() -> None:
+    lines = describe_outcome(["one: a verdict", "two: another"], Path("runs/demo")).splitlines()
+    assert [line for line in lines if line] == ["one: a verdict", "two: another", "report    runs/demo/report.html"]
+
+
+def test_many_lags_are_wrapped_evenly(rows: list[Row]) -> None:
     many = [{**row, "lag": lag} for row in rows for lag in range(20) if row["lag"] == 0]
-    lines = table(many, ["verdict"]).splitlines()
-    assert sum(line.startswith("lag  ") for line in lines) == 2 and max(map(len, lines[1:])) <= 120
+    lines = table(many).splitlines()
+    heads = [line.split()[1:] for line in lines if line.startswith("lag  ")]
+    assert [len(head) for head in heads] == [10, 10] and max(map(len, lines[1:])) <= 120
+    heads = [line.split()[1:] for line in table(many, width=80).splitlines() if line.startswith("lag  ")]
+    assert [len(head) for head in heads] == [7, 7, 6]
 
 
 def test_a_missing_class_is_named(rows: list[Row]) -> None:
     blank = [{**row, "auroc": math.nan} if row["layer"] == 3 and not row["control"] else row for row in rows]
-    assert "2 probes have nan" in table(blank, ["verdict"])
-    assert "nan:" not in table(rows, ["verdict"])
+    assert "2 probes have nan" in table(blank)
+    assert "nan:" not in table(rows)
     unknown = [{**row, "auroc": math.nan, "lift": math.nan} for row in rows]
     assert headline(unknown, "newton").keys() < headline(rows, "newton").keys()
 
@@ -47,6 +94,15 @@ def test_the_headline_is_of_one_solver_and_does_not_name_it(rows: list[Row]) -> 
     assert found[f"test/highest auroc/{rows[0]['label']}/token"] == max(row["auroc"] for row in own)
     assert not [name for name in found if "newton" in name or "adam" in name]
     assert headline([*others, *rows], "adam") != found
+
+
+def test_the_headline_has_the_furthest_lag_that_is_certain(rows: list[Row], gained_rows: list[Row]) -> None:
+    name = f"test/certain up to lag/{rows[0]['label']}/token"
+    assert headline(gained_rows, "newton")[name] == 8
+    beyond = [{**row, "gain_bits_low_corrected": 0.1, "lag": 16} if row["lag"] == 8 else row for row in gained_rows]
+    assert headline(beyond, "newton")[name] == 16
+    clear = [{**row, "lift_low_corrected": 0.5} for row in rows]
+    assert name not in headline(clear, "newton"), "of lift alone nothing is certain"
 
 
 def test_other_chains_are_judged_by_the_layer_that_the_runs_own_test_chose(rows: list[Row]) -> None:

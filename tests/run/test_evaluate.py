@@ -20,7 +20,7 @@ from streamprobe.probes.kept import CONTROLS_FILE, load_kept
 from streamprobe.probes.storage import pack_tensors
 from streamprobe.run import reader
 
-SAME = ("results.csv", "differences.csv", "categories.csv", "reliability.csv", "transcripts.json")
+SAME = ("results.csv", "differences.csv", "categories.csv", "reliability.csv", "curves.json", "transcripts.json")
 KEYS = {
     "dtype": "float32",
     "layers": [0, 2],

@@ -86,6 +86,7 @@ def test_a_run_writes_what_it_promises(config, capsys):
         "categories.csv",
         "differences.csv",
         "reliability.csv",
+        "curves.json",
         "summary.json",
         "probes.safetensors",
         "controls.safetensors",

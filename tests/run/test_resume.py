@@ -19,8 +19,17 @@ from streamprobe.run import pipeline
 from streamprobe.run.checkpoint import STATE, Checkpoints, load_run, save_run
 from streamprobe.run.folder import claim_folder
 
-COSTS = ("seconds", "model_seconds", "tokens_per_second", "peak_memory_gb", "model_forwards", "model_tokens", "padding")
-ON_PAGE = re.compile(rf"^({'|'.join(COSTS)}|resume): .*$".encode(), re.M)
+COSTS = (
+    "date",
+    "seconds",
+    "model_seconds",
+    "tokens_per_second",
+    "peak_memory_gb",
+    "model_forwards",
+    "model_tokens",
+    "padding",
+)
+ON_PAGE = re.compile(rf"^(({'|'.join(COSTS)}|resume): |<div><dt>date</dt>).*$".encode(), re.M)
 WRITTEN = (
     "config.yaml",
     STATE,
@@ -32,6 +41,7 @@ WRITTEN = (
     "categories.csv",
     "differences.csv",
     "reliability.csv",
+    "curves.json",
     "summary.json",
     "report.html",
 )

@@ -28,7 +28,7 @@ def document(title: str, body: Sequence[str], *, style: str, script: str, held: 
         [
             "<!doctype html><html lang=en><head><meta charset=utf-8>",
             f'<meta http-equiv=Content-Security-Policy content="{policy}">',
-            "<meta name=viewport content='width=device-width'>",
+            "<meta name=viewport content='width=device-width, initial-scale=1'>",
             f"<title>streamprobe: {escape(title)}</title><style>{style}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
             *body,

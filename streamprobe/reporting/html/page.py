@@ -1,182 +1,151 @@
 """report.html: one page that holds all it shows and asks the network for nothing.  Text from the data is escaped."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from streamprobe.controls.table import CONTROLS
-from streamprobe.evaluation.rows import Row, place
-from streamprobe.reporting.html.charts import lag_curves, metric_map
+from streamprobe.reporting.grids import Family, Grid, gained, grids, known, lines_of, rows_of, title
+from streamprobe.reporting.html import one_probe
+from streamprobe.reporting.html.charts import lag_curves, lift_curve, metric_map
 from streamprobe.reporting.html.document import document, own_file
-from streamprobe.reporting.terminal import Grid, grids
+from streamprobe.reporting.html.tables import CATEGORIES, PROBES, SORTS, TEXTS, best_in_categories, draw_table
+from streamprobe.reporting.identity import identity_of
+from streamprobe.reporting.read_back import FinishedRun
 
-KINDS = {
-    "hit": ("Best hits", "sections, or their beginnings, with the highest mean probability"),
-    "miss": ("Worst misses", "those whose highest probability is the lowest"),
-    "false alarm": ("Worst false alarms", "tokens with the highest probability that are not what was asked for"),
-}
 NUMBERS = (
     "All numbers are of held-out test chains; intervals are 95% over resampled chains. Lag k: the activation at token "
-    "t predicts the label at token t + k, so a positive lag looks ahead. Lift: AUROC above that of the best control."
+    "t predicts the label at token t + k, so a positive lag looks ahead. Lift: AUROC over the best single control; "
+    "it is no foresight yet, since a layer may know what several controls know."
 )
-
-SORTS = "A click on a column's name sorts."
-TEXTS = (
+GAINS = (
+    "Gain: what a layer adds to the control joint+chain, which knows text, position, sections so far and, by design, "
+    "the rate of the whole chain: bits a token, AUROC, and AUROC among tokens of the same chain. Cells with a line "
+    "around them are certain: there foresight may be claimed, since the gain in bits and the gain within chains are "
+    "above 0, with low ends that are corrected for all probes looked at."
+)
+OF_TEXTS = (
     "A text's score is the mean, the maximum or the last of the probabilities at its tokens; intervals are over "
     "resampled texts. TPR at 1% FPR: the share of positive texts above a threshold that at most 1% of the others reach."
 )
+OF_CATEGORIES = "Of each category and lag the layer that is the best on all test chains."
+GAIN_MAPS = {
+    "gain_bits": "Gain in bits a token",
+    "gain_within": "Gain in AUROC within chains",
+    "gain": "Gain in AUROC",
+}
+FILES_NOTE = "They lie beside this page, in the folder of the run."
 
 
-def render(
-    name: str,
-    rows: Sequence[Row],
-    run: Mapping[str, Any],
-    transcripts: Mapping[str, Any],
-    *,
-    texts: Sequence[Row] = (),
-) -> str:
-    """The page of a run: its rows, the `run` part of its summary.json, its transcripts.json and its rows of texts."""
-    families = grids(rows)
-    links = [f"<a href='#family{i}'>{escape(_title(family))}</a>" for i, family in enumerate(families)]
-    body = [
-        *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in run["verdicts"]),
-        f"<p class=note>{NUMBERS}</p>",
-        f"<nav>{' '.join(links)} <a href='#read'>Held-out chains</a><a href='#all'>All probes</a>"
-        + "<a href='#texts'>Whole texts</a>" * bool(texts)
-        + "<a href='#run'>The run</a></nav>",
-        *(_family(i, family, grid) for i, (family, grid) in enumerate(families.items())),
-        _chains(transcripts),
-        f"<h2 id=all>All probes and controls</h2><p class=note>{SORTS}</p>{_table(TABLE, rows)}",
-        f"<h2 id=texts>Whole texts</h2><p class=note>{TEXTS} {SORTS}</p>{_table(TEXT_TABLE, texts)}" if texts else "",
-        _run(run),
-    ]
-    return document(name, body, style=own_file("page.css"), script=own_file("page.js"), held=transcripts)
-
-
-def _title(family: tuple[str, str, str]) -> str:
-    solver, label, target = family
-    return f"{label}, target {target}, solver {solver}"
-
-
-def _family(number: int, family: tuple[str, str, str], grid: Grid) -> str:
-    """Curves and heat maps of one solver, label and target."""
-    flat = [row for line in grid.values() for row in line.values()]
-    elements = [
-        f"<h2 id=family{number}>{escape(_title(family))}</h2>",
-        f"<div class=wide>{lag_curves(grid)}</div>",
-        "<p class=note>Blue: the best layer of each lag with its interval. Grey: every layer. Dashed: controls.</p>",
-        f"<h3>AUROC</h3><div class=wide>{metric_map(grid, 'auroc')}</div>",
-    ]
-    if any(not math.isnan(row["lift"]) for row in flat):
-        elements.append(f"<p class=note>{escape(_legend())}</p>")
-        elements.append(f"<h3>Lift over the best control</h3><div class=wide>{metric_map(grid, 'lift')}</div>")
-    base = [row["base_rate"] for row in flat if not row["control"] and not math.isnan(row["base_rate"])]
-    rates = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
-    elements.append(
-        f"<details><summary>Average precision{rates}</summary>"
-        f"<div class=wide>{metric_map(grid, 'average_precision')}</div></details>"
-    )
-    return "".join(elements)
-
-
-def _legend() -> str:
-    """What each control is given."""
-    said = {name: control.about + " (the highest layer)" * bool(control.relabel) for name, control in CONTROLS.items()}
-    return "Controls: " + "; ".join(f"{name}: {about}" for name, about in said.items()) + "."
-
-
-def _chains(transcripts: Mapping[str, Any]) -> str:
-    """The places of the chains, which the script fills."""
-    best = transcripts["reference"]
-    if not best:
-        return "<h2 id=read>Held-out chains</h2><p class=note>No probe has both classes among the test tokens.</p>"
-    elements = [
-        "<h2 id=read>Held-out chains</h2>",
-        f"<p class=note>Picked by the probe with {escape(transcripts['picked_by'])}: layer {best['layer']}, "
-        f"lag {best['lag']:+d}, {escape(_title((best['solver'], best['label'], best['target'])))}. "
-        "Any other can paint them.</p>",
-        "<fieldset id=chooser></fieldset>",
-        "<p class='note key'><span class=in>a true section</span><span class=picked>what was picked</span></p>"
-        "<p class=note id=said></p>",
-    ]
-    kind = None
-    for number, chain in enumerate(transcripts["chains"]):
-        if chain["kind"] != kind:
-            kind = chain["kind"]
-            title, meaning = KINDS[kind]
-            elements.append(f"<h3>{title}</h3><p class=note>{meaning}</p>")
-        last = chain["first"] + len(chain["tokens"]) - 1
-        elements.append(
-            f"<p class=note>{escape(str(chain['id']))}, tokens {chain['first']} to {last} of {chain['length']}</p>"
-            f"<div class=text id=chain{number} tabindex=0></div>"
+def render(found: FinishedRun, links: Mapping[str, str]) -> str:
+    """The page of a run; `links` are the files of its folder, and what is in them."""
+    families = grids(found.rows)
+    any_gain = bool(known(found.rows, "gain_bits"))
+    parts = {  # id: heading and content, in the order of the page
+        f"family{i}": (title(family), _family(family, grid)) for i, (family, grid) in enumerate(families.items())
+    }
+    tables = {"all": ("All probes and controls", f"<p class=note>{SORTS}</p>{draw_table(PROBES, found.rows)}")}
+    if found.categories:
+        rows = best_in_categories(found.rows, found.categories)
+        tables["categories"] = (
+            "Categories",
+            f"<p class=note>{OF_CATEGORIES} {SORTS}</p>{draw_table(CATEGORIES, rows)}",
         )
+    if found.texts:
+        tables["texts"] = ("Whole texts", f"<p class=note>{OF_TEXTS} {SORTS}</p>{draw_table(TEXTS, found.texts)}")
+    tables |= {"run": ("The run", _run(found.run)), "files": ("Files", _files(links))}
+    named = {**parts, "probe": ("One probe", ""), "read": ("Held-out chains", ""), **tables}
+    anchors = "".join(f"<a href='#{name}'>{escape(heading)}</a>" for name, (heading, _) in named.items())
+    body = [
+        identity_list(identity_of(found.run)),
+        *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in found.run["verdicts"]),
+        f"<p class=note>{NUMBERS}</p>",
+        f"<p class=note>{GAINS}</p>" if any_gain else "",
+        f"<nav>{anchors}</nav>",
+        *_sections(parts),
+        one_probe.section(found),
+        *_sections(tables),
+    ]
+    script = own_file("page.js") + own_file("tables.js")
+    return document(found.name, body, style=own_file("page.css"), script=script, held=one_probe.held(found))
+
+
+def _sections(parts: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [f"<h2 id={name}>{escape(heading)}</h2>{content}" for name, (heading, content) in parts.items()]
+
+
+def identity_list(identity: Mapping[str, str]) -> str:
+    """What a run is of, a line for each fact."""
+    lines = [f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in identity.items()]
+    return "\n".join(["<dl class=identity>", *lines, "</dl>"])
+
+
+def drawing(svg: str, about: str, kind: str = "curves") -> str:
+    """A chart of curves, or a `map`, which scrolls sideways where the screen is narrow."""
+    return f'<div class="wide {kind}" tabindex=0 role=group aria-label="{escape(about)}">{svg}</div>'
+
+
+def _family(family: Family, grid: Grid) -> str:
+    """Curves and heat maps of one solver, label and target."""
+    layers, controls = lines_of(grid)
+    gains = gained(layers)
+    about = f"AUROC by lag, {title(family)}"
+    circle = " Circled: certain." * bool(gains)
+    elements = [
+        drawing(lag_curves(grid), about),
+        "<p class=note>Blue: the best layer of each lag with its interval. Grey: every layer. Dashed: controls."
+        f"{circle}</p>",
+        _maps(grid, {metric: heading for metric, heading in GAIN_MAPS.items() if known(rows_of(gains), metric)}),
+        _maps(grid, {"auroc": "AUROC"}),
+        _controls(controls),
+    ]
+    if known(rows_of(layers), "lift"):
+        lift = _maps(grid, {"lift": "Lift over the best single control"})
+        curve = drawing(lift_curve(grid), f"lift by lag, {title(family)}")
+        elements.append(f"<details><summary>Lift</summary>{curve}{lift}</details>" if gains else lift)
+    base = [row["base_rate"] for row in known(rows_of(layers), "base_rate")]
+    rates = f" (base rate {min(base):.3f} to {max(base):.3f})" if base else ""
+    precision = drawing(metric_map(grid, "average_precision"), "average precision by layer and lag", "map")
+    elements.append(f"<details><summary>Average precision{rates}</summary>{precision}</details>")
     return "".join(elements)
 
 
-Table = Sequence[tuple[str, Callable[[Row], str]]]  # the name of each column, and its cell of a row
-TABLE: Table = [
-    ("solver", lambda row: row["solver"]),
-    ("label", lambda row: row["label"]),
-    ("target", lambda row: row["target"]),
-    ("lag", lambda row: f"{row['lag']:+d}"),
-    ("layer or control", place),
-    ("AUROC", lambda row: _number(row["auroc"])),
-    ("95% interval", lambda row: _interval(row, "auroc")),
-    ("lift", lambda row: _number(row["lift"])),
-    ("95% interval", lambda row: _interval(row, "lift")),
-    ("over", lambda row: row["best_control"]),
-    ("AP", lambda row: _number(row["average_precision"])),
-    ("95% interval", lambda row: _interval(row, "average_precision")),
-    ("F1", lambda row: _number(row["f1"])),
-    ("TPR at 5% FPR", lambda row: _number(row["tpr_at_5fpr"])),
-    ("base rate", lambda row: _number(row["base_rate"])),
-    ("tokens", lambda row: str(row["n_tokens"])),
-    ("best pass", lambda row: str(row["best_pass"])),
-]
+def _maps(grid: Grid, metrics: Mapping[str, str]) -> str:
+    """The heat map of each metric below its heading, beside each other where there is room."""
+    drawn = [
+        f"<div><h3>{heading}</h3>{drawing(metric_map(grid, metric), f'{heading} by layer and lag', 'map')}</div>"
+        for metric, heading in metrics.items()
+    ]
+    return f"<div class=maps>{''.join(drawn)}</div>" if drawn else ""
 
 
-TEXT_TABLE: Table = [
-    *TABLE[:2],
-    *TABLE[3:5],
-    ("pooling", lambda row: row["pooling"]),
-    *TABLE[5:7],
-    ("TPR at 1% FPR", lambda row: _number(row["tpr_at_1fpr"])),
-    ("95% interval", lambda row: _interval(row, "tpr_at_1fpr")),
-    ("TPR at 5% FPR", lambda row: _number(row["tpr_at_5fpr"])),
-    ("95% interval", lambda row: _interval(row, "tpr_at_5fpr")),
-    ("texts", lambda row: str(row["n_texts"])),
-    ("positive", lambda row: str(row["n_positive"])),
-]
-
-
-def _table(columns: Table, rows: Sequence[Row]) -> str:
-    """Every row, to be sorted."""
-    head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name, _ in columns)
-    body = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(text(row))}</td>" for _, text in columns)
-        body.append(f"<tr{' class=control' if row['control'] else ''}>{cells}</tr>")
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-
-
-def _number(x: float) -> str:
-    return "" if math.isnan(x) else f"{x:.3f}"
-
-
-def _interval(row: Row, name: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+def _controls(controls: Grid) -> str:
+    """What each of these controls is given."""
+    if not controls:
+        return ""
+    said = {
+        name: CONTROLS[name].about + " (shown: the highest layer)" * bool(CONTROLS[name].relabel) for name in controls
+    }
+    items = "".join(f"<li>{escape(name)}: {escape(about)}</li>" for name, about in said.items())
+    return f"<details><summary>What the controls are given</summary><ul>{items}</ul></details>"
 
 
 def _run(run: Mapping[str, Any]) -> str:
     """What the run cost, was given and read."""
     config = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in run["config"].items())
-    rest = {n: v for n, v in run.items() if n not in ("config", "verdicts", "preflight", "counts", "versions")}
+    rest = {
+        n: v for n, v in run.items() if n not in ("config", "verdicts", "preflight", "counts", "versions", "splits")
+    }
     facts = "\n".join(f"{name}: {value}" for name, value in (rest | run["versions"]).items())
     return (
-        f"<h2 id=run>The run</h2><details open><summary>Data</summary><pre>{escape(run['preflight'])}</pre></details>"
+        f"<details open><summary>Data</summary><pre>{escape(run['preflight'])}</pre></details>"
         f"<details><summary>Config</summary><pre>{escape(config)}</pre></details>"
         f"<details><summary>Cost and versions</summary><pre>{escape(facts)}</pre></details>"
     )
+
+
+def _files(links: Mapping[str, str]) -> str:
+    """A link to each file."""
+    items = "".join(f"<li><a href='{name}'>{name}</a>: {escape(about)}</li>" for name, about in links.items())
+    return f"<p class=note>{FILES_NOTE}</p><ul>{items}</ul>"

@@ -1,0 +1,113 @@
+"""Rows of results.csv put in order for tables and charts: by place and lag, the best of each lag, what is certain.
+
+The rows of one solver, label and target are a family, for which there is one verdict.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from streamprobe.evaluation.rows import GAINS, Row, place
+
+Family = tuple[str, str, str]  # solver, label, target
+Grid = dict[str, dict[int, Row]]  # by place, then by lag
+
+
+def grids(rows: Iterable[Row]) -> dict[Family, Grid]:
+    """The rows of each solver, label and target, in the order of the verdicts; layers before controls."""
+    found: dict[Family, Grid] = {}
+    for row in sorted(rows, key=lambda row: (row["solver"], row["label"], row["target"], bool(row["control"]))):
+        grid = found.setdefault((row["solver"], row["label"], row["target"]), {})
+        grid.setdefault(place(row), {})[row["lag"]] = row
+    return found
+
+
+def title(family: Family) -> str:
+    """A family as a heading names it."""
+    solver, label, target = family
+    return f"{label}, target {target}, solver {solver}"
+
+
+def rows_of(grid: Grid) -> list[Row]:
+    """Every row of a grid."""
+    return [row for line in grid.values() for row in line.values()]
+
+
+def lags_of(grid: Grid) -> list[int]:
+    """Every lag of a grid, rising."""
+    return sorted({lag for line in grid.values() for lag in line})
+
+
+def best_of(lines: Iterable[Mapping[int, Row]], metric: str = "auroc") -> dict[int, Row]:
+    """The row in which the metric is highest at each lag, among the lines given; by lag, rising."""
+    best: dict[int, Row] = {}
+    for line in lines:
+        for lag, row in line.items():
+            if lag not in best or _or_lowest(row[metric]) > _or_lowest(best[lag][metric]):
+                best[lag] = row
+    return dict(sorted(best.items()))
+
+
+def _or_lowest(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def lines_of(grid: Grid) -> tuple[Grid, Grid]:
+    """The lines of the layers, and one of each control: of one that is tried at every layer the highest values."""
+    layers = {name: line for name, line in grid.items() if not _first(line)["control"]}
+    by_control: dict[str, list[dict[int, Row]]] = {}
+    for line in sorted(grid.values(), key=lambda line: _first(line)["layer"] != ""):
+        if name := _first(line)["control"]:
+            by_control.setdefault(name, []).append(line)
+    return layers, {name: best_of(lines) for name, lines in by_control.items()}
+
+
+def _first(line: Mapping[int, Row]) -> Row:
+    return next(iter(line.values()))
+
+
+def known(rows: Iterable[Row], metric: str) -> list[Row]:
+    """The rows in which the metric is a number."""
+    return [row for row in rows if not math.isnan(row[metric])]
+
+
+def gained(lines: Grid) -> Grid:
+    """The lines with what a layer adds to the joint control: the lags at which `gain_bits` is known, if any."""
+    found = {name: {row["lag"]: row for row in known(line.values(), GAINS[0])} for name, line in lines.items()}
+    return {name: line for name, line in found.items() if line}
+
+
+def is_certain(row: Row) -> bool:
+    """Whether the foresight of a probe may be claimed: what it adds is above zero in bits and within chains.
+
+    Both low ends are corrected for all probes that were looked at.  A control foresees nothing, whatever its numbers.
+    """
+    return not row["control"] and row["gain_bits_low_corrected"] > 0 and row["gain_within_low_corrected"] > 0
+
+
+def certain(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the probes whose foresight may be claimed."""
+    return [row for row in rows if is_certain(row)]
+
+
+def furthest_certain(rows: Iterable[Row]) -> Row | None:
+    """Of the probes whose foresight may be claimed the one of the largest lag, there of the most bits for certain."""
+    return max(certain(rows), key=lambda row: (row["lag"], row["gain_bits_low_corrected"]), default=None)
+
+
+def as_number(value: float, form: str = ".3f") -> str:
+    """A number as tables show it; nothing where it is NaN."""
+    return "" if math.isnan(value) else f"{value:{form}}"
+
+
+def interval(row: Row, name: str, sign: str = "") -> str:
+    """The 95% interval of a metric as tables show it, its ends with a `sign` ("+"); nothing where it has none."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if math.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def layers_by_lag(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """The layers of these rows at each lag, both rising."""
+    found: dict[int, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (row["lag"], row["layer"])):
+        found.setdefault(row["lag"], []).append(row["layer"])
+    return found
