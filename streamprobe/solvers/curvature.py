@@ -167,6 +167,32 @@ class DrawnTokens:
         return self.sums.pop(place)
 
 
+class AllTokens:
+    """The same sums over all tokens, for places with so few features that each may count."""
+
+    def __init__(self, places: Sequence[Place], mean: Tensor):
+        """As DrawnTokens."""
+        self.places, self.mean, self.features = list(places), mean, Features()
+        self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
+
+    def add(self, acts: Tensor, counts: Tensor) -> None:
+        """Adds acts [N, L, D] that count so much [P, N]."""
+        for layer in dict.fromkeys(place.layer for place in self.places):
+            own = [number for number, place in enumerate(self.places) if place.layer == layer]
+            x = self.features.of(acts[:, layer], self.mean[layer])  # [N, E]
+            added = (x.mT * counts[own[0] : own[-1] + 1, None]) @ x
+            for number, each in zip(own, added, strict=True):
+                place = self.places[number]
+                self.sums[place] = self.sums[place] + each if place in self.sums else each
+
+    def settle(self) -> None:
+        """Nothing: no token waits."""
+
+    def take(self, place: Place) -> Tensor:
+        """The sum of a place [E, E], which is then let go."""
+        return self.sums.pop(place)
+
+
 def draw(curvature: Tensor, rate: Tensor, chance: Tensor) -> Tensor:
     """What each token counts at each place [P, N], 0 where it is not drawn.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from streamprobe.solvers.curvature import DrawnTokens, Features, Grams, Place, draw
+from streamprobe.solvers.curvature import AllTokens, DrawnTokens, Features, Grams, Place, draw
 from streamprobe.system.hardware import send
 
 DRAWN = 8  # tokens that are drawn for a matrix and each column that shares it, in units of its E rows
@@ -80,14 +80,15 @@ class NewtonSums:
         self.features = Features()
         self.centre = points.centre
         self.grams: Grams | None = None  # in the first pass
-        self.drawn: DrawnTokens | None = None
+        self.drawn: DrawnTokens | AllTokens | None = None
 
-    def _begin(self, acts: Tensor) -> DrawnTokens:
+    def _begin(self, acts: Tensor) -> DrawnTokens | AllTokens:
         """What begins with the first tokens."""
         if self.centre is None:
             self.centre = acts.float().mean(0)
             self.grams = Grams(self.centre)
-        return DrawnTokens([place for own in self.live for place in own.places], self.centre)
+        kind = DrawnTokens if acts.shape[2] >= EXACT else AllTokens
+        return kind([place for own in self.live for place in own.places], self.centre)
 
     def add(self, acts: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Adds acts [N, L, D], targets [N, K] and valid [N, K].
@@ -132,8 +133,9 @@ class NewtonSums:
         relative = (curvature / self.points.expected[i, columns, None].float()).nan_to_num(0, 0)
         size = self.gradient_.shape[-1]
         wanted = ((shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
-        rate = (wanted if size > EXACT else torch.inf) / (shares @ part)
-        return draw(shares @ relative, rate, chance)
+        if size <= EXACT:
+            return shares @ relative
+        return draw(shares @ relative, wanted / (shares @ part), chance)
 
     def matrix(self, place: Place) -> Tensor:
         """The sum of curvature [E, E] at a place in units of what was expected, once `drawn` is settled; it is let go.
