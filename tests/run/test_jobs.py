@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import setup_of
+from builders import inputs_of, setup_of
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.run.memory_plan import plan_run
@@ -36,6 +36,14 @@ def test_every_feed_says_how_many_of_its_features_are_made_by_hand(model_dir: st
         assert acts.shape == (len(batch.chain), len(feed.sites), feed.n_features)
         assert targets.shape == valid.shape == (len(batch.chain), len(feed.columns))
     assert [found.inputs.columns[k].lag for k in feeds["joint"].columns] == [4]
+
+
+def test_nothing_is_kept_for_controls_that_no_lag_asks_for(model_dir: str, chains_file: Path) -> None:
+    argv = ["--model", model_dir, "--data", str(chains_file), *KEYS, "--lags", "-4", "0"]
+    inputs = inputs_of(argv)
+    assert list(inputs.controls.embedded) == ["embed", "text"] and inputs.controls.width == 1
+    ahead = inputs_of([*argv, "4"])
+    assert list(ahead.controls.embedded) == ["embed", "text", "order"] and ahead.controls.width > 20
 
 
 @pytest.mark.parametrize("names", [["joint"], ["joint+chain"], ["embed", "joint"]])
