@@ -86,8 +86,8 @@ CONTROLS = {
         within=True,
     ),
     "joint": Control(
-        "all of this at once: text and the last four tokens in order, position, for every label of the data what "
-        "persistence has and how often it occurred so far, and the time since a sentence ended (lags above 0 only)",
+        "at once text, the last four tokens in order, position, what persistence has for every label of the data, how "
+        "often each occurred so far, and the time since a sentence ended (lags above 0 only)",
         "P",
         applies=ahead_only,
         features=later("joint", "joint_features"),
@@ -97,8 +97,8 @@ CONTROLS = {
         under_lift=False,
     ),
     "joint+chain": Control(
-        "the same, and how often each label occurs in the whole chain, so after t, too: it knows more than can be had, "
-        "which can only favour the control (lags above 0 only)",
+        "the same, and how often each label occurs in the whole chain, also after t: more than can be known, which can "
+        "only favour the control (lags above 0 only)",
         "*",
         applies=ahead_only,
         features=later("joint", "chain_rates"),

@@ -139,8 +139,8 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     probes, training = config.probes, config.training
     plain = chains_of(config, texts, bad)
     preflight.check_splits(plain, probes.labels)
-    controls = ChosenControls(_fair_controls(config, plain), len(probes.labels), len(plain.section_labels))
     real = make_columns(probes.labels, probes.targets, probes.lags)
+    controls = choose_controls(_fair_controls(config, plain), real, len(probes.labels), plain)
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     columns = relabelled_columns(real, list(controls.relabelled), training.seeds)
     census = dataset.take_census(columns)
@@ -156,6 +156,13 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)
     return Inputs(dataset, plain.fingerprint(), columns, census, controls, f"format    {texts.format}\n{described}")
+
+
+def choose_controls(names: Sequence[str], columns: Sequence[Column], n_labels: int, dataset: Dataset) -> ChosenControls:
+    """The controls of these names, less those that are fair ones for none of the columns: nothing is kept for them."""
+    real = [column for column in columns if not column.control]
+    asked = [name for name in names if name in CONTROLS and any(map(CONTROLS[name].applies, real))]
+    return ChosenControls(asked, n_labels, len(dataset.section_labels))
 
 
 def _fair_controls(config: RunConfig, dataset: Dataset) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from streamprobe.config.load import RunConfig
-from streamprobe.controls.chosen import ChosenControls
 from streamprobe.controls.permuted import relabel
 from streamprobe.data import preflight
 from streamprobe.data.dataset import Census, Counts, Dataset, Division, count_tokens
@@ -17,7 +16,7 @@ from streamprobe.lags import ONSET, Column
 from streamprobe.model.blocks import check_vocabulary
 from streamprobe.model.chunks import check_chunks
 from streamprobe.probes.kept import KeptProbes
-from streamprobe.run.inputs import Inputs, Texts, chains_of, must_chunk
+from streamprobe.run.inputs import Inputs, Texts, chains_of, choose_controls, must_chunk
 from streamprobe.system.console import say
 
 EVERY = Division(test_share=1.0)  # all chains are test chains
@@ -55,7 +54,7 @@ def make_inputs(config: RunConfig, texts: Texts, plain: Dataset, columns: list[C
     Raises InputError where no probe can be judged by them, and for a model that cannot read them.
     """
     labels, training = config.probes.labels, config.training
-    controls = ChosenControls(config.probes.controls, len(labels), len(plain.section_labels))
+    controls = choose_controls(config.probes.controls, columns, len(labels), plain)
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     dataset = replace(dataset, splits={"test": dataset.splits["test"]})
     if not {column.array for column in columns} <= set(dataset.labels):

@@ -16,6 +16,8 @@ from streamprobe.controls.piecewise_linear import piecewise_linear
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.dataset import Counts, Dataset
 from streamprobe.data.tokenize import Chain
+from streamprobe.evaluation.rows import COMPARED, Judged
+from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 from streamprobe.run.jobs import Reads
 
@@ -238,3 +240,24 @@ def test_what_is_stored_is_expanded_alike_in_chunks(size: int) -> None:
     for name in SIDE:
         parts = torch.cat([controls.expand(name, part) for part in stored[order].split(size)])
         assert torch.equal(parts, controls.expand(name, stored)[order])
+
+
+def judged_at(lag: int, control: str, layer: object, area: float) -> Judged:
+    """A probe or control with this AUROC, in 30 resamples too."""
+    place = {"solver": "newton", "label": "a", "target": "token", "lag": lag, "control": control, "layer": layer}
+    row = {**COMPARED, **place, "auroc": area, "n_positive_chains": 50}
+    return Judged(row, area + 0.001 * torch.linspace(-1, 1, 30, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("others", [["text"], ["text", "joint"], ["text", "joint", "joint+chain"]])
+def test_a_lift_is_over_single_controls_alone(others: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    areas = {"text": 0.7, "joint": 0.85, "joint+chain": 0.95}
+    family = [judged_at(4, "", 3, 0.9), *(judged_at(4, name, "", areas[name]) for name in others)]
+    compare_with_controls(family)
+    row = family[0].row
+    assert row["lift"] == pytest.approx(0.2) and row["best_control"] == "text" and row["lift_low_corrected"] > 0.1
+    if "joint" in others:  # the negative control
+        for name in ("joint", "joint+chain"):
+            monkeypatch.setitem(CONTROLS, name, replace(CONTROLS[name], under_lift=True))
+        compare_with_controls(family)
+        assert row["lift"] < 0.06 and row["best_control"] == others[-1]
