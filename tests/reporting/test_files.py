@@ -1,5 +1,7 @@
 """A run's files make its report anew, and those that cannot be read are refused in a line."""
 
+import json
+import math
 import shutil
 from dataclasses import replace
 from html import escape
@@ -63,6 +65,18 @@ def test_a_broken_file_of_whole_texts_is_refused_in_a_line(
         assert "texts.csv, which cannot be read" in error and error.count("\n") == 1
 
 
+def curve_of(folder: Path) -> dict[str, Any]:
+    """A curve of the first probe of the folder's transcripts."""
+    place = json.loads((folder / "transcripts.json").read_text())["probes"][0]
+    return place | {"recall": [0.5], "precision": [0.5], "tp": 1, "fp": 1, "fn": 1, "tn": 1}
+
+
+def test_a_curve_that_is_whole_is_read(folder: Path) -> None:
+    """Negative control: what the tests below break can be read."""
+    (folder / "curves.json").write_text(json.dumps([curve_of(folder)]))
+    assert '"counts":[1,1,1,1]' in files.draw_report(folder).decode()
+
+
 BROKEN = {
     "no folder": shutil.rmtree,
     "no rows": lambda f: (f / "results.csv").unlink(),
@@ -77,6 +91,14 @@ BROKEN = {
     "no transcripts": lambda f: (f / "transcripts.json").unlink(),
     "a list": lambda f: (f / "transcripts.json").write_text("[]"),
     "no text": lambda f: (f / "transcripts.json").write_bytes(b"\xff\xfe\x00"),
+    "curves in no list": lambda f: (f / "curves.json").write_text("{}"),
+    "a curve without its probe": lambda f: (f / "curves.json").write_text('[{"recall": []}]'),
+    "a curve of words": lambda f: (f / "curves.json").write_text(json.dumps([curve_of(f) | {"recall": ["x"]}])),
+    "a curve that no script can read": lambda f: (f / "curves.json").write_text(
+        json.dumps([curve_of(f) | {"recall": [math.nan]}])
+    ),
+    "bins without a column": lambda f: (f / "reliability.csv").write_text("solver,layer\nnewton,3\n"),
+    "categories cut off": lambda f: (f / "categories.csv").write_text("category,solver\n"),
 }
 
 

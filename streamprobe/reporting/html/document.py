@@ -38,8 +38,8 @@ def document(title: str, body: Sequence[str], *, style: str, script: str, held: 
 
 
 def _pack(held: Mapping[str, Any]) -> str:
-    """JSON in which nothing can end the element that holds it."""
-    text = json.dumps(held, separators=(",", ":"))
+    """JSON in which nothing can end the element that holds it.  Raises ValueError for what no script can read: NaN."""
+    text = json.dumps(held, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
