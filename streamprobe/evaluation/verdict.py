@@ -20,8 +20,11 @@ LOW_ENDS = ("gain_bits_low_corrected", "gain_within_low_corrected")  # above 0 w
 
 
 def is_certain(row: Row) -> bool:
-    """Whether the layer of a row surely foresees: both of its gains are above 0 after correction, ahead of the text."""
-    return row["lag"] > 0 and all(row[name] > 0 for name in LOW_ENDS)
+    """Whether the layer of a row surely foresees: both of its gains are above 0 after correction, ahead of the text.
+
+    A control foresees nothing, whatever its numbers.
+    """
+    return not row["control"] and row["lag"] > 0 and all(row[name] > 0 for name in LOW_ENDS)
 
 
 def furthest(certain: Sequence[Row]) -> Row:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamprobe.evaluation.rows import GAINS, Row, place
+from streamprobe.evaluation.verdict import furthest, is_certain
 
 Family = tuple[str, str, str]  # solver, label, target
 Grid = dict[str, dict[int, Row]]  # by place, then by lag
@@ -76,22 +77,15 @@ def gained(lines: Grid) -> Grid:
     return {name: line for name, line in found.items() if line}
 
 
-def is_certain(row: Row) -> bool:
-    """Whether the foresight of a probe may be claimed: what it adds is above zero in bits and within chains.
-
-    Both low ends are corrected for all probes that were looked at.  A control foresees nothing, whatever its numbers.
-    """
-    return not row["control"] and row["gain_bits_low_corrected"] > 0 and row["gain_within_low_corrected"] > 0
-
-
 def certain(rows: Iterable[Row]) -> list[Row]:
     """The rows of the probes whose foresight may be claimed."""
     return [row for row in rows if is_certain(row)]
 
 
 def furthest_certain(rows: Iterable[Row]) -> Row | None:
-    """Of the probes whose foresight may be claimed the one of the largest lag, there of the most bits for certain."""
-    return max(certain(rows), key=lambda row: (row["lag"], row["gain_bits_low_corrected"]), default=None)
+    """The probe that a verdict names, if the foresight of any may be claimed."""
+    found = certain(rows)
+    return furthest(found) if found else None
 
 
 def as_number(value: float, form: str = ".3f") -> str:

@@ -15,6 +15,7 @@ from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import ScoredProbes
 from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.scores import Scored, tokens_of_column
+from streamprobe.evaluation.verdict import furthest, is_certain
 from streamprobe.lags import UNKNOWN
 
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"  # of the square root of a probability
@@ -54,11 +55,21 @@ class Probe(NamedTuple):
 
 
 def reference(rows: Sequence[Row]) -> Row | None:
-    """The row of the probe that picks: of the largest lift or, where none is known, of the highest AUROC."""
+    """The row of the probe that picks: that of the verdict; else of the largest lift, else of the highest AUROC."""
+    certain = [row for row in rows if is_certain(row)]
+    if certain:
+        return furthest(certain)
     probes = [row for row in rows if not row["control"] and not math.isnan(row["auroc"])]
     lifted = [row for row in probes if not math.isnan(row["lift"])]
     name = "lift" if lifted else "auroc"
     return max(lifted or probes, key=lambda row: row[name], default=None)
+
+
+def _why(best: Row | None) -> str:
+    """What the probe that picks has."""
+    if best is not None and is_certain(best):
+        return "the verdict"
+    return "the highest AUROC" if best is None or math.isnan(best["lift"]) else "the largest lift"
 
 
 def pick(scores: Tensor, targets: Tensor, chain: Tensor, token: Tensor) -> list[Pick]:
@@ -147,7 +158,7 @@ def collect(
         "labels": list(labels),
         "probes": [probe.place() | {"threshold": probe.threshold()} for probe in probes],
         "reference": best and {name: best[name] for name in PLACE},
-        "picked_by": "the highest AUROC" if best is None or math.isnan(best["lift"]) else "the largest lift",
+        "picked_by": _why(best),
         "chains": [
             _excerpt(each, chains[each.chain], groups, n_labels=len(labels), longest=longest, tokenizer=tokenizer)
             for each in picks

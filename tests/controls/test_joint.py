@@ -16,8 +16,8 @@ from streamprobe.controls.piecewise_linear import piecewise_linear
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.dataset import Counts, Dataset
 from streamprobe.data.tokenize import Chain
+from streamprobe.evaluation.lift import compare_with_controls
 from streamprobe.evaluation.rows import COMPARED, Judged
-from streamprobe.evaluation.verdict import compare_with_controls
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 from streamprobe.run.jobs import Reads
 

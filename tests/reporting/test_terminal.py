@@ -46,7 +46,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(
 ) -> None:
     """Labels are plain here: one that is wider than the terminal has to be left to it."""
     plain, of_texts = ([{**row, "label": "backtracking"} for row in each] for each in (gained_rows, texts))
-    whole = verdicts([Judged(row, torch.zeros(20)) for row in plain])
+    whole = verdicts([Judged(row, torch.zeros(20)) for row in plain], 1e-3)
     printed = {
         "table": (table(plain, of_texts, width), None),
         "compare": (compare(plain, plain, width), None),
@@ -60,7 +60,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(
 
 def test_a_line_is_wider_than_the_terminal_without_wrapping(gained_rows: list[Row]) -> None:
     """Negative control: what goes to a file keeps its lines whole."""
-    whole = verdicts([Judged(row, torch.zeros(20)) for row in gained_rows])
+    whole = verdicts([Judged(row, torch.zeros(20)) for row in gained_rows], 1e-3)
     assert max(map(len, describe_outcome(whole, Path("runs/demo")).splitlines())) > 80
     assert max(map(len, table(gained_rows).splitlines())) > 80
 

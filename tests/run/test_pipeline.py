@@ -345,7 +345,6 @@ def test_no_activation_reaches_a_file(config, memory):
         "report.html": families * pictures * 10_000,
         "summary.json": 2 * probes * len(FIELDS) * 35,  # a line for each number of a probe
         "transcripts.json": 10 * 250 * (probes + 12),  # a letter for each probe, and the token
-        "summary.json": 2 * probes * len(FIELDS) * 35,  # of two solvers, each number with its name
     }
     events = probes * curves * 3 * 2 * 50 + families * 2 * 3 * 3_000 + 2 * columns * 6_000
     activations = 60 * 60 * 2 * hidden * 4  # of the shortest conceivable data set

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import GAINS, Row
 from streamprobe.reporting import heat_map
-from streamprobe.reporting.grids import Grid, best_of, certain, gained, is_certain, known, lags_of, lines_of, rows_of
+from streamprobe.evaluation.verdict import is_certain
+from streamprobe.reporting.grids import Grid, best_of, certain, gained, known, lags_of, lines_of, rows_of
 from streamprobe.reporting.heat_map import Scale
 
 TEXT, FAINT, GROUND = "#010203", "#040506", "#070809"  # stand for colours of the page, see `_svg`

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from streamprobe.evaluation.rows import Row, place
-from streamprobe.reporting.grids import as_number, best_of, grids, interval, is_certain, lines_of
+from streamprobe.evaluation.verdict import is_certain
+from streamprobe.reporting.grids import as_number, best_of, grids, interval, lines_of
 
 SORTS = "A click on a column's name sorts."
 Table = Sequence[tuple[str, Callable[[Row], str]]]  # the name of each column, and its cell of a row
