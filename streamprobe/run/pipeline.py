@@ -10,6 +10,7 @@ from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
+from streamprobe.activations.store import ActivationMemory
 from streamprobe.config.load import RunConfig
 from streamprobe.data.overlap import problem_hashes
 from streamprobe.evaluation.metrics import measure
@@ -23,14 +24,14 @@ from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
 from streamprobe.reporting.tracking.tracker import Tracker
-from streamprobe.run.checkpoint import STATE, Checkpoints
+from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds, make_jobs, states_of, take_up
 from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
-from streamprobe.run.nested import final_nested, make_nested, train_nested
+from streamprobe.run.nested import NestedJob, Validation, final_nested, make_nested, train_nested
 from streamprobe.run.pass_end import PassEnd
 from streamprobe.run.provenance import facts_of, sizes_of, write_config
 from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
@@ -75,26 +76,9 @@ def run_in(folder: Path, config: RunConfig) -> None:
     write_config(folder, setup.facts)
     tracker = make_tracker(folder, setup, jobs, done)
     validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
-    read = partial(read_pass, setup)
     with Checkpoints(folder) as checkpoints:
         save = PassEnd(checkpoints, setup.facts, plan.kept, jobs, tracker, backbone.device, begun=done)
-        done = train(
-            jobs,
-            memory,
-            read,
-            validation,
-            tracker=tracker,
-            save=save,
-            max_passes=config.training.max_passes,
-            batch_size=config.training.batch_size,
-            seed=config.training.seed,
-            done=done,
-        )
-        nested = make_nested(jobs, config.training, validation)
-        if nested:
-            state = checkpoint.states.get(NESTED) if checkpoint and checkpoint.passes == done.passes else None
-            train_nested(nested, memory, read, begun=done, max_passes=config.training.max_passes, state=state)
-            save.keep(done, nested.solver)
+        done, nested = train_all(setup, jobs, memory, validation, save=save, checkpoint=checkpoint)
         save.finish()
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
     kept = probes_to_keep(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
@@ -105,9 +89,39 @@ def run_in(folder: Path, config: RunConfig) -> None:
     finish(results, tracker)
 
 
-def read_pass(setup: "Setup", number: int) -> Iterator[TokenBatch]:
-    """Pass `number` over the training chains."""
-    return setup.reader.read("train", setup.config.training.seed + number, f"pass {number}")
+def train_all(
+    setup: "Setup",
+    jobs: Sequence[Job],
+    memory: ActivationMemory,
+    validation: Validation,
+    *,
+    save: PassEnd,
+    checkpoint: Checkpoint | None,
+) -> tuple[Done, NestedJob | None]:
+    """Trains all jobs, and then the nested probes that begin where these end; how far it came, and these."""
+    training = setup.config.training
+
+    def read(number: int) -> Iterator[TokenBatch]:
+        return setup.reader.read("train", training.seed + number, f"pass {number}")
+
+    done = train(
+        jobs,
+        memory,
+        read,
+        validation,
+        tracker=save.tracker,
+        save=save,
+        max_passes=training.max_passes,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        done=save.begun,
+    )
+    nested = make_nested(jobs, training, validation)
+    if nested:
+        state = checkpoint.states.get(NESTED) if checkpoint and checkpoint.passes == done.passes else None
+        train_nested(nested, memory, read, begun=done, max_passes=training.max_passes, state=state)
+        save.keep(done, nested.solver)
+    return done, nested
 
 
 def make_tracker(folder: Path, setup: "Setup", jobs: Sequence[Job], done: Done) -> Tracker:

@@ -95,13 +95,16 @@ class NewtonSolver:
         self.l2, self.tolerance, self.standardize, self.shared = l2, tolerance, standardize, shared
         self.matrices_every, self.n_tokens, self.n_scaled = matrices_every, n_tokens, hidden_size - n_hand_made
         self.seed, self.device = seed, torch.device(device)
-        probes, size = (len(sites), len(columns)), hidden_size + 1
+        self._begin(hidden_size, n_hand_made)
+        self.sums = self._start_pass()
+
+    def _begin(self, hidden_size: int, n_hand_made: int) -> None:
+        """Where all weights are zero and nothing is known."""
+        probes, size, device = (len(self.sites), len(self.columns)), hidden_size + 1, self.device
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self.mean = torch.zeros(len(sites), hidden_size, device=device)
+        self.mean = torch.zeros(len(self.sites), hidden_size, device=device)
         self.scale = torch.ones_like(self.mean)
-        self.penalty = torch.full((size,), 2 * l2, **wide)  # of d J / d w
-        self.penalty[self.n_scaled :] = 2 * min(l2, HAND_MADE_L2)
-        self.penalty[-1] = 0
+        self.penalty = self._penalty(size, n_hand_made).to(device)  # of d J / d w
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
@@ -112,7 +115,11 @@ class NewtonSolver:
         self.factors: dict[Place, Tensor] = {}  # [E, E] float32, of features that are not divided by their scale
         self.size = torch.ones(probes, **wide)  # by which H is multiplied for each column
         self.recent_loss_, self.recent_n = torch.zeros(2, *probes, **wide)
-        self.sums = self._start_pass()
+
+    def _penalty(self, size: int, n_hand_made: int) -> Tensor:
+        """Of d J / d w for each of E weights, the bias last, float64."""
+        by_hand = [min(self.l2, HAND_MADE_L2)] * n_hand_made
+        return 2 * torch.tensor([self.l2] * (size - 1 - n_hand_made) + [*by_hand, 0], dtype=torch.float64)
 
     def _curvature_at_zero(self) -> Tensor:
         """What the first pass will sum, [L, K]: 1/4 of the weights of `n_tokens` tokens, were all of them valid."""

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import GAINS, Row
-from streamprobe.reporting import heat_map
 from streamprobe.evaluation.verdict import is_certain
+from streamprobe.reporting import heat_map
 from streamprobe.reporting.grids import Grid, best_of, certain, gained, known, lags_of, lines_of, rows_of
 from streamprobe.reporting.heat_map import Scale
 
