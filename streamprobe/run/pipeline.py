@@ -116,6 +116,7 @@ def train_all(
         seed=training.seed,
         done=save.begun,
     )
+    save.print_line()
     nested = make_nested(jobs, training, validation)
     if nested:
         state = checkpoint.states.get(NESTED) if checkpoint and checkpoint.passes == done.passes else None
