@@ -4,6 +4,7 @@ Shapes: L layers, K columns, G groups of columns, P features of the control, D h
 of the control's features, the bias, and those of a layer.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +35,14 @@ class Start(NamedTuple):
     @classmethod
     def of(cls, control: NewtonSolver, layers: NewtonSolver) -> "Start":
         """Where the control of one site and the probes of the layers have ended."""
-        point = control.best if bool(control.best.any()) else control.point
         n_layers, ones = len(layers.sites), torch.ones_like(layers.scale[:, :1])
         scale = torch.cat([control.scale.expand(n_layers, -1), ones, layers.scale], 1).double()
         groups: dict[Any, list[int]] = {}
-        for k, place in enumerate(control.places[0]):
+        for k, place in enumerate(control.find_places()[0]):  # by what a checkpoint holds
             groups.setdefault(place, []).append(k)
         return cls(
             site=control.sites[0],
-            point=point[0],
+            point=control.ended[0],
             penalty=control.penalty,
             norm=control.gradient_norm[0],
             centres=Centres(control.mean[0], layers.mean),
@@ -67,7 +67,7 @@ class BlockMatrices:
         self.of_control: list[Tensor] = []  # [G] factors of A [P + 1, P + 1]
         self.shifts: dict[tuple[int, int], Tensor] = {}  # A^-1 B [P + 1, D] by layer and group
         self.rest: dict[tuple[int, int], Tensor] = {}  # C - B' A^-1 B [D, D]
-        self.factors: dict[tuple[int, int, int], Tensor] = {}  # of that with the penalty of a level behind
+        self.factors: dict[tuple[int, int, int], Tensor] = {}  # of that with the penalty of a level, as last asked for
         ridge = (start.penalty + 1e-9) * start.scale[0, : self.n_control].square()
         for group, columns in enumerate(self.groups):
             matrix = curvature.of_control.pop(group)
@@ -90,6 +90,12 @@ class BlockMatrices:
             self.factors[at] = _factor(matrix, self.site)
         return self.factors[at]
 
+    def _let_go(self, layer: int, group: int, levels: Collection[int]) -> None:
+        """Drops a layer's factors of other levels than these, once there is one of them: a probe takes none up again."""
+        for number in range(len(PENALTIES)) if levels else ():
+            if number not in levels:
+                self.factors.pop((layer, group, number), None)
+
     def solve(self, gradient: Tensor, level: Tensor, where: Tensor) -> Tensor:
         """H^-1 g for g [L, K, E] at the probes `where` [L, K] is True, of these levels [L, K]; else 0."""
         solved, n = torch.zeros_like(gradient), self.n_control
@@ -100,6 +106,7 @@ class BlockMatrices:
                 for k in columns:
                     if own[k]:
                         by_level.setdefault(levels[i][k], []).append(k)
+                self._let_go(i, group, by_level)
                 for number, chosen in by_level.items():
                     given = (gradient[i, chosen] * self.scale[i]).float()
                     u, w = given[:, :n], given[:, n:]

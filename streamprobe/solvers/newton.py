@@ -133,13 +133,13 @@ class NewtonSolver:
             self.factors.clear()
             self.past = torch.zeros_like(self.past)  # which would correct another matrix
         if not self.factors:
-            self.places = self._places()
+            self.places = self.find_places()
         raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
         points = Points(raw, self.mean if number > 1 else None, self.expected, self.positive_weight)
         live = [self._live_columns(i, done) for i, done in enumerate(self.converged.tolist())]
         return NewtonSums(live, points, seed=self.seed + number)
 
-    def _places(self) -> list[list[Place]]:
+    def find_places(self) -> list[list[Place]]:
         """What every column's matrix is made for, [L][K]: itself, or those of like size that many tokens shape, too."""
         size = self.point.shape[-1]
         many = ((self.effective > MANY * size) & (size > EXACT)).tolist()
@@ -171,7 +171,7 @@ class NewtonSolver:
     @torch.no_grad()
     def end_pass(self) -> None:
         """The step, from what the pass has summed."""
-        sums = self.sums
+        sums, fed = self.sums, ~self.converged
         assert sums.centre is not None, "a pass without tokens"
         if sums.grams is not None and self.standardize:
             self.mean, self.scale = sums.grams.scaling()
@@ -183,7 +183,8 @@ class NewtonSolver:
             self._check_finite(loss)
         self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
         self.passes += 1
-        self.expected, self.effective = sums.curvature_.clamp(min=FLAT * self.n_tokens), sums.effective()
+        self.expected = sums.curvature_.clamp(min=FLAT * self.n_tokens).where(fed, self.expected)
+        self.effective = sums.effective().where(fed, self.effective)
         self.sums = self._start_pass()
 
     def _penalty_of(self, point: Tensor) -> Tensor:
@@ -278,12 +279,17 @@ class NewtonSolver:
         """Whether `state` holds all that the next pass begins with: no matrix or past step is to be used again."""
         return not self.factors or bool(self.converged.all())
 
-    def bank(self) -> ProbeBank:
-        """The best probes so far, in raw activation space.
+    @property
+    def ended(self) -> Tensor:
+        """The best probes so far [L, K, E], of standardised features.
 
         Where none is better than zeros yet, as after one pass, it is the next step, whose J no pass has seen.
         """
-        probes = self.point.where(~self.best.any(-1, keepdim=True), self.best)
+        return self.point.where(~self.best.any(-1, keepdim=True), self.best)
+
+    def bank(self) -> ProbeBank:
+        """The best probes so far, in raw activation space."""
+        probes = self.ended
         weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), self.scale.double())
         return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
 

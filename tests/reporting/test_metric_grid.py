@@ -62,3 +62,24 @@ def test_maps_have_a_row_for_every_control_and_the_best_permuted_one(monkeypatch
     np.testing.assert_array_equal(shown[:4], np.vstack([values["layers"][:, :3], values["texts"]]))
     _, rows, _, _ = lift
     assert rows == ["layer03", "layer12"]
+
+
+def test_joint_controls_have_a_row_and_are_neither_the_best_control_nor_under_the_lift() -> None:
+    joint = Grid("newton", sites_of(["joint+chain"]), REAL[1:])
+    metrics, _ = filled()
+    metrics.take(AUROC, PERSISTENCE, values_of(PERSISTENCE, 2))
+    [beside] = metric_grids([*GRIDS, joint])
+    for grid, seed in zip(GRIDS, range(3), strict=True):
+        beside.take(AUROC, grid, values_of(grid, seed))
+    beside.take(AUROC, joint, values_of(joint, 3) + 1)
+    assert "control joint+chain" in beside.rows and "control joint+chain" not in metrics.rows
+    np.testing.assert_array_equal(beside.lift(), metrics.lift())
+    for name, values in beside.best(AUROC).items():
+        np.testing.assert_array_equal(values, metrics.best(AUROC)[name])
+
+
+def test_with_joint_controls_alone_there_is_no_lift_and_no_best_control() -> None:
+    grids = [Grid("newton", sites_of([3]), REAL), Grid("newton", sites_of(["joint"]), REAL[1:])]
+    metrics = MetricGrid(f"newton/{LABEL}/token", grids)
+    assert np.isnan(metrics.lift()).all() and set(metrics.images()) == {"auroc", "average_precision"}
+    assert set(metrics.best(AUROC)) == {"best layer"}

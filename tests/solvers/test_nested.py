@@ -175,6 +175,22 @@ def test_the_objective_is_never_above_the_controls(problem) -> None:
     assert solver.final and (now < first - 1e-4).any()
 
 
+def test_it_begins_with_the_curvature_at_the_control_whenever_its_columns_converged(problem) -> None:
+    """Which is what a matrix that columns share is made in proportion to."""
+    solver = make(problem)
+    chance = solver.bank().probabilities(problem.blocks)[:, 0].double()  # [N, K]
+    weight = torch.where(problem.targets, problem.positive_weight.double(), 1) * problem.valid
+    torch.testing.assert_close(solver.start.expected, (weight * chance * (1 - chance)).sum(0), rtol=1e-4, atol=0)
+
+
+def test_a_factor_is_kept_only_as_long_as_a_probe_may_ask_for_it(problem) -> None:
+    solver = make(problem, falling)
+    while not solver.final:
+        in_chunks(solver, problem.blocks, problem)
+        assert len(solver.matrices.factors) <= L * len(COLUMNS)
+    assert (solver.penalty[1:] == PENALTIES[-1]).all()
+
+
 def test_before_the_first_pass_and_after_it_there_is_the_control_alone(problem) -> None:
     solver = make(problem)
     for _ in range(2):

@@ -227,7 +227,7 @@ def test_columns_whose_curvature_is_of_another_size_have_their_own(tokens, monke
     solver = make(tokens)
     solver.effective += 1
     solver.expected = torch.tensor([40.0, 5.0, 60.0, 4.5, 1.0, 33.0]).double().expand(2, -1)
-    assert [place.column for place in solver._places()[1]] == [0, 1, 0, 1, 4, 0]
+    assert [place.column for place in solver.find_places()[1]] == [0, 1, 0, 1, 4, 0]
 
 
 def test_of_how_many_tokens_curvature_is(tokens) -> None:
@@ -239,6 +239,19 @@ def test_of_how_many_tokens_curvature_is(tokens) -> None:
         solver.step(*chunk)
     torch.testing.assert_close(solver.sums.effective(), plain.expand(2, -1), rtol=1e-5, atol=0)
     assert (valid.sum(0) / plain > 1.2).any()  # it is no count of valid tokens
+
+
+def test_the_curvature_of_a_converged_probe_is_what_it_was(tokens) -> None:
+    """Others begin where it ended, with matrices in proportion to that."""
+    solver = make(tokens)
+    known: dict[tuple[int, int], float] = {}
+    while not solver.converged.all():
+        before = solver.converged.clone()
+        trained(solver, tokens, 1)
+        for i, k in (solver.converged & ~before).nonzero().tolist():
+            known[i, k] = float(solver.expected[i, k])
+    assert all(float(solver.expected[place]) == value for place, value in known.items())
+    assert min(known.values()) > 1e-3 * max(known.values()) and solver.effective.min() > 1
 
 
 def test_raw_features(tokens, monkeypatch) -> None:

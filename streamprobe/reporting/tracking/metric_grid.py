@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streamprobe.controls.table import CONTROLS
 from streamprobe.reporting.heat_map import Scale
 from streamprobe.reporting.tracking.images import Picture, draw
 from streamprobe.reporting.tracking.tags import ProbeGrid, family, place
@@ -30,7 +31,7 @@ class MetricGrid:
         own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and not c.seed for site in g.sites]
         probed = {site.layer or 0: place(site, c) for site, c in own if not (site.is_control or c.control)}
         layers = [probed[layer] for layer in sorted(probed)]
-        aside = dict.fromkeys(place(site, c) for site, c in own if site.is_control)
+        aside = {place(site, c): site.name for site, c in own if site.is_control}
         relabelled = dict.fromkeys((c.control, place(site, c)) for site, c in own if c.control)  # at every layer
         self.lags = sorted({c.lag for _, c in own})
         self.n_layers, self.n_aside = len(layers), len(aside)
@@ -39,6 +40,8 @@ class MetricGrid:
         self.relabelled: dict[str, list[int]] = {}  # control -> its rows
         for row, (control, _) in enumerate(relabelled, first):
             self.relabelled.setdefault(control, []).append(row)
+        names = [*aside.values(), *(control for control, _ in relabelled)]
+        self.joint = np.array([False] * self.n_layers + [not CONTROLS[name].under_lift for name in names])  # [R]
         self.asked = np.zeros((len(self.rows), len(self.lags)), dtype=bool)  # [R, C] where there is a probe
         for site, column in own:
             self.asked[self.rows.index(place(site, column)), self.lags.index(column.lag)] = True
@@ -54,8 +57,8 @@ class MetricGrid:
                 self.fresh = True
 
     def lift(self) -> NDArray[np.float64]:
-        """AUROC of each layer less that of its best control [layers, C]; NaN where one of them is not known."""
-        values = np.where(self.asked, self.values[AUROC], -np.inf)
+        """AUROC of each layer less that of its best single control [layers, C]; NaN where one of them is not known."""
+        values = np.where(self.asked & ~self.joint[:, None], self.values[AUROC], -np.inf)
         layers, aside, _ = np.split(values, np.cumsum([self.n_layers, self.n_aside]))
         controls = [*aside, *(values[rows] for rows in self.relabelled.values())]
         best = np.full(layers.shape, -np.inf)
@@ -65,8 +68,8 @@ class MetricGrid:
         return np.where(np.isinf(lift), np.nan, lift)
 
     def best(self, metric: str) -> dict[str, NDArray[np.float64]]:
-        """The highest value of all layers, and of all controls if there are any, by lag [C]."""
-        layers, controls = np.split(self.values[metric], [self.n_layers])
+        """The highest value of all layers, and of all single controls if there are any, by lag [C]."""
+        layers, controls = np.split(self.values[metric][~self.joint], [self.n_layers])
         sides = {"best layer": layers, "best control": controls}
         return {name: np.fmax.reduce(values) for name, values in sides.items() if len(values)}
 
@@ -75,7 +78,7 @@ class MetricGrid:
         return {name: np.fmax.reduce(self.values[metric][rows]) for name, rows in self.relabelled.items()}
 
     def images(self) -> dict[str, Picture]:
-        """Heat maps by name: AUROC and average precision with a row for each control, and the lift if there are any.
+        """Heat maps by name: AUROC and average precision with a row for each control, and the lift if there is any.
 
         The ends of their colours are fixed, so that passes and runs compare.
         """
@@ -85,7 +88,7 @@ class MetricGrid:
         for metric, scale in SCALES.items():
             values = np.vstack([self.values[metric][:shown], *self.best_relabelled(metric).values()])
             pictures[metric.partition("/")[0]] = draw(values, rows, lags, scale)
-        if len(self.rows) > self.n_layers:
+        if (~self.joint).sum() > self.n_layers:
             pictures["lift"] = draw(self.lift(), names[: self.n_layers], lags, LIFT_SCALE)
         return pictures
 
