@@ -24,7 +24,7 @@ def is_certain(row: Row) -> bool:
 
     A control foresees nothing, whatever its numbers.
     """
-    return not row["control"] and row["lag"] > 0 and all(row[name] > 0 for name in LOW_ENDS)
+    return not row.get("control") and row["lag"] > 0 and all(row[name] > 0 for name in LOW_ENDS)
 
 
 def furthest(certain: Sequence[Row]) -> Row:
