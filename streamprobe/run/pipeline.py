@@ -120,6 +120,7 @@ def train_all(
     )
     nested = make_nested(jobs, training, validation)
     if nested:
+        save.print_line()
         state = checkpoint.states.get(NESTED) if checkpoint and checkpoint.passes == done.passes else None
         train_nested(nested, memory, read, begun=done, max_passes=training.max_passes, state=state)
         save.keep(done, nested.solver)

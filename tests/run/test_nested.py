@@ -35,11 +35,12 @@ KEYS = {
     "lags": [0, 4, 8],
     "labels": ["backtracking"],
     "max_passes": 100,
+    "tolerance": 1e-5,
     "max_batch_tokens": 512,
     "bootstrap": 20,
     "controls": ["joint+chain"],
 }
-STORES = {"kept": [], "streamed": ["--memory_gb", "0.004"]}
+STORES = {"kept": [], "streamed": ["--memory_gb", "0.002"]}
 GAINS = ("gain_bits", "gain", "gain_within")
 FILES = ("results.csv", CONTROLS_FILE)
 
@@ -95,9 +96,9 @@ def test_layers_have_gains_at_lags_above_0_and_nothing_else_has(store: str) -> N
     }
     assert {row["control"] for row in rows} == {"", "joint+chain"}
     norms = [float(row["nested_gradient_norm"]) for row in rows if has_gains(row)]
-    assert max(norms) <= 1e-3
+    assert max(norms) <= KEYS["tolerance"]
     about = summary(store)
-    assert about["nested_passes"] > 1
+    assert about["nested_passes"] > 1 and store in about["activations"]
     [verdict] = about["verdicts"]
     assert "corrected for the 4 probes looked at" in verdict and "WARNING" not in verdict
 
@@ -107,6 +108,7 @@ def test_passes_of_nested_probes_are_printed(capsys: pytest.CaptureFixture[str])
     assert "nested" not in capsys.readouterr().out  # negative control: there are none
     train("said")
     said = capsys.readouterr().out
+    assert said.rindex("\npass ") < said.index("\nnested ") < said.index("\ntest ")
     assert f"{summary('said')['nested_passes']} of nested probes behind them" in said
     assert "nested " in said and "4 of 4 nested probes final" in said
 
@@ -197,7 +199,6 @@ def test_streamed_activations_give_the_gains_of_kept_ones() -> None:
     """Within what the tolerance of the gradient leaves open, whatever the order of tokens."""
     fine = ("--tolerance", "1e-6", "--bootstrap", "0")
     first, second = (train(f"fine-{store}", *argv, *fine) for store, argv in STORES.items())
-    assert "streamed" in summary(second)["activations"] and "kept" in summary(first)["activations"]
     torch.testing.assert_close(gains_of(first), gains_of(second), rtol=0, atol=1e-4)
     assert gains_of(first)[:, 0].abs().max() > 1e-3  # negative control: there is something to compare
 
@@ -216,7 +217,8 @@ def test_columns_that_share_matrices_end_with_the_same_gains(monkeypatch: pytest
 def test_after_a_few_passes_the_verdict_has_a_warning(passes: int) -> None:
     out = train(f"few-{passes}", "--max_passes", str(passes))
     [verdict] = summary(out)["verdicts"]
-    assert "WARNING: not converged" in verdict and summary(out)["nested_passes"] == passes
+    known = {1: "perhaps not converged (gradient norm unknown", 2: "not converged (gradient norm "}
+    assert f"WARNING: {known[passes]}" in verdict and summary(out)["nested_passes"] == passes
     assert all(math.isfinite(float(row["gain_bits"])) for row in rows_of(out) if row["lag"] != "0" and not row["control"])
 
 
