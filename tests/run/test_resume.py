@@ -88,7 +88,7 @@ def test_killed_before_and_after_every_write_it_ends_the_same(run: Path, tmp_pat
             assert (run / name).exists() == (after or before)
             argv = ["tiny.yaml", "--resume"]
     [done] = forked(argv)
-    assert done.status == 0 and "resumed   after pass 3" in done.out
+    assert done.status == 0 and "resumed   after pass 4" in done.out
     assert results("killed") == results("straight")
 
 
