@@ -100,8 +100,8 @@ def train_nested(
 ) -> None:
     """Trains until all nested probes are final or `max_passes` more are over, behind those of the other jobs.
 
-    `source(n)` is pass n over the training chains, of which a memory that keeps them holds the first; `begun` is how far
-    the other jobs have come; `state` that of nested probes that are final, of a checkpoint.
+    `source(n)` is pass n over the training chains; of these a memory that keeps tokens holds the first, in its order.
+    `begun` is how far the other jobs have come; `state` that of nested probes that are final, of a checkpoint.
     """
     solver, printed = job.solver, time.monotonic()
     if state is not None:

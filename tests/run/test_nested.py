@@ -130,7 +130,9 @@ def test_gains_are_those_of_the_nested_probes_that_were_kept(monkeypatch: pytest
     assert streamprobe(["evaluate", "changed", "--split", "test", "--out", "of-changed"]) == 0
     for before, now in zip(rows_of("changed"), rows_of("of-changed"), strict=True):
         changed = {name for name in before if before[name] != now[name]}
-        none = float(before["penalty"] if has_gains(before) else "inf") == math.inf  # it is the control, whatever is kept
+        none = (
+            float(before["penalty"] if has_gains(before) else "inf") == math.inf
+        )  # it is the control, whatever is kept
         assert changed == (set() if none else {"gain_bits"})
 
 
@@ -219,7 +221,9 @@ def test_after_a_few_passes_the_verdict_has_a_warning(passes: int) -> None:
     [verdict] = summary(out)["verdicts"]
     known = {1: "perhaps not converged (gradient norm unknown", 2: "not converged (gradient norm "}
     assert f"WARNING: {known[passes]}" in verdict and summary(out)["nested_passes"] == passes
-    assert all(math.isfinite(float(row["gain_bits"])) for row in rows_of(out) if row["lag"] != "0" and not row["control"])
+    assert all(
+        math.isfinite(float(row["gain_bits"])) for row in rows_of(out) if row["lag"] != "0" and not row["control"]
+    )
 
 
 def test_adam_has_none_and_says_so() -> None:
