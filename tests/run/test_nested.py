@@ -108,7 +108,7 @@ def test_passes_of_nested_probes_are_printed(capsys: pytest.CaptureFixture[str])
     assert "nested" not in capsys.readouterr().out  # negative control: there are none
     train("said")
     said = capsys.readouterr().out
-    assert said.rindex("\npass ") < said.index("\nnested ") < said.index("\ntest ")
+    assert said.rindex("\npass ") < said.index("\nnested ") < said.rindex("\ntest ")
     assert f"{summary('said')['nested_passes']} of nested probes behind them" in said
     assert "nested " in said and "4 of 4 nested probes final" in said
 
