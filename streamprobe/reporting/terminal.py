@@ -254,7 +254,8 @@ def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
 def describe_cost(cost: Mapping[str, Any]) -> str:
     """What the run took, and how much of it the frozen model alone."""
     fraction = cost["model_seconds"] / max(cost["seconds"], 1e-9)
-    spent = f"{cost['passes']} passes, tests and files" if "passes" in cost else "the test and its files"
+    nested = f", {cost['nested_passes']} of nested probes behind them" if "nested_passes" in cost else ""
+    spent = f"{cost['passes']} passes{nested}, tests and files" if "passes" in cost else "the test and its files"
     memory = [f"memory    {cost['peak_memory_gb']} GB at most", cost.get("activations", "")]
     if "newton_matrices" in cost:
         memory.append(f"newton's matrices {cost['newton_matrices']}")

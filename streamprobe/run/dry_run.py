@@ -38,14 +38,15 @@ def describe_needs(
     max_batch_tokens: int,
     loaded: int,
     timed: Timed,
+    nested: bool,
 ) -> str:
     """What a run would ask of the model, as text for the terminal.
 
-    `loaded` is the model's size in bytes, `timed` one full batch.
+    `loaded` is the model's size in bytes, `timed` one full batch; `nested`: whether nested probes are trained.
     """
     tokens = {name: sum(len(c.ids) for c in chains) for name, chains in splits.items()}
     padded = sum(padded_tokens([len(c.ids) for c in chains], max_batch_tokens) for chains in splits.values())
-    every = f"in each of at most {max_passes} passes"
+    every = f"in each of at most {max_passes} passes" + " and as many of nested probes" * nested
     rate = timed.tokens / timed.seconds
     return "\n".join(
         [
@@ -106,5 +107,6 @@ def describe_run(config: RunConfig) -> None:
             max_batch_tokens=model.max_batch_tokens,
             loaded=loaded_bytes(backbone.model),
             timed=timed,
+            nested=plan.matrices is not None and plan.matrices.nested.columns > 0,
         )
     )

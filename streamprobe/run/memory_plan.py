@@ -12,6 +12,7 @@ from streamprobe.errors import InputError
 from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
 from streamprobe.run.inputs import Inputs
+from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.reader import Backbone
 from streamprobe.solvers.curvature import HELD, HELD_BYTES, curvature_bytes
 from streamprobe.solvers.newton import vector_bytes
@@ -48,13 +49,22 @@ class Reserve(NamedTuple):
 
 
 def estimate_reserve(
-    sizes: Sizes, *, tokens: int, longest: int, intermediate: int, n_evaluated: int, n_probes: int, widest: int
+    sizes: Sizes,
+    *,
+    tokens: int,
+    longest: int,
+    intermediate: int,
+    n_evaluated: int,
+    n_probes: int,
+    widest: int,
+    nested: NestedSize,
 ) -> Reserve:
     """What must stay free, estimated for blocks like Llama's with fused attention.
 
     `tokens`: of the largest forward pass, with padding; `longest`: of its longest chain; `intermediate`: width of the
     model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers;
-    `widest`: features of the group of probes that has most, which may be made of the token on the way.
+    `widest`: features of the group of probes that has most, which may be made of the token on the way; `nested`:
+    those of nested probes.
     """
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
@@ -65,8 +75,9 @@ def estimate_reserve(
     held = min(HELD, HELD_BYTES // sizes.token_bytes()) + chunk
     waiting = max(sizes.token_bytes(), 4 * widest) + 4 * sizes.layers * sizes.columns
     drawn = held * (2 * waiting + 2 * 4 * (max(sizes.hidden, widest) + 1))  # joined, and twice as features of a layer
+    of_nested = nested.chunk_bytes(chunk) + nested.drawn_bytes(held, sizes.token_bytes())
     scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
-    return Reserve(max(forward + handed_on + trained_on + drawn, scored))
+    return Reserve(max(forward + handed_on + max(trained_on + drawn, of_nested), scored))
 
 
 def memory_room(memory_gb: float | None, device: torch.device, reserve: int = 0) -> int:
@@ -132,20 +143,26 @@ def _plan_as_before(tokens: Tokens, rooms: Mapping[torch.device, int], before: K
 
 
 class Matrices(NamedTuple):
-    """What Newton's solvers take."""
+    """What Newton's solvers take.
+
+    Nested probes are trained behind the others, whose matrices are let go first, but not their vectors.
+    """
 
     vectors: int  # bytes beside the matrices
     all: int  # bytes of a matrix for every site and column, beside the sums of each site
     one: int  # bytes of one for every site
+    nested: NestedSize = NestedSize()
 
     @classmethod
     def of(cls, feeds: Sequence[Feed]) -> "Matrices":
         """Those of the solvers of these feeds."""
         sizes = [(len(feed.sites), len(feed.columns), feed.n_features) for feed in feeds]
+        nested = NestedSize.of(feeds)
         return cls(
-            vectors=sum(vector_bytes(*size) for size in sizes),
+            vectors=sum(vector_bytes(*size) for size in sizes) + nested.vector_bytes(),
             all=sum(curvature_bytes(*size) for size in sizes),
             one=sum(curvature_bytes(sites, 1, features) for sites, _, features in sizes),
+            nested=nested,
         )
 
     def must_share(self, room: int, activations: int, pool: int) -> bool:
@@ -154,12 +171,12 @@ class Matrices(NamedTuple):
         Where a matrix for each would take over half of the room, or would push out activations that could else be kept
         (`activations` bytes in all), or would not leave the `pool` bytes in which tokens are mixed at the least.
         """
-        spare = room - activations - self.vectors - self.one
-        return self.all > room / 2 or 0 <= spare < self.all or room - self.taken(False) < pool
+        more = self.taken(False) - self.taken(True)
+        return more > room / 2 or 0 <= room - activations - self.taken(True) < more or room - self.taken(False) < pool
 
     def taken(self, shared: bool) -> int:
         """Bytes in all."""
-        return self.vectors + self.one + (0 if shared else self.all)
+        return self.vectors + max(self.one + (0 if shared else self.all), self.nested.matrix_bytes(shared))
 
 
 def make_plan(
@@ -184,7 +201,8 @@ def make_plan(
         pool = max(LEAST_TOKENS, batch_size) * tokens.bytes_each
         shared = before.shared if before else matrices.must_share(rooms[device], activations, pool)
         taken = matrices.taken(shared)
-        kind = f"one per layer: {matrices.all / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
+        whole = matrices.taken(False) - matrices.vectors
+        kind = f"one per layer: {whole / 1e9:.2f} GB would be too much" if shared else "one per layer and column"
         say(f"curvature {taken / 1e9:.2f} GB on {device}, {kind}")
     plan = plan_memory(tokens, rooms, batch_size=batch_size, taken=taken, before=before)
     kept = plan.kept._replace(shared=shared)
@@ -241,7 +259,9 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
     most, lengths = config.model.max_batch_tokens, inputs.dataset.lengths()
     width = getattr(text_config(backbone.model.config), "intermediate_size", None) or 4 * backbone.hidden_size
     supported = [sum(int(c.support.sum()) for c in inputs.dataset.splits[name]) for name in ("validation", "test")]
+    nested = NestedSize.of(feeds) if with_matrices(config.training.solvers) else NestedSize()
     n_probes = sum(len(feed.sites) * len(feed.columns) for feed in feeds) * len(config.training.solvers)
+    n_probes += (nested.layers + 1) * nested.columns
     reserve = estimate_reserve(
         sizes,
         tokens=min(most, sum(lengths)),
@@ -250,6 +270,7 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
         n_evaluated=max(supported),
         n_probes=n_probes,
         widest=max(feed.n_features for feed in feeds),
+        nested=nested,
     )
     vectors = Matrices.of(feeds).vectors if with_matrices(config.training.solvers) else 0
     return reserve._replace(host=max(reserve.host, 2 * vectors))  # twice while a checkpoint is written

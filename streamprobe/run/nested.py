@@ -100,15 +100,15 @@ def train_nested(
 ) -> None:
     """Trains until all nested probes are final or `max_passes` more are over, behind those of the other jobs.
 
-    `source(n)` is pass n over the training chains; `begun` is how far the other jobs have come; `state` that of nested
-    probes that are final, of a checkpoint.
+    `source(n)` is pass n over the training chains; of these a memory that keeps tokens holds the first, in its order.
+    `begun` is how far the other jobs have come; `state` that of nested probes that are final, of a checkpoint.
     """
     solver, printed = job.solver, time.monotonic()
     if state is not None:
         solver.load(state)
     while not solver.final and int(solver.passes) < max_passes:
-        started = time.monotonic()
-        for batch in memory.in_order(partial(source, begun.passes + int(solver.passes) + 1)):
+        started, number = time.monotonic(), 1 if memory.keep else begun.passes + int(solver.passes) + 1
+        for batch in memory.in_order(partial(source, number)):
             solver.step(*job.feed.of(batch))
         solver.end_pass()
         if solver.final or int(solver.passes) == max_passes or time.monotonic() - printed >= LINE_SECONDS:

@@ -32,10 +32,12 @@ from streamprobe.run.inputs import Inputs, make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds, make_jobs, states_of, take_up
 from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
 from streamprobe.run.nested import NestedJob, Validation, final_nested, make_nested, train_nested
+from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.pass_end import PassEnd
 from streamprobe.run.provenance import facts_of, sizes_of, write_config
 from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
 from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
+from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
 from streamprobe.system.hardware import exact_float32
@@ -82,7 +84,7 @@ def run_in(folder: Path, config: RunConfig) -> None:
         save.finish()
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
     kept = probes_to_keep(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
-    cost_once = cache(partial(describe_cost, cost, plan, done))  # the same in every file and in the terminal
+    cost_once = cache(partial(describe_cost, cost, plan, done, nested))  # the same in every file and in the terminal
     feeds = [job.feed for job in jobs] + ([nested.feed] if nested else [])
     results = judge_held_out(setup, folder, kept, feeds, cost=cost_once)
     write_files(results)
@@ -253,11 +255,12 @@ def probes_to_keep(
     return KeptProbes(final, setup.seen, words, setup.inputs.dataset.section_labels)
 
 
-def describe_cost(cost: Cost, plan: RunPlan, done: Done) -> dict[str, Any]:
+def describe_cost(cost: Cost, plan: RunPlan, done: Done, nested: NestedJob | None) -> dict[str, Any]:
     """What the run took so far, as summary.json holds it."""
     kept = plan.kept
     found: dict[str, Any] = {
         "passes": done.passes,
+        **({"nested_passes": int(nested.solver.passes)} if nested else {}),
         "activations": f"{kept.rows} tokens on {plan.home}, {'kept' if kept.train else 'streamed'}",
         **cost.as_dict(plan.device),
     }
@@ -270,6 +273,8 @@ def needed_room(jobs: Sequence[Job], folder: Path) -> tuple[int, int]:
     """Bytes that the run still needs on the disk, and those of its largest file."""
     checkpoint = sum(tensor.nbytes for state in states_of(jobs).values() for tensor in state.values())
     probes = sum(tensor.nbytes for job in jobs for tensor in job.best.bank.tensors().values())
+    nested = NestedSize.of([job.feed for job in jobs if isinstance(job.solver, NewtonSolver)])
+    checkpoint, probes = checkpoint + nested.state_bytes(), probes + nested.file_bytes()
     before = folder / STATE
     return 2 * checkpoint + probes - (before.stat().st_size if before.exists() else 0), checkpoint
 

@@ -91,7 +91,7 @@ class BlockMatrices:
         return self.factors[at]
 
     def _let_go(self, layer: int, group: int, levels: Collection[int]) -> None:
-        """Drops a layer's factors of other levels than these, if there are any: a probe takes none up again."""
+        """Drops a layer's factors of other levels than these, if there are any: probes that go on ask for no other."""
         for number in range(len(PENALTIES)) if levels else ():
             if number not in levels:
                 self.factors.pop((layer, group, number), None)

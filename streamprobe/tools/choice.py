@@ -101,5 +101,5 @@ def _rows_of(folder: Path, probes: Probes) -> list[Row]:
             scores = {name: float(line[name] or "nan") for name in ("auroc", *LOW_ENDS)}
         except ValueError as error:
             raise InputError(f"results.csv in {folder} ({error})", "one that a run wrote", fix) from error
-        rows.append({"label": line["label"], "target": line["target"], **numbers, **scores})
+        rows.append({"label": line["label"], "target": line["target"], "control": "", **numbers, **scores})
     return rows

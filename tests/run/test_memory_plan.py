@@ -3,9 +3,20 @@
 import pytest
 import torch
 
+from streamprobe.activations.feed import Feed
 from streamprobe.errors import InputError
+from streamprobe.lags import Column
+from streamprobe.probes.nested import Blocks
+from streamprobe.probes.sites import Site, control_sites, layer_sites
 from streamprobe.run import memory_plan
 from streamprobe.run.memory_plan import Kept, Matrices, Plan, Reserve, Tokens, make_plan, memory_room, plan_memory
+from streamprobe.run.nested_size import NestedSize
+from streamprobe.solvers.block_matrices import PENALTIES, Start
+from streamprobe.solvers.curvature import curvature_bytes
+from streamprobe.solvers.lbfgs import PAIRS
+from streamprobe.solvers.nested import NestedSolver
+from streamprobe.solvers.nested_sums import Centres
+from streamprobe.solvers.newton import vector_bytes
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -87,3 +98,81 @@ def test_matrices_are_shared_where_they_would_take_the_place_of_the_least_pool()
     matrices = Matrices(vectors=0, all=450, one=50)
     assert not matrices.must_share(room=1000, activations=10_000, pool=500)
     assert matrices.must_share(room=1000, activations=10_000, pool=501)
+
+
+P, D, L, K = 20, 30, 2, 5  # features of the joint control, those of a layer, layers, columns of the control
+
+
+def feed(name: str, n_sites: int, n_columns: int, n_features: int) -> Feed:
+    return Feed(name, [Site(f"{name}{i}", i, False) for i in range(n_sites)], n_features, list, torch.arange(n_columns))
+
+
+FEEDS = [feed("layers", L, 8, D), feed("position", 1, 6, 3), feed("joint+chain", 1, K, P)]
+
+
+def test_nested_probes_take_the_place_of_the_matrices_of_others_but_not_of_their_vectors():
+    with_nested, without = Matrices.of(FEEDS), Matrices.of(FEEDS[:2])
+    vectors = L * K * (P + 1 + D) * 8 * (6 + 2 * PAIRS)
+    assert with_nested.vectors == without.vectors + vector_bytes(1, K, P) + vectors
+    assert without.nested.matrix_bytes(False) == without.nested.vector_bytes() == 0
+    whole = 4 * K * ((P + 1) ** 2 + L * ((P + 1) * D + 2 * D**2))
+    others = curvature_bytes(L, 9, D) + curvature_bytes(1, 7, 3) + curvature_bytes(1, K + 1, P)
+    assert whole != others and with_nested.taken(False) == with_nested.vectors + max(whole, others)
+    shared = 4 * ((P + 1) ** 2 + L * ((P + 1) * D + (1 + len(PENALTIES)) * D**2))
+    others = curvature_bytes(L, 1, D) + curvature_bytes(1, 1, 3) + curvature_bytes(1, 1, P)
+    assert shared > others and with_nested.taken(True) == with_nested.vectors + shared
+
+
+def test_matrices_are_shared_where_those_of_nested_probes_would_be_too_large():
+    """Also where those of the others would not be."""
+    own = NestedSize(layers=4, columns=50, control=200, hidden=100)
+    matrices = Matrices(vectors=0, all=450, one=50, nested=own)
+    whole = own.matrix_bytes(False)
+    assert matrices.taken(False) == whole
+    assert matrices.must_share(room=whole, activations=10**12, pool=0)
+    assert not matrices.must_share(room=3 * whole, activations=10**12, pool=0)
+    assert not matrices._replace(nested=NestedSize()).must_share(room=whole, activations=10**12, pool=0)
+
+
+def trained_nested(groups: list[list[int]]) -> NestedSolver:
+    """A solver of the sizes above behind its first pass, over noise."""
+    random = torch.Generator().manual_seed(0)
+    columns = [Column("a", "token", lag) for lag in range(1, K + 1)]
+    start = Start(
+        control_sites(["joint+chain"])[0],
+        torch.zeros(K, P + 1, dtype=torch.float64),
+        torch.full((P + 1,), 0.02, dtype=torch.float64),
+        torch.zeros(K, dtype=torch.float64),
+        Centres(torch.zeros(P), torch.zeros(L, D)),
+        torch.ones(L, P + 1 + D, dtype=torch.float64),
+        torch.ones(K),
+        torch.full((K,), 75.0, dtype=torch.float64),
+        groups,
+    )
+    solver = NestedSolver(start, layer_sites([0, 1]), columns, lambda _: torch.zeros(L + 1, K), tolerance=1e-9, seed=0)
+    blocks = Blocks(torch.randn(300, P, generator=random), torch.randn(300, L, D, generator=random))
+    solver.step(blocks, torch.rand(300, K, generator=random) < 0.5, torch.ones(300, K, dtype=torch.bool))
+    solver.end_pass()
+    return solver
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_nested_probes_take_what_was_planned(shared):
+    """Behind the first pass, when all have the same penalty."""
+    solver = trained_nested([list(range(K))] if shared else [[k] for k in range(K)])
+    size, matrices = NestedSize.of(FEEDS), solver.matrices
+    held = sum(t.nbytes for own in (matrices.shifts, matrices.rest, matrices.factors) for t in own.values())
+    held += sum(t.nbytes for t in matrices.of_control)
+    more = 4 * L * (len(PENALTIES) - 1) * D**2 if shared else 0  # other penalties may come
+    assert held == size.matrix_bytes(shared) - more
+    vectors = [solver.point, solver.best, solver.chosen, solver.best_gradient, solver.past, solver.sums.gradient_]
+    assert 0 <= size.vector_bytes() - sum(t.nbytes for t in vectors) <= solver.point.nbytes
+
+
+def test_nested_probes_take_so_much_of_the_disk():
+    solver, size = trained_nested([[k] for k in range(K)]), NestedSize.of(FEEDS)
+    assert size.state_bytes() == sum(t.nbytes for t in solver.state().values())
+    bank = solver.bank()
+    grids = 4 * bank.bias.numel() * 8  # threshold, best pass, norm and penalty
+    assert size.file_bytes() == sum(t.nbytes for t in bank.tensors().values()) + grids + 4 * K
+    assert NestedSize().state_bytes() == NestedSize().file_bytes() == NestedSize().drawn_bytes(10, 10) == 0

@@ -17,6 +17,7 @@ from streamprobe import cli, trainer
 from streamprobe.model.backbone import load_backbone
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.linear import ProbeBank
+from streamprobe.solvers.nested import NestedSolver
 
 STORES = {"kept": "auto", "streamed": "0.003"}  # by memory_gb
 WAITING = {"hooks.py"}  # transformers looks at the positions of every batch
@@ -63,8 +64,9 @@ def test_a_run_on_the_device_ends_as_on_the_cpu(config: str, store: str, request
     assert cli.train([*argv, "--output_dir", "near"]) == 0
     request.getfixturevalue("device")
     assert cli.train([*argv, "--output_dir", "far"]) == 0
-    assert Path("near/results.csv").read_bytes() == Path("far/results.csv").read_bytes()
-    assert "cuda:0" in Path("far/summary.json").read_text()
+    for name in ("results.csv", "controls.safetensors"):  # in which nested probes are, too
+        assert Path("near", name).read_bytes() == Path("far", name).read_bytes()
+    assert "cuda:0" in Path("far/summary.json").read_text() and "nested_passes" in Path("far/summary.json").read_text()
 
 
 def test_a_run_whose_activations_lie_in_host_ram_ends_as_on_the_cpu(
@@ -132,6 +134,23 @@ def test_the_host_does_not_wait_while_the_device_is_fed(config: str, store: str,
     assert chunks and sum(n for name, n in found.items() if name not in WAITING) <= chunks, found
     assert not found["stream.py"] and not found["finite.py"] and not found["adam.py"]
     assert found["hooks.py"]  # negative control: waits are seen
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_the_host_does_not_wait_for_the_chunks_of_nested_probes(config: str, store: str, device: Seen) -> None:
+    found, chunks, step = Counter[str](), 0, NestedSolver.step
+
+    def counted(self: NestedSolver, *given: Any) -> None:
+        nonlocal chunks, found
+        before = device.waits.copy()
+        step(self, *given)
+        found += Counter({line: n for (line, _), n in (device.waits - before).items()})
+        chunks += 1
+
+    with patch.object(NestedSolver, "step", counted):
+        assert cli.train([config, "--memory_gb", STORES[store], "--solvers", "newton", "--max_passes", "4"]) == 0
+    assert chunks > 4 and not found, found
+    assert any(line.startswith("block_matrices.py") for line, _ in device.waits)  # negative control: waits are seen
 
 
 def test_a_mask_that_is_left_on_the_cpu_is_caught(device: Seen) -> None:

@@ -47,6 +47,7 @@ from streamprobe.solvers.newton import PAIRS, NewtonSolver
 from streamprobe.trainer import Job
 
 ROOT = Path(__file__).parents[2]
+SINGLE = ("--controls", *(name for name, control in CONTROLS.items() if control.under_lift))  # without the wide ones
 
 
 @pytest.fixture
@@ -150,18 +151,20 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.003"]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.003", *SINGLE]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
+    assert main([config, "--dry_run", "--memory_gb", "0.005"]) == 0
+    assert "training tokens in each of at most 3 passes and as many of nested probes, v" in capsys.readouterr().out
     assert main([config, "--dry_run", "--layers", "9"]) == 2, "what the user got wrong is told as ever"
     assert not Path("runs").exists()
 
 
 def test_a_dry_run_beside_a_run_leaves_it_alone(config):
-    assert main([config, "--max_passes", "1"]) == 0
+    assert main([config, *SINGLE, "--max_passes", "1"]) == 0
     before = files()
-    assert main([config, "--dry_run"]) == 0
-    assert main([config, "--dry_run", "--resume"]) == 2, "which would be checked against the run"
+    assert main([config, *SINGLE, "--dry_run"]) == 0
+    assert main([config, *SINGLE, "--dry_run", "--resume"]) == 2, "which would be checked against the run"
     assert files() == before
     check_same_run({"dry_run": False, "seed": 0}, {"seed": 0})  # a checkpoint from before there was such a key
 
@@ -191,10 +194,10 @@ def test_saved_probes_give_the_saved_results(config, model_dir):
 
 
 def test_the_config_that_a_run_wrote_runs_it_again(config):
-    assert main([config]) == 0
+    assert main([config, *SINGLE]) == 0
     assert main(["runs/tiny/config.yaml", "--output_dir", "again"]) == 0
     assert outputs("again") == outputs("runs/tiny")
-    assert main([config, "--seed", "1"]) == 0, "a second run goes to a folder of its own"
+    assert main([config, *SINGLE, "--seed", "1"]) == 0, "a second run goes to a folder of its own"
     assert outputs("runs/tiny-2") != outputs("runs/tiny")
 
 
@@ -359,7 +362,7 @@ def test_the_spy_sees_a_write_outside(config):
     honest = SPY
     try:
         SPY = honest.replace("open_paths =", "open('leak.bin', 'wb').write(bytes(9)); open_paths =")
-        assert Path("leak.bin").resolve() in spied(config, "--output_dir", "out")
+        assert Path("leak.bin").resolve() in spied(config, "--output_dir", "out", "--controls", "none")
     finally:
         SPY = honest
 
@@ -382,7 +385,7 @@ def launch(config, *argv):
 )
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops, capsys):
     """kill -9 after a pass, with its own checkpoint or an older one: results, probes and curves are the same."""
-    argv = ("--memory_gb", memory, "--max_passes", "6", "--patience", "9")
+    argv = ("--memory_gb", memory, "--max_passes", "6", "--patience", "9", *SINGLE)
     assert main([config, *argv, "--output_dir", "straight"]) == 0
     resume = []
     for number, saved in stops:
@@ -399,14 +402,14 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same(config, memory, stops
 
 
 def test_killed_before_the_first_checkpoint_resume_starts_over(config):
-    run = launch(config, "--output_dir", "killed")
+    run = launch(config, *SINGLE, "--output_dir", "killed")
     for line in run.stdout:
         if line.startswith("memory"):
             break
     run.send_signal(signal.SIGKILL)
     run.wait(60)
-    assert main([config, "--output_dir", "killed", "--resume"]) == 0
-    assert main([config, "--output_dir", "straight"]) == 0
+    assert main([config, *SINGLE, "--output_dir", "killed", "--resume"]) == 0
+    assert main([config, *SINGLE, "--output_dir", "straight"]) == 0
     assert outputs("killed") == outputs("straight")
 
 
@@ -435,11 +438,11 @@ def test_validation_without_a_positive_is_told(config, chains_file, capsys):
 
 
 def test_resume_refuses_another_config_but_takes_more_passes(config, capsys):
-    assert main([config, "--output_dir", "out", "--patience", "9"]) == 0
-    assert main([config, "--output_dir", "out", "--patience", "9", "--layers", "1", "--resume"]) == 2
+    assert main([config, *SINGLE, "--output_dir", "out", "--patience", "9"]) == 0
+    assert main([config, *SINGLE, "--output_dir", "out", "--patience", "9", "--layers", "1", "--resume"]) == 2
     assert "--resume with layers [1]" in capsys.readouterr().err
-    assert main([config, "--output_dir", "out", "--patience", "9", "--max_passes", "5", "--resume"]) == 0
-    assert main([config, "--output_dir", "straight", "--patience", "9", "--max_passes", "5"]) == 0
+    assert main([config, *SINGLE, "--output_dir", "out", "--patience", "9", "--max_passes", "5", "--resume"]) == 0
+    assert main([config, *SINGLE, "--output_dir", "straight", "--patience", "9", "--max_passes", "5"]) == 0
     assert outputs("out") == outputs("straight")
 
 

@@ -2,49 +2,21 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from finished import WRITTEN, results
 from forked import forked
 
 from streamprobe.cli import train as main
 from streamprobe.run import pipeline
 from streamprobe.run.checkpoint import STATE, Checkpoints, load_run, save_run
 from streamprobe.run.folder import claim_folder
-
-COSTS = (
-    "date",
-    "seconds",
-    "model_seconds",
-    "tokens_per_second",
-    "peak_memory_gb",
-    "model_forwards",
-    "model_tokens",
-    "padding",
-)
-ON_PAGE = re.compile(rf"^(({'|'.join(COSTS)}|resume): |<div><dt>date</dt>).*$".encode(), re.M)
-WRITTEN = (
-    "config.yaml",
-    STATE,
-    STATE,
-    "probes.safetensors",
-    "controls.safetensors",
-    "results.csv",
-    "transcripts.json",
-    "categories.csv",
-    "differences.csv",
-    "reliability.csv",
-    "curves.json",
-    "summary.json",
-    "report.html",
-)
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +49,6 @@ def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Path("killed")
-
-
-def results(folder: str) -> dict[str, Any]:
-    """Everything that a run wrote, without the times it took and whether it was resumed."""
-    found: dict[str, Any] = {name: (Path(folder) / name).read_bytes() for name in WRITTEN}
-    summary = json.loads(found["summary.json"])
-    summary["run"] = {name: value for name, value in summary["run"].items() if name not in COSTS}
-    summary["run"]["config"] |= {"resume": None}
-    state = load_run(Path(folder))
-    assert state
-    state.facts["config"] |= {"resume": None}
-    tensors = [(part, name, t.numpy().tobytes()) for part, own in state.states.items() for name, t in own.items()]
-    page = ON_PAGE.sub(b"", found["report.html"])
-    return found | {"summary.json": summary, STATE: (state[1:], tensors), "report.html": page}
 
 
 def die() -> None:

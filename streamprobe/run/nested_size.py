@@ -1,0 +1,64 @@
+"""What nested probes take: in memory, while they are trained behind the others, and on the disk.
+
+Shapes: L layers, K columns, P features of the joint control, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from streamprobe.activations.feed import Feed
+from streamprobe.evaluation.rows import JOINT_CHAIN
+from streamprobe.solvers.block_matrices import PENALTIES
+from streamprobe.solvers.lbfgs import PAIRS
+
+
+class NestedSize(NamedTuple):
+    """How much is trained of nested probes; nothing where a run has none."""
+
+    layers: int = 0  # L
+    columns: int = 0  # K
+    control: int = 0  # P
+    hidden: int = 0  # D
+
+    @classmethod
+    def of(cls, feeds: Sequence[Feed]) -> "NestedSize":
+        """Of the probes that read the joint control and the layers, of which the first feed is."""
+        control = next((feed for feed in feeds if feed.name == JOINT_CHAIN), None)
+        if control is None:
+            return cls()
+        layers, *_ = feeds
+        return cls(len(layers.sites), len(control.columns), control.n_features, layers.n_features)
+
+    def vector_bytes(self) -> int:
+        """What a NestedSolver takes beside its matrices."""
+        return self.layers * self.columns * (self.control + 1 + self.hidden) * 8 * (6 + 2 * PAIRS)
+
+    def matrix_bytes(self, shared: bool) -> int:
+        """What BlockMatrices take: A for each group, and for a layer, too, A^-1 B, C, and its factor with a penalty.
+
+        Where all columns are one group their penalties may be as many as there are.
+        """
+        groups, factors = (min(1, self.columns), min(len(PENALTIES), self.columns)) if shared else (self.columns, 1)
+        width = self.control + 1
+        of_layer = width * self.hidden + (1 + factors) * self.hidden**2
+        return groups * (width**2 + self.layers * of_layer) * 4
+
+    def state_bytes(self) -> int:
+        """What a checkpoint holds of them once they are final."""
+        probes = self.layers * self.columns
+        return probes * ((self.control + 1 + self.hidden) * 8 + 3 * 8 + 1) + (8 if probes else 0)
+
+    def file_bytes(self) -> int:
+        """What is kept of them and of the control beside them, in `controls.safetensors`."""
+        probes = (self.layers + 1) * self.columns
+        return probes * ((self.control + 1 + self.hidden) * 4 + 4 * 8) + 4 * self.columns
+
+    def chunk_bytes(self, tokens: int) -> int:
+        """What is made of so many tokens on the way: features of the control, thrice, and of all layers, and logits."""
+        each = 3 * (self.control + 1) + self.layers * (self.hidden + 1) + 6 * self.layers * self.columns
+        return 4 * tokens * each
+
+    def drawn_bytes(self, tokens: int, token_bytes: int) -> int:
+        """What so many tokens take that are drawn for matrices: as they are, twice, and their features."""
+        features = 2 * (self.control + 1) + (self.layers + 1) * (self.hidden + 1)
+        return tokens * (2 * (token_bytes + 4 * (self.control + self.columns)) + 4 * features) if self.layers else 0
