@@ -22,13 +22,13 @@ from streamprobe.evaluation.scores import Scored, evaluate
 from streamprobe.probes.kept import NESTED, FinalProbes
 from streamprobe.probes.nested import Blocks, NestedProbes
 from streamprobe.run.jobs import PROBED
+from streamprobe.run.pass_end import QUIET
 from streamprobe.solvers.block_matrices import Start
 from streamprobe.solvers.nested import NestedSolver
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
 from streamprobe.trainer import Done, Job
 
-LINE_SECONDS = 1.0  # between two lines of passes, at least
 Validation = Callable[[], Iterable[TokenBatch]]  # one trip over the validation tokens
 
 
@@ -111,7 +111,7 @@ def train_nested(
         for batch in memory.in_order(partial(source, number)):
             solver.step(*job.feed.of(batch))
         solver.end_pass()
-        if solver.final or int(solver.passes) == max_passes or time.monotonic() - printed >= LINE_SECONDS:
+        if solver.final or int(solver.passes) == max_passes or time.monotonic() - printed >= QUIET:
             printed = time.monotonic()
             say(f"nested {int(solver.passes):<2}{printed - started:>8.1f} s   {describe(solver)}")
 

@@ -83,23 +83,72 @@ class Grams:
 class Newest(NamedTuple):
     """Tokens that were handed over last."""
 
-    acts: Tensor  # [N, L, D]
+    parts: tuple[Tensor, ...]  # [N, ...] each
     counts: Tensor  # [P, N]
     drawn: Tensor  # [N] bool
     n: Arriving  # how many were drawn, and how many for each place: P + 1 numbers
 
 
 class Drawn(NamedTuple):
-    """Tokens that wait to be added."""
+    """Drawn tokens."""
 
-    acts: Tensor  # [n, L, D]
+    parts: tuple[Tensor, ...]  # [n, ...] each
     counts: Tensor  # [P, n], 0 where a token was drawn for others
     each: list[int]  # how many were drawn for each place
 
     @property
     def nbytes(self) -> int:
         """What they take."""
-        return self.acts.nbytes + self.counts.nbytes
+        return sum(part.nbytes for part in self.parts) + self.counts.nbytes
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """Which of them were drawn for each place, [P] of [m]."""
+        return torch.nonzero_static(self.counts, size=sum(self.each))[:, 1].split(self.each)
+
+
+class DrawnQueue:
+    """Drawn tokens that wait until there are many, since an addition of few costs as much.
+
+    The host learns how many were drawn when the next ones are handed over, and so waits for no device.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[Drawn] = []
+        self.newest: Newest | None = None
+
+    def put(self, parts: tuple[Tensor, ...], counts: Tensor) -> None:
+        """Takes those of tokens with these parts that were drawn; counts [P, N] are 0 where one was not."""
+        self._pick()
+        each = counts != 0
+        drawn = each.any(0)
+        self.newest = Newest(parts, counts, drawn, Arriving(torch.cat([drawn.sum()[None], each.sum(1)])))
+
+    def _pick(self) -> None:
+        """Keeps of the newest tokens those that were drawn."""
+        if self.newest is not None:
+            parts, counts, drawn, numbers = self.newest
+            n, *each = numbers.get()
+            rows = torch.nonzero_static(drawn, size=n)[:, 0]
+            self.waiting.append(Drawn(tuple(part[rows] for part in parts), counts[:, rows], each))
+            self.newest = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many wait that it is time to add them."""
+        n = sum(own.counts.shape[1] for own in self.waiting)
+        return n >= HELD or sum(own.nbytes for own in self.waiting) >= HELD_BYTES
+
+    def take(self, settle: bool = False) -> Drawn | None:
+        """All that wait, with the newest ones to `settle`; None where there are none."""
+        if settle:
+            self._pick()
+        if not self.waiting:
+            return None
+        parts = tuple(torch.cat(part) for part in zip(*(own.parts for own in self.waiting), strict=True))
+        counts = torch.cat([own.counts for own in self.waiting], 1)
+        each = [sum(own) for own in zip(*(own.each for own in self.waiting), strict=True)]
+        self.waiting.clear()
+        return Drawn(parts, counts, each)
 
 
 class DrawnTokens:
@@ -114,46 +163,27 @@ class DrawnTokens:
         """For these P places; features are centred by mean [L, D]."""
         self.places, self.mean = list(places), mean
         self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
-        self.waiting: list[Drawn] = []
-        self.newest: Newest | None = None
+        self.queue = DrawnQueue()
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
         """Adds those of acts [N, L, D] that were drawn; counts [P, N] are 0 where one was not."""
-        self._pick()
-        each = counts != 0
-        drawn = each.any(0)
-        self.newest = Newest(acts, counts, drawn, Arriving(torch.cat([drawn.sum()[None], each.sum(1)])))
-        if sum(len(own.acts) for own in self.waiting) >= HELD or sum(own.nbytes for own in self.waiting) >= HELD_BYTES:
-            self._add_waiting()
-
-    def _pick(self) -> None:
-        """Keeps of the newest tokens those that were drawn: later, when the host need not wait for their number."""
-        if self.newest is not None:
-            acts, counts, drawn, numbers = self.newest
-            n, *each = numbers.get()
-            rows = torch.nonzero_static(drawn, size=n)[:, 0]
-            self.waiting.append(Drawn(acts[rows], counts[:, rows], each))
-            self.newest = None
+        self.queue.put((acts,), counts)
+        if self.queue.is_full:
+            self._add_all(self.queue.take())
 
     def settle(self) -> None:
         """Adds the tokens that wait."""
-        self._pick()
-        self._add_waiting()
+        self._add_all(self.queue.take(settle=True))
 
-    def _add_waiting(self) -> None:
-        if not self.waiting:
+    def _add_all(self, drawn: Drawn | None) -> None:
+        if drawn is None:
             return
-        acts = torch.cat([own.acts for own in self.waiting])
-        counts = torch.cat([own.counts for own in self.waiting], 1)
-        each = [sum(own) for own in zip(*(own.each for own in self.waiting), strict=True)]
-        self.waiting.clear()
-        rows = torch.nonzero_static(counts, size=sum(each))[:, 1].split(each)
-        features = Features()
+        (acts,), rows, features = drawn.parts, drawn.rows(), Features()
         for layer in dict.fromkeys(place.layer for place in self.places):
             x = features.of(acts[:, layer], self.mean[layer])
             for number, (place, own) in enumerate(zip(self.places, rows, strict=True)):
                 if place.layer == layer:
-                    self._add(place, x.index_select(0, own), counts[number, own])
+                    self._add(place, x.index_select(0, own), drawn.counts[number, own])
 
     def _add(self, place: Place, x: Tensor, counts: Tensor) -> None:
         """Adds tokens x [n, E], which are changed, that count so much [n], to the sum of a place."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from streamprobe.probes.nested import Blocks
-from streamprobe.solvers.curvature import HELD, HELD_BYTES, Features, draw
+from streamprobe.solvers.curvature import Drawn, DrawnQueue, Features, draw
 from streamprobe.solvers.newton_sums import DRAWN, DRAWN_MOST, Slopes
-from streamprobe.system.hardware import Arriving, coarse_float32, send
+from streamprobe.system.hardware import coarse_float32, send
 
 
 class Centres(NamedTuple):
@@ -56,11 +56,8 @@ class NestedSums:
         self.n = torch.zeros(len(positive_weight), **wide)
         self.control, self.layers = Features(), [Features() for _ in live.columns]
 
-    def add(self, blocks: Blocks, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds a chunk of tokens; targets and valid [N, K].
-
-        Returns their part of the losses [L, K], 0 where a probe is final, and of the valid tokens [K].
-        """
+    def add(self, blocks: Blocks, targets: Tensor, valid: Tensor) -> None:
+        """Adds a chunk of tokens; targets and valid [N, K]."""
         valid, positive = valid.mT, targets.mT.float()
         sign = 1 - 2 * positive  # [K, N]
         weight = (positive * self.positive_weight[:, None] + (1 - positive)) * valid
@@ -71,37 +68,17 @@ class NestedSums:
         every = self.live.every
         slopes = Slopes.at(logits, weight[every], sign[every])
         from_control = (slopes.gradient @ x).double()
-        losses = torch.zeros_like(self.loss_)
         for i, (columns, rows) in enumerate(zip(self.live.columns, self.live.rows, strict=True)):
             own = torch.cat([from_control[rows], (slopes.gradient[rows] @ layers[i]).double()], 1)
             self.gradient_[i, columns] += own
-            losses[i, columns] = slopes.loss[rows]
-        n = valid.sum(1)
-        self.loss_, self.n = self.loss_ + losses, self.n + n
-        return losses, n
+            self.loss_[i, columns] += slopes.loss[rows]
+        self.n = self.n + valid.sum(1)
 
     def features(self, blocks: Blocks) -> tuple[Tensor, list[Tensor]]:
         """Centred features: the control's [N, P + 1] with a one behind them, and each layer's [N, D]."""
         x = self.control.of(blocks.control, self.centres.control)
         pairs = zip(self.layers, blocks.layers.unbind(1), self.centres.layers, strict=True)
         return x, [room.of(acts, centre)[:, :-1] for room, acts, centre in pairs]
-
-
-class Drawn(NamedTuple):
-    """Tokens that wait to be added."""
-
-    blocks: Blocks
-    counts: Tensor  # [G, n], 0 where a token was drawn for others
-    each: list[int]  # how many were drawn for each group
-
-
-class Newest(NamedTuple):
-    """Tokens that were handed over last."""
-
-    blocks: Blocks
-    counts: Tensor  # [G, N]
-    drawn: Tensor  # [N] bool
-    n: Arriving  # how many were drawn, and how many for each group: G + 1 numbers
 
 
 class NestedCurvature:
@@ -118,8 +95,7 @@ class NestedCurvature:
         self.of_control: dict[int, Tensor] = {}  # A [P + 1, P + 1] by group
         self.of_both: dict[tuple[int, int], Tensor] = {}  # B [P + 1, D] by layer and group
         self.of_layer: dict[tuple[int, int], Tensor] = {}  # C [D, D]
-        self.waiting: list[Drawn] = []
-        self.newest: Newest | None = None
+        self.queue = DrawnQueue()
 
     def add(self, sums: NestedSums, blocks: Blocks, targets: Tensor, valid: Tensor) -> None:
         """Draws some of a chunk of tokens, as `NestedSums.add` takes them."""
@@ -132,39 +108,20 @@ class NestedCurvature:
         wanted = ((self.shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
         chance = send(torch.rand(len(blocks.control), generator=self.chance), relative.device)
         counts = draw(relative, wanted.float(), chance)
-        each = counts != 0
-        drawn = each.any(0)
-        self._pick()
-        self.newest = Newest(blocks, counts, drawn, Arriving(torch.cat([drawn.sum()[None], each.sum(1)])))
-        held = [own.blocks for own in self.waiting]
-        if sum(len(own.control) for own in held) >= HELD or sum(x.nbytes for own in held for x in own) >= HELD_BYTES:
-            self._add_waiting(sums)
-
-    def _pick(self) -> None:
-        """Keeps of the newest tokens those that were drawn: later, when the host need not wait for their number."""
-        if self.newest is not None:
-            blocks, counts, drawn, numbers = self.newest
-            n, *each = numbers.get()
-            rows = torch.nonzero_static(drawn, size=n)[:, 0]
-            self.waiting.append(Drawn(Blocks(*(x[rows] for x in blocks)), counts[:, rows], each))
-            self.newest = None
+        self.queue.put(tuple(blocks), counts)
+        if self.queue.is_full:
+            self._add_all(self.queue.take(), sums)
 
     def settle(self, sums: NestedSums) -> None:
         """Adds the tokens that wait."""
-        self._pick()
-        self._add_waiting(sums)
+        self._add_all(self.queue.take(settle=True), sums)
 
-    def _add_waiting(self, sums: NestedSums) -> None:
-        if not self.waiting:
+    def _add_all(self, drawn: Drawn | None, sums: NestedSums) -> None:
+        if drawn is None:
             return
-        blocks = Blocks(*(torch.cat(each) for each in zip(*(own.blocks for own in self.waiting), strict=True)))
-        counts = torch.cat([own.counts for own in self.waiting], 1)
-        each = [sum(own) for own in zip(*(own.each for own in self.waiting), strict=True)]
-        self.waiting.clear()
-        x, layers = sums.features(blocks)
-        drawn = torch.nonzero_static(counts, size=sum(each))[:, 1].split(each)
-        for group, rows in enumerate(drawn):
-            root = counts[group, rows, None].sqrt()
+        x, layers = sums.features(Blocks(*drawn.parts))
+        for group, rows in enumerate(drawn.rows()):
+            root = drawn.counts[group, rows, None].sqrt()
             control = x[rows] * root
             with coarse_float32():
                 _accumulate(self.of_control, group, control.mT @ control)

@@ -5,10 +5,9 @@ each feature, and the bias.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import Place, factorise
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember, step_back
 from streamprobe.solvers.newton_sums import EXACT, LiveColumns, NewtonSums, Points
-from streamprobe.solvers.scaling import mapped_vector, shifted
+from streamprobe.solvers.scaling import Affine, mapped_vector, shifted
 from streamprobe.system.hardware import send
 
 MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
@@ -35,13 +34,6 @@ SAVED = "mean scale point best best_gradient best_loss gradient_norm expected ef
 def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
     """What a NewtonSolver takes beside the matrices."""
     return n_layers * n_columns * (hidden_size + 1) * 8 * (4 + 2 * PAIRS)
-
-
-class Affine(NamedTuple):
-    """The map d x + c of features."""
-
-    d: Tensor  # [L, D]
-    c: Tensor  # [L, D]
 
 
 class NewtonSolver:
@@ -136,7 +128,8 @@ class NewtonSolver:
             self.places = self.find_places()
         raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
         points = Points(raw, self.mean if number > 1 else None, self.expected, self.positive_weight)
-        live = [self._live_columns(i, done) for i, done in enumerate(self.converged.tolist())]
+        pairs = zip(self.converged.tolist(), self.places, strict=True)
+        live = [LiveColumns.of(done, own, self.factors, self.device) for done, own in pairs]
         return NewtonSums(live, points, seed=self.seed + number)
 
     def find_places(self) -> list[list[Place]]:
@@ -149,17 +142,6 @@ class NewtonSolver:
             kinds = [0 if self.shared else (like,) if many[i][k] else k for k, like in enumerate(sizes)]
             places.append([first.setdefault(kind, Place(i, k)) for k, kind in enumerate(kinds)])
         return places
-
-    def _live_columns(self, i: int, done: list[bool]) -> LiveColumns:
-        """The columns of a layer that are not `done`, and their places without a matrix."""
-        columns = [k for k, over in enumerate(done) if not over]
-        sizes = Counter(own := [self.places[i][k] for k in columns])
-        places = [place for place in sizes if place not in self.factors]
-        shares = torch.zeros(len(places), len(columns))
-        for number, place in enumerate(places):
-            shares[number, [j for j, each in enumerate(own) if each == place]] = 1 / sizes[place]
-        numbers = send(torch.tensor(columns, dtype=torch.int64), self.device)
-        return LiveColumns(numbers, places, send(shares, self.device))
 
     @torch.no_grad()
     def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:

@@ -5,6 +5,8 @@ E = D + 1: a weight for each feature, and the bias.
 """
 
 import math
+from collections import Counter
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,19 @@ class LiveColumns(NamedTuple):
     columns: Tensor  # [k] which
     places: list[Place]  # that a matrix is made for in this pass
     shares: Tensor  # [P, k] float32: what of a place's matrix is that of a column, adding up to 1 for each place
+
+    @classmethod
+    def of(
+        cls, done: Sequence[bool], own: Sequence[Place], known: Container[Place], device: torch.device
+    ) -> "LiveColumns":
+        """The columns of a layer that are not `done`; `own` [K] are their places, `known` those with a matrix."""
+        columns = [k for k, over in enumerate(done) if not over]
+        sizes = Counter(of_live := [own[k] for k in columns])
+        places = [place for place in sizes if place not in known]
+        shares = torch.zeros(len(places), len(columns))
+        for number, place in enumerate(places):
+            shares[number, [j for j, each in enumerate(of_live) if each == place]] = 1 / sizes[place]
+        return cls(send(torch.tensor(columns, dtype=torch.int64), device), places, send(shares, device))
 
 
 class Points(NamedTuple):
