@@ -21,7 +21,7 @@ AHEAD = 8  # tokens between a planted signal and its onset
 FIRST = 40  # tokens that tell chains apart: the problem, which is numbered, and the first words
 BLOCK = 2  # whose output is planted into
 WIDTH = 32  # of the tiny model
-DEVIATION = 1.6  # of its output along a direction, about: what is planted is in these units
+DEVIATION = 2.4  # of its output along a direction, about: what is planted is in these units
 
 
 class Chain(NamedTuple):
@@ -38,12 +38,12 @@ def grow(n: int, seed: int) -> list[Chain]:
     given these, onsets are independent draws, and a section's 2 to 4 words are as any others.  The rate is normal.
     """
     random = np.random.default_rng([16, seed])
-    rising = 1.5 * random.choice([-1, 1])
+    rising = 4.0 * random.choice([-1, 1])
     return [_chain(i, random, rising) for i in range(n)]
 
 
 def _chain(i: int, random: np.random.Generator, rising: float) -> Chain:
-    n, rate = int(random.integers(60, 121)), float(random.normal())
+    n, rate = int(random.integers(60, 121)), float(1.5 * random.normal())
     words = random.choice([*PLAIN, *TRIGGERS], n)
     triggers = np.isin(words, TRIGGERS)
     labels, left = np.zeros(n, bool), 0
@@ -53,7 +53,7 @@ def _chain(i: int, random: np.random.Generator, rising: float) -> Chain:
         if left >= 0:
             labels[j] = True
         elif left < -1:  # at least one word lies between two sections
-            odds = -3.7 + rate + rising * (j / 90 - 0.5) + 0.7 * triggers[max(0, j - LINGERS) : j].sum()
+            odds = -4.8 + rate + rising * (j / 90 - 0.5) + 0.7 * triggers[max(0, j - LINGERS) : j].sum()
             if random.random() < 1 / (1 + np.exp(-odds)):
                 labels[j] = begins[j] = True
                 left = int(random.integers(1, 4))
