@@ -38,12 +38,12 @@ def grow(n: int, seed: int) -> list[Chain]:
     given these, onsets are independent draws, and a section's 2 to 4 words are as any others.  The rate is normal.
     """
     random = np.random.default_rng([16, seed])
-    rising = 4.0 * random.choice([-1, 1])
+    rising = 6.0 * random.choice([-1, 1])
     return [_chain(i, random, rising) for i in range(n)]
 
 
 def _chain(i: int, random: np.random.Generator, rising: float) -> Chain:
-    n, rate = int(random.integers(60, 121)), float(1.5 * random.normal())
+    n, rate = int(random.integers(60, 121)), float(2.0 * random.normal())
     words = random.choice([*PLAIN, *TRIGGERS], n)
     triggers = np.isin(words, TRIGGERS)
     labels, left = np.zeros(n, bool), 0
@@ -53,7 +53,7 @@ def _chain(i: int, random: np.random.Generator, rising: float) -> Chain:
         if left >= 0:
             labels[j] = True
         elif left < -1:  # at least one word lies between two sections
-            odds = -4.8 + rate + rising * (j / 90 - 0.5) + 0.7 * triggers[max(0, j - LINGERS) : j].sum()
+            odds = -5.5 + rate + rising * (j / 90 - 0.5) + 0.7 * triggers[max(0, j - LINGERS) : j].sum()
             if random.random() < 1 / (1 + np.exp(-odds)):
                 labels[j] = begins[j] = True
                 left = int(random.integers(1, 4))
