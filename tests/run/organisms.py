@@ -19,9 +19,8 @@ TRIGGERS = "but rather undo".split()  # words that make an onset likelier for so
 LINGERS = 8  # words for which one does
 AHEAD = 8  # tokens between a planted signal and its onset
 FIRST = 40  # tokens that tell chains apart: the problem, which is numbered, and the first words
-BLOCK = 2  # whose output is planted into
-WIDTH = 32  # of the tiny model
-DEVIATION = 2.4  # of its output along a direction, about: what is planted is in these units
+BLOCK, WIDTH = 2, 32  # of the tiny model, whose output is planted into
+DEVIATION = 2.4  # of that output along a direction, about: what is planted is in these units
 
 
 class Chain(NamedTuple):
