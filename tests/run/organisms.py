@@ -45,18 +45,15 @@ def _chain(i: int, random: np.random.Generator, rising: float) -> Chain:
     n, rate = int(random.integers(60, 121)), float(2.0 * random.normal())
     words = random.choice([*PLAIN, *TRIGGERS], n)
     triggers = np.isin(words, TRIGGERS)
-    labels, left = np.zeros(n, bool), 0
-    begins = np.zeros(n, bool)
-    for j in range(1, n):
-        left -= 1
-        if left >= 0:
-            labels[j] = True
-        elif left < -1:  # at least one word lies between two sections
-            odds = -5.5 + rate + rising * (j / 90 - 0.5) + 0.7 * triggers[max(0, j - LINGERS) : j].sum()
-            if random.random() < 1 / (1 + np.exp(-odds)):
-                labels[j] = begins[j] = True
-                left = int(random.integers(1, 4))
-    return Chain(_row(i, words, labels), rate)
+    inside, free = np.zeros(n, bool), 2  # from which word on a section may begin: one at least lies between two
+    for j in range(2, n):
+        if j < free:
+            continue
+        odds = -5.5 + rate + rising * (j / 90 - 0.5) + 0.7 * triggers[max(0, j - LINGERS) : j].sum()
+        if random.random() < 1 / (1 + np.exp(-odds)):
+            end = j + 1 + int(random.integers(1, 4))
+            inside[j:end], free = True, end + 1
+    return Chain(_row(i, words, inside), rate)
 
 
 def _row(i: int, words: Any, inside: Any) -> dict[str, str]:
