@@ -2,22 +2,59 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
-import torch
+import organisms
 from builders import make_rows, parse_annotations
-from torch import Tensor, nn
 
 from streamprobe.cli import train as main
-from streamprobe.data.dataset import Dataset
+from streamprobe.controls.table import CONTROLS
+from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.verdict import LOW_ENDS
-from streamprobe.run import reader
 
-LAGS = ["0", "4", "8", "12"]
+Rows = list[dict[str, Any]]
+SINGLE = [name for name, control in CONTROLS.items() if control.under_lift]
+PLANTED = ("2", "8")  # layer and lag of what `organisms.planted` plants
+
+
+class Finished(NamedTuple):
+    """What a run said."""
+
+    rows: Rows  # of results.csv
+    verdict: str
+
+    def above_zero(self, *names: str) -> list[tuple[str, str]]:
+        """The (layer, lag) ahead of the text of which all these numbers are above 0."""
+        ahead = [row for row in self.rows if not row["control"] and int(row["lag"]) > 0]
+        return [(row["layer"], row["lag"]) for row in ahead if all(float(row[name]) > 0 for name in names)]
+
+    @property
+    def claims(self) -> list[tuple[str, str]]:
+        """The (layer, lag) that are said to foresee; the sentence says the same, and of no probe that is unconverged."""
+        found = self.above_zero(*LOW_ENDS)
+        assert ("nothing certain is foreseen of onset" in self.verdict) == (not found)
+        assert "WARNING" not in self.verdict
+        return found
+
+    @property
+    def lifts(self) -> list[tuple[str, str]]:
+        """The (layer, lag) that are surely above the best single control, of which claims were made before."""
+        return self.above_zero("lift_low_corrected")
+
+
+def launch(folder: Path, model_dir: str, rows: Rows, *, seed: int, controls: list[str]) -> Finished:
+    """What a run over these chains says of layers 0 and 2."""
+    data, out = folder / f"chains-{seed}.json", folder / f"run-{seed}"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "run.yaml").write_text(f"model: {model_dir}\ndtype: float32\n", encoding="utf-8")
+    keys = f"--layers 0 2 --lags 0 4 8 12 --targets onset --test_share 0.5 --validation_share 0.3 --bootstrap 200 --seed {seed}"
+    files = ["--data", str(data), "--output_dir", str(out), "--report_to", "none"]
+    passes = ["--max_passes", "60"]
+    assert main([str(folder / "run.yaml"), *files, *keys.split(), *passes, "--controls", *controls]) == 0
+    [verdict] = json.loads((out / "summary.json").read_text())["run"]["verdicts"]
+    return Finished(list(csv.DictReader((out / "results.csv").open())), verdict)
 
 
 def annotate_at_random(rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
@@ -41,94 +78,50 @@ def annotate_at_random(rows: list[dict[str, str]], seed: int) -> list[dict[str, 
     return result
 
 
-def launch(folder: Path, model_dir: str, seed: int, n: int, *argv: str) -> list[dict[str, str]]:
-    """The rows of results.csv of a run over n chains that were annotated at random; its verdicts are in summary.json."""
-    data = folder / f"chains-{seed}.json"
-    data.write_text(json.dumps(annotate_at_random(make_rows(n, seed=100 + seed), seed)), encoding="utf-8")
-    (folder / "run.yaml").write_text(f"model: {model_dir}\ndtype: float32\n", encoding="utf-8")
-    keys = [
-        "--data",
-        str(data),
-        "--layers",
-        "0",
-        "2",
-        "--lags",
-        *LAGS,
-        "--targets",
-        "onset",
-        "--test_share",
-        "0.5",
-        "--output_dir",
-        str(folder / f"run-{seed}"),
-        "--seed",
-        str(seed),
-    ]
-    assert main([str(folder / "run.yaml"), *keys, *argv]) == 0
-    return list(csv.DictReader((folder / f"run-{seed}" / "results.csv").open()))
-
-
-def claims(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """The (layer, lag) that are said to foresee."""
-    ahead = [row for row in rows if not row["control"] and int(row["lag"]) > 0]
-    return [(row["layer"], row["lag"]) for row in ahead if all(float(row[name]) > 0 for name in LOW_ENDS)]
-
-
 def test_nothing_is_claimed_of_a_model_that_knows_nothing(tmp_path: Path, model_dir: str) -> None:
     """20 seeds of random weights and labels that are independent of the text: 0.5 false alarms are to be expected."""
     alarms = one_by_one = 0
     for seed in range(20):
-        keys = ("--max_passes", "3", "--bootstrap", "200", "--controls", "joint+chain")
-        rows = launch(tmp_path, model_dir, seed, 60, *keys)
-        alarms += bool(claims(rows))
-        one_by_one += sum(float(row["auroc_low"]) > 0.5 for row in rows if not row["control"])
-        sentences = json.loads((tmp_path / f"run-{seed}" / "summary.json").read_text())["run"]["verdicts"]
-        assert ("nothing certain is foreseen of onset" in sentences[0]) == (not claims(rows))
+        rows = annotate_at_random(make_rows(60, seed=100 + seed), seed)
+        run = launch(tmp_path, model_dir, rows, seed=seed, controls=[JOINT_CHAIN])
+        alarms += bool(run.claims)
+        one_by_one += sum(float(row["auroc_low"]) > 0.5 for row in run.rows if not row["control"])
     assert alarms <= 3  # more than 3 with a chance of 0.2%
     assert one_by_one > 0  # negative control: among 160 probes, some look good by themselves
 
 
-@pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, ...], Tensor]]:
-    """Chains by their first tokens: block 2 of the model adds a direction where the token 8 further begins a section."""
-    onsets: dict[tuple[int, ...], Tensor] = {}
-    load = reader.load_backbone
-
-    def load_planted(*args: Any, **where: Any) -> nn.Module:
-        model = load(*args, **where)
-        seen: dict[str, Tensor] = {}
-        direction = torch.randn(32, generator=torch.Generator().manual_seed(5))
-
-        def remember(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            seen["ids"] = kwargs["input_ids"]
-
-        def plant(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            planted = output.clone()
-            for b, ids in enumerate(seen["ids"].tolist()):
-                onset = onsets.get(tuple(ids[:25]))
-                if onset is not None:  # else it is no chain, but the text that the model is tried with
-                    planted[b, : len(onset) - 8] += 0.5 * onset[8:, None] * direction
-            return planted
-
-        model.register_forward_pre_hook(remember, with_kwargs=True)
-        model.layers[2].register_forward_hook(plant)  # type: ignore[union-attr, index]
-        return model
-
-    monkeypatch.setattr(reader, "load_backbone", load_planted)
-    take = Dataset.take_census
-
-    def take_note(dataset: Dataset, columns: Any) -> Any:
-        for chain in dataset.chains():
-            onsets[tuple(chain.ids[:25].tolist())] = (chain.codes[:, 0] == 2).float()
-        return take(dataset, columns)
-
-    monkeypatch.setattr(Dataset, "take_census", take_note)
-    yield onsets
+def test_nothing_is_claimed_of_a_model_that_knows_rate_place_and_text_as_lifts_fail_to_see(
+    tmp_path: Path, model_dir: str
+) -> None:
+    """20 organisms that foresee nothing, though block 2 knows the rate of a chain from its first token on."""
+    claims, lifts = [], []
+    for seed in range(20):
+        chains = organisms.grow(300, seed)
+        with organisms.planted([chain.rate for chain in chains]):
+            rows = [chain.row for chain in chains]
+            run = launch(tmp_path, model_dir, rows, seed=seed, controls=[*SINGLE, JOINT_CHAIN])
+        claims.append(run.claims)
+        lifts.append(run.lifts)
+    assert sum(map(bool, claims)) <= 1, claims
+    assert sum(map(bool, lifts)) >= 10, lifts  # negative control: the layer is above every single one in most runs
 
 
-def test_exactly_the_planted_direction_is_found(tmp_path: Path, model_dir: str, planted: dict) -> None:
-    rows = launch(tmp_path, model_dir, 0, 100, "--max_passes", "10", "--bootstrap", "500")
-    assert claims(rows) == [("2", "8")] and len(planted) == 100
-    [sentence] = json.loads((tmp_path / "run-0" / "summary.json").read_text())["run"]["verdicts"]
-    assert "onset is foreseen 8 tokens ahead (layer 2;" in sentence
-    permuted = [float(row["auroc"]) for row in rows if row["control"] == "permuted"]
-    assert max(abs(area - 0.5) for area in permuted) < 0.1
+def test_the_planted_direction_is_found_and_nothing_else(tmp_path: Path, model_dir: str) -> None:
+    found = []
+    for seed in range(20):
+        rows = [chain.row for chain in organisms.grow(150, 1000 + seed)]
+        with organisms.planted(ahead=1.5) as told:
+            run = launch(tmp_path, model_dir, rows, seed=seed, controls=["permuted", JOINT_CHAIN])
+        found.append(run.claims)
+        assert len(told) == 150
+        if run.claims == [PLANTED]:
+            assert "onset is foreseen 8 tokens ahead (layer 2;" in run.verdict
+    assert sum(claims == [PLANTED] for claims in found) >= 18, found
+
+
+def test_a_planted_direction_is_found_beside_rate_and_place(tmp_path: Path, model_dir: str) -> None:
+    for seed in range(3):
+        chains = organisms.grow(300, 2000 + seed)
+        with organisms.planted([chain.rate for chain in chains], ahead=1.5):
+            run = launch(tmp_path, model_dir, [chain.row for chain in chains], seed=seed, controls=[JOINT_CHAIN])
+        assert run.claims == [PLANTED]
