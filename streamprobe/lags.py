@@ -11,7 +11,7 @@ Shapes: N tokens, C labels, K columns.  A label array holds one code per token a
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class Column(NamedTuple):
     target `within`: a section begins in t + 1 .. t + lag (lag > 0); asked only where all of these have a label.
 
     A `control` asks the same of another label array, such as the permuted one.  Columns that differ in their seed alone
-    differ in what is random about them: how a control was made, and where a solver starts.
+    differ in what is random about them: how a control was made, and where a solver starts.  Those that differ in their
+    fold alone are trained on other chains: on all but those of that fold, where a run has several.
     """
 
     label: str
@@ -37,10 +38,21 @@ class Column(NamedTuple):
     lag: int
     control: str = ""
     seed: int = 0
+    fold: int = 0
 
     def __str__(self) -> str:
         start = f"/seed{self.seed}" if self.seed and not self.control else ""
         return f"{self.array}/{self.target}/lag{self.lag:+03d}{start}"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is of the first seed and fold."""
+        return not (self.seed or self.fold)
+
+    @property
+    def saved(self) -> list[Any]:
+        """What files say of it: all but the fold, since they hold the means over folds."""
+        return [self.label, self.target, self.lag, self.control, self.seed]
 
     @property
     def array(self) -> str:

@@ -6,6 +6,7 @@ Shapes: N tokens, L sites, K columns, D features.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
@@ -21,7 +22,30 @@ class Feed(NamedTuple):
     features: Callable[[TokenBatch], Any]  # -> [N, L, D], or what else the probes of these sites read
     columns: Tensor  # [k] which of the batch's K columns
     n_hand_made: int = 0  # so many features, the last ones, are made by hand: their size means something, as it is
+    folds: Tensor | None = None  # [k] of each column, fold by fold; None in a run of one, where no fold is left out
 
-    def of(self, batch: TokenBatch) -> tuple[Any, Tensor, Tensor]:
-        """Features, targets [N, k] and valid [N, k]."""
-        return self.features(batch), batch.targets.T[self.columns].T, batch.valid.T[self.columns].T
+    def of(self, batch: TokenBatch) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Features, targets [N, k] and valid [N, k], and the folds [N] of the tokens.
+
+        Valid are tokens that train a column or choose among its probes: none of its own fold.
+        """
+        return self.features(batch), batch.targets.T[self.columns].T, self.valid(batch.valid, batch.fold), batch.fold
+
+    def valid(self, asked: Tensor, fold: Tensor) -> Tensor:
+        """Which of N tokens, asked [N, K] of the batch's columns, are for each column of the feed: [N, k]."""
+        valid = asked.T[self.columns]
+        return (valid if self.folds is None else valid & (fold != self.folds[:, None])).T
+
+    def to(self, device: torch.device) -> "Feed":
+        """The same for batches on `device`."""
+        folds = None if self.folds is None else self.folds.to(device)
+        return self._replace(columns=self.columns.to(device), folds=folds)
+
+    def first_fold(self) -> "Feed":
+        """The same, asked once for what is asked for each fold, of all tokens."""
+        return self._replace(columns=self.columns[: len(self.columns) // self.n_folds], folds=None)
+
+    @property
+    def n_folds(self) -> int:
+        """How many."""
+        return 1 if self.folds is None else int(self.folds[-1]) + 1

@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
 
     def token_bytes(self) -> int:
         """Bytes of a token: its activations and numbers on the side, targets and validity, and its place."""
-        return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 16
+        return self.layers * self.hidden * self.dtype.itemsize + 4 * self.side + 2 * self.columns + 24
 
 
 class ActivationMemory:
@@ -55,8 +55,7 @@ class ActivationMemory:
             torch.empty(rows, sizes.side, device=home),
             torch.empty(sizes.columns, rows, dtype=torch.bool, device=home).T,
             torch.empty(sizes.columns, rows, dtype=torch.bool, device=home).T,
-            torch.empty(rows, dtype=torch.int64, device=home),
-            torch.empty(rows, dtype=torch.int64, device=home),
+            *(torch.empty(rows, dtype=torch.int64, device=home) for _ in ("chain", "token", "fold")),
         )
 
     def shuffled(self, source: Callable[[], Iterable[TokenBatch]], multiple: int, seed: int) -> Iterator[TokenBatch]:

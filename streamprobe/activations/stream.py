@@ -178,9 +178,9 @@ class _Pairing(NamedTuple):
             lengths = torch.tensor([len(chain.ids[part]) for chain in chains.values()])
             before = lengths.cumsum(0) - lengths  # tokens of the chains before each
             sources += [(layer, before[asked.row] + place) for layer in embedded.unbind(1)]
-        numbers = torch.tensor(list(chains))
-        taken = _gather(sources, acts[0].device)
-        return TokenBatch(taken, asked.side, asked.targets, asked.valid, numbers[asked.row], asked.token)
+        numbers, folds = torch.tensor(list(chains)), torch.tensor([chain.fold for chain in chains.values()])
+        taken, row = _gather(sources, acts[0].device), asked.row
+        return TokenBatch(taken, asked.side, asked.targets, asked.valid, numbers[row], asked.token, folds[row])
 
     def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, like: Tensor) -> Tensor:
         """The embedded layers [n, S, D] at the n tokens of a part of the chains, one chain behind the other."""

@@ -14,7 +14,7 @@ from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.load import OF_DATA, RunConfig, full_help
 from streamprobe.errors import InputError
 
-SPLIT = ("test_share", "validation_share", "split_seed", "split_by", "split", "test_categories", "validation")
+SPLIT = ("test_share", "validation_share", "split_seed", "split_by", "split", "test_categories", "validation", "folds")
 OF_ITS_DATA = (*OF_DATA, "max_chains", *SPLIT)  # and the columns
 
 
@@ -58,6 +58,12 @@ def evaluate(given: Namespace) -> None:
     keys = {name: value for name, value in vars(given).items() if not (name in own_options or value is None)}
     trusted = keys.pop("trust_remote_code")
     config = open_run(given.run, changed=keys, trusted=trusted).config
+    if own and config.data.folds > 1:
+        raise InputError(
+            f"a run of {config.data.folds} folds, which keeps the means of probes that all of its chains have trained",
+            "other data: its results.csv is of probes that were not trained on the chains they are tested on",
+            "give --data",
+        )
     config = config if own else for_other_data(config, keys)
     name = "test" if own else name_of(config.data.data)
     evaluate_run(Asked(given.run, load_kept(given.run), config, own), name, given.out)

@@ -8,6 +8,8 @@ from streamprobe.data.detect import AUTO, COLUMNS, FormatQuery
 from streamprobe.data.formats import FORMATS
 from streamprobe.data.label_rules import LabelRule, parse_rule
 
+MOST_FOLDS = 20  # each has probes of its own
+
 
 @dataclass
 class DataConfig:
@@ -87,6 +89,11 @@ class DataConfig:
     validation: Literal["own", "test"] = key(
         "own", "Chains that stop training and pick thresholds: a validation_share, or the test chains (which flatters)."
     )
+    folds: int = key(
+        1,
+        "More than 1, such as 5: cross-fitting.  Every chain is a test chain, judged by probes that the other folds "
+        "trained; test_share is not used.",
+    )
 
     def __post_init__(self) -> None:
         self.support = "assistant" if self.support == "response" else self.support
@@ -159,6 +166,19 @@ class DataConfig:
             "split category with test_categories, or neither",
             "give both --split category and --test_categories, or drop both",
         )
+        self._check_folds()
+
+    def _check_folds(self) -> None:
+        require(1 <= self.folds <= MOST_FOLDS, f"folds {self.folds}", f"1 .. {MOST_FOLDS}", "try --folds 5")
+        plain = DataConfig.__dataclass_fields__
+        for name in ("split", "split_by", "validation"):
+            value = getattr(self, name)
+            require(
+                self.folds == 1 or value == plain[name].default,
+                f"folds {self.folds} with {name} {value}",
+                f"{name} {plain[name].default}: with folds every chain is tested, once",
+                f"drop --folds or --{name}",
+            )
 
     @property
     def rules(self) -> list[LabelRule]:

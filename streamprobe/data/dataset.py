@@ -6,7 +6,7 @@ Shapes: T tokens in a chain, C label arrays, K columns.
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from streamprobe.data.annotations import NAMES, Section, check_names
 from streamprobe.data.prompts import is_unicode
 from streamprobe.data.records import Record, Refused, Unusable
-from streamprobe.data.splits import split_chains
+from streamprobe.data.splits import FoldPlace, fold_chains, split_chains
 from streamprobe.data.tokenize import AS_TEXT, Chain, TextOptions, tokenize
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, OUTSIDE, Column, LagBuffer
@@ -105,6 +105,7 @@ class Division(NamedTuple):
     test_categories: Sequence[str] | None = None  # the test chains are those of these categories
     validate_on_test: bool = False  # no validation chains but the test chains
     by: str = "problem"  # or `chain`, see `split_chains`
+    folds: int = 1  # more: every chain is a test chain of one of them, see `fold_chains`
 
 
 DIVIDED = Division()
@@ -121,15 +122,24 @@ class Census(NamedTuple):
     valid: Tensor  # [K] int64 tokens that are valid for each column
     positive: Tensor  # [K] int64 positives among them
 
+    def of(self, columns: Sequence[int]) -> "Census":
+        """The same for some of the columns."""
+        return self._replace(valid=self.valid[columns], positive=self.positive[columns])
+
+    def less(self, other: "Census") -> "Census":
+        """The same without the tokens that another one has counted."""
+        return Census(self.tokens - other.tokens, self.valid - other.valid, self.positive - other.positive)
+
 
 @dataclass(frozen=True)
 class Dataset:
     """The chains of a run, by split, and what became of every record."""
 
-    splits: Mapping[str, Sequence[Chain]]  # `train`, `validation` and `test`
+    splits: Mapping[str, Sequence[Chain]]  # `train`, `validation` and `test`, which is all chains where there are folds
     labels: Sequence[str]  # the names of the chains' C label arrays
     counts: Counts
     section_labels: Sequence[str] = ()  # the names of the chains' A labels in `sections`
+    folds: int = 1
 
     def chains(self) -> list[Chain]:
         """Every chain once, split by split: the validation chains may be the test chains."""
@@ -152,11 +162,25 @@ class Dataset:
             for c in chains:
                 for tensor in (c.ids, c.codes, c.support, c.sections, c.sentence_end):
                     digest.update(tensor.numpy().tobytes())
+                if self.folds > 1:
+                    digest.update(str(c.fold).encode())
         return digest.hexdigest()
 
     def take_census(self, columns: Sequence[Column]) -> dict[str, Census]:
         """Of the training and of the validation chains."""
         return {name: count_tokens(self.splits[name], columns, self.labels) for name in ("train", "validation")}
+
+    def take_fold_censuses(self, columns: Sequence[Column]) -> list[dict[str, Census]]:
+        """Of the training and of the validation chains of the probes of each fold."""
+        whole = self.take_census(columns)
+        if self.folds == 1:
+            return [whole]
+        found = []
+        for fold in range(self.folds):
+            own = {name: [chain for chain in self.splits[name] if chain.fold == fold] for name in whole}
+            left_out = {name: count_tokens(chains, columns, self.labels) for name, chains in own.items()}
+            found.append({name: whole[name].less(left_out[name]) for name in whole})
+        return found
 
 
 def make_dataset(
@@ -194,11 +218,21 @@ def make_dataset(
             continue
         counts.use(record, chain.marker)
         named.update(record.annotation.names)
-        splits[split].append(chain)
+        _place(chain, split, splits)
     check_names(label_names, named)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
-    return Dataset(splits, list(labels), counts, beside)
+    return Dataset(splits, list(labels), counts, beside, division.folds)
+
+
+def _place(chain: Chain, where: str | FoldPlace, splits: Mapping[str, list[Chain]]) -> None:
+    """Adds a chain to its split, or to both where there are folds."""
+    if isinstance(where, FoldPlace):
+        chain = replace(chain, fold=where.fold)
+        splits[where.split].append(chain)
+        splits["test"].append(chain)
+    else:
+        splits[where].append(chain)
 
 
 def _shown(records: Sequence[Record | Refused]) -> Iterable[Record | Refused]:
@@ -251,10 +285,14 @@ def _why_unused(record: Record | Refused, bad: Collection[int], text: TextOption
     return "" if known and record.response else "without a section"
 
 
-def _divide(records: Sequence[Record | Refused], division: Division) -> list[str]:
+def _divide(records: Sequence[Record | Refused], division: Division) -> Sequence[str | FoldPlace]:
     categories = [record.category for record in records]
+    problems = [record.origin if isinstance(record, Record) else record.problem for record in records]
+    if division.folds > 1:
+        share, seed = division.validation_share, division.seed
+        return fold_chains(problems, folds=division.folds, validation_share=share, seed=seed)
     return split_chains(
-        [record.origin if isinstance(record, Record) else record.problem for record in records],
+        problems,
         test_share=division.test_share,
         validation_share=0.0 if division.validate_on_test else division.validation_share,
         seed=division.seed,

@@ -1,7 +1,12 @@
-"""Which chains are for training, validation and test, so that no problem is in two of them."""
+"""Which chains are for training, validation and test, so that no problem is in two of them.
+
+Or all are for all three, in turn (cross-fitting): the chains are divided into folds, and for each fold there are probes
+of their own, trained on the chains of the others and tested on its own.
+"""
 
 import unicodedata
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,3 +60,30 @@ def split_chains(
         return "validation" if name in validation else "train"
 
     return [place(name, chosen) for name, chosen in zip(names, test, strict=True)]
+
+
+class FoldPlace(NamedTuple):
+    """Where a chain stands in a run of several folds."""
+
+    fold: int  # whose probes are tested on it
+    split: str  # what it is for the probes of the other folds: `train` or `validation`
+
+
+def fold_chains(
+    problems: Sequence[object], *, folds: int, validation_share: float = 0.1, seed: int = 42
+) -> list[FoldPlace]:
+    """The place of each chain, given the problem of each; all chains of a problem go together.
+
+    The different problems, in the order of their first chains, are drawn by numpy's `RandomState(seed).permutation` and
+    dealt out to the folds in turn; the first `validation_share` of each fold validates the probes of the others.
+    """
+    names = [same_problem(problem, row) for row, problem in enumerate(problems)]
+    units = list(dict.fromkeys(names))
+    places: dict[Hashable, FoldPlace] = {}
+    order = np.random.RandomState(seed).permutation(len(units)).tolist()
+    for fold in range(folds):
+        dealt = order[fold::folds]
+        n_validation = round(len(dealt) * validation_share)
+        for number, unit in enumerate(dealt):
+            places[units[unit]] = FoldPlace(fold, "validation" if number < n_validation else "train")
+    return [places[name] for name in names]

@@ -54,6 +54,7 @@ class Chain:
     start: int = 0  # the first token of the response
     category: str = ""  # the kind of problem, to which results can be split
     row: int = 0  # which of the data
+    fold: int = 0  # whose probes are not trained on it, in a run of several folds: see `splits`
     marker: str = ""  # with which the prompt ends and the response begins; it was left out of the prompt
     sections: Tensor = NOTHING  # [T, A] int8: codes of the labels that the control `joint` is given; none: A is 0
     sentence_end: Tensor = NOTHING  # [T] bool: does a sentence or a line end in this token?  None: in no token

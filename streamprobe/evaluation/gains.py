@@ -52,6 +52,7 @@ class _Sums(NamedTuple):
 def add_gains(judged: Sequence[Judged], nested: ScoredProbes, weights: Tensor) -> None:
     """Fills in the gains of the rows of all layers that nested probes (the control first) read beside the control.
 
+    They are NaN where a nested probe was not trained far enough for a penalty to be chosen.
     weights [R, C]: how often each resample draws each chain.  The corrected low ends hold for all layers and lags of a
     label and target together, as far as these can be judged by LEAST_CHAINS chains.
     """
@@ -65,8 +66,9 @@ def add_gains(judged: Sequence[Judged], nested: ScoredProbes, weights: Tensor) -
             column, intervals = nested.columns[k], percentiles(own.resampled)  # [M, L, 2]
             for i, site in enumerate(nested.sites[1:]):
                 place = (nested.solver, site.layer, column.label, column.target, column.lag, "")
-                rows[place].update(_fields(own.points[:, i], intervals[:, i], low[:, i]))
-                rows[place].update(_about(nested, i + 1, k))
+                about = _about(nested, i + 1, k)
+                known = math.nan if nested.penalty is not None and math.isnan(about["penalty"]) else 1.0
+                rows[place] |= _fields(own.points[:, i] * known, intervals[:, i] * known, low[:, i] * known) | about
 
 
 def _fields(points: Tensor, intervals: Tensor, low: Tensor) -> Row:

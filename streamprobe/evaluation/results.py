@@ -27,18 +27,27 @@ from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.scores import ColumnTokens, evaluate, tokens_of_column
 from streamprobe.evaluation.sorting import sort_carrying
 from streamprobe.lags import Column
+from streamprobe.probes.base import Probes
 from streamprobe.probes.kept import JUDGED_BY, FinalProbes, KeptProbes
 from streamprobe.probes.sites import Site
 
 BINS = 10  # of a reliability curve
 
 
-def score(final: Sequence[FinalProbes], feeds: Sequence[Feed], batches: Iterable[TokenBatch]) -> list[ScoredProbes]:
+def score(
+    final: Sequence[FinalProbes],
+    feeds: Sequence[Feed],
+    batches: Iterable[TokenBatch],
+    *,
+    of_folds: Sequence[Probes] | None = None,
+) -> list[ScoredProbes]:
     """The logits of final probes, each group with its feed, for the tokens of some chains.
 
+    `of_folds`: the probes of each fold that are scored in place of the final ones, which are means of them.
     Raises InputError for one that is not finite.
     """
-    scored = evaluate([(each.bank, feed) for each, feed in zip(final, feeds, strict=True)], batches)
+    banks = [each.bank for each in final] if of_folds is None else of_folds
+    scored = evaluate(list(zip(banks, feeds, strict=True)), batches, held_out=of_folds is not None)
     found = []
     for each, own in zip(final, scored, strict=True):
         bank = each.bank

@@ -64,22 +64,36 @@ def to_grid(scores: Tensor) -> Tensor:
     return (scores.double() * STEPS).round().div(STEPS).float() + 0.0
 
 
-def evaluate(pairs: Sequence[tuple[Probes, Feed]], batches: Iterable[TokenBatch]) -> list[Scored]:
+def evaluate(
+    pairs: Sequence[tuple[Probes, Feed]], batches: Iterable[TokenBatch], *, held_out: bool = False
+) -> list[Scored]:
     """Every probe's logit for every token, for each bank and its feed, to the grid on which they are ranked.
 
-    Raises InputError if one is not finite.
+    Where a run has several folds all probes score the tokens that are valid for them, those of the other folds; or,
+    with `held_out`, only the probes of each token's own fold do, so that there are the columns of one.
+    Raises InputError if a logit is not finite.
     """
     scores: list[list[Tensor]] = [[] for _ in pairs]
     rest = []
     for batch in batches:
         for (bank, feed), own in zip(pairs, scores, strict=True):
-            own.append(to_grid(bank.scores(feed.features(batch)).permute(1, 2, 0)))
-        rest.append((batch.targets.T, batch.valid.T, batch.chain, batch.token))
-    targets, valid, chain, token = (torch.cat(each, -1) for each in zip(*rest, strict=True))
+            logits = bank.scores(feed.features(batch)).permute(1, 2, 0)
+            own.append(to_grid(_of_own_fold(logits, batch.fold, feed.n_folds) if held_out else logits))
+        rest.append((batch.targets.T, batch.valid.T, batch.chain, batch.token, batch.fold))
+    targets, valid, chain, token, fold = (torch.cat(each, -1) for each in zip(*rest, strict=True))
     result = []
     for (_, feed), own in zip(pairs, scores, strict=True):
-        k = feed.columns.to(targets.device)
-        result.append(Scored(torch.cat(own, -1).permute(2, 0, 1), targets[k].T, valid[k].T, chain, token))
+        asked = (feed.first_fold() if held_out else feed).to(targets.device)
+        both = targets[asked.columns].T, asked.valid(valid.T, fold)
+        result.append(Scored(torch.cat(own, -1).permute(2, 0, 1), *both, chain, token))
     if not all(scored.scores.isfinite().all() for scored in result):
         raise InputError("scores that are infinite or not numbers", "finite weights", "lower --learning_rate")
     return result
+
+
+def _of_own_fold(logits: Tensor, fold: Tensor, n_folds: int) -> Tensor:
+    """Of logits [L, K, N], whose columns stand fold by fold, those of each token's own fold [N]: [L, K / F, N]."""
+    if n_folds == 1:
+        return logits
+    of_folds = logits.unflatten(1, (n_folds, -1))
+    return of_folds.gather(1, fold.expand(len(logits), 1, of_folds.shape[2], -1))[:, 0]

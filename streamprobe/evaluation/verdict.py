@@ -100,6 +100,8 @@ def _missing(rows: Sequence[Row], whole_text: bool, *, has_joint: bool, resample
     if not has_joint:
         return f"the control {JOINT_CHAIN} was not trained (--controls)"
     if all(math.isnan(row["gain_bits"]) and math.isnan(row["penalty"]) for row in ahead):
+        if not all(math.isnan(row["nested_gradient_norm"]) for row in ahead):
+            return f"training ended before a probe that reads {JOINT_CHAIN} and a layer was chosen (--max_passes)"
         return f"{ahead[0]['solver']} trains no probe that reads {JOINT_CHAIN} and a layer (--solvers newton)"
     if not resampled:
         return "nothing was resampled (--bootstrap)"

@@ -56,6 +56,31 @@ class FinalProbes(NamedTuple):
         return [k for k, column in enumerate(self.bank.columns) if not (column.control or column.seed)]
 
 
+def mean_of_folds(final: FinalProbes, n: int) -> FinalProbes:
+    """The means over n folds of probes whose columns stand fold by fold, with the worst that is to be said of any.
+
+    That is the largest gradient norm, the last pass, and the smallest penalty.
+    """
+    if n == 1:
+        return final
+
+    def apart(grid: Tensor) -> Tensor:  # [L, K, ...] -> [L, F, K / F, ...]
+        return grid.unflatten(1, (n, -1))
+
+    bank, n_columns = final.bank, len(final.bank.columns) // n
+    tensors = {name: apart(tensor).double().mean(1) for name, tensor in bank.tensors().items()}
+    mean = KINDS[bank.kind].from_tensors(bank.sites, bank.columns[:n_columns], tensors, bank.solver)
+    assert bank.threshold is not None, "probes without a threshold"
+    mean.threshold = apart(bank.threshold).nanmean(1)
+    return final._replace(
+        bank=mean,
+        half=final.half.unflatten(0, (n, -1)).mean(0),
+        best_pass=apart(final.best_pass).amax(1),
+        gradient_norm=apart(final.gradient_norm).amax(1),
+        penalty=None if final.penalty is None else apart(final.penalty).amin(1),
+    )
+
+
 class KeptProbes(NamedTuple):
     """What a run keeps: all that judging its probes and controls on other data takes."""
 
@@ -88,7 +113,7 @@ def pack_controls(kept: KeptProbes, about: Mapping[str, Any]) -> bytes:
         own = rest.tensors() | {"threshold": rest.threshold} | {name: getattr(each, name) for name in JUDGED_BY}
         own |= {} if each.penalty is None else {"penalty": each.penalty}
         tensors |= {f"{each.solver}.{each.feed}.{name}": tensor for name, tensor in own.items()}
-        places = {"sites": [list(site) for site in bank.sites], "columns": [list(column) for column in bank.columns]}
+        places = {"sites": [list(site) for site in bank.sites], "columns": [column.saved for column in bank.columns]}
         jobs.append({"solver": each.solver, "feed": each.feed, "kind": bank.kind, **places})
     facts = {"format": FORMAT, "jobs": jobs, "section_labels": list(kept.section_labels), **about}
     return pack_tensors(tensors, {**facts, "sha256": _digest(tensors, facts)})

@@ -134,8 +134,8 @@ def _require(value: Any, held: list[Any], name: str) -> None:
 def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Probes of standardised features as probes of raw ones.
 
-    weight [L, K, D] and bias [L, K] act on (x - mean) / scale, with mean, scale [L, D]; the result acts on x:
-    w'= w / scale, b' = b - w' . mean.
+    weight [L, K, D] and bias [L, K] act on (x - mean) / scale, with mean [L, D], scale [L, K or 1, D]; the result acts
+    on x: w'= w / scale, b' = b - w' . mean.
     """
-    raw = weight / scale[:, None]
+    raw = weight / scale
     return raw, bias - torch.einsum("lkd,ld->lk", raw, mean)

@@ -61,7 +61,7 @@ def pack_probes(banks: Mapping[str, Probes], about: Mapping[str, Any]) -> bytes:
         tensors |= {f"{solver}.{name}": tensor for name, tensor in own.items()}
     first = next(iter(banks.values()))
     layers = [site.layer for site in first.sites]
-    layout = {"solvers": list(banks), "layers": layers, "columns": [list(c) for c in first.columns]}
+    layout = {"solvers": list(banks), "layers": layers, "columns": [column.saved for column in first.columns]}
     kinds = {solver: bank.kind for solver, bank in banks.items() if bank.kind != ProbeBank.kind}
     return pack_tensors(tensors, {**about, **layout} | ({"kinds": kinds} if kinds else {}))
 
@@ -136,8 +136,8 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def checked_column(*given: Any) -> list[Any]:
     """A column as a file holds it: label, target and lag, and where it is of a control its name and seed."""
-    column = list(Column(*given))
-    if [type(each) for each in column] != [str, str, int, str, int]:
+    column = Column(*given).saved
+    if [type(each) for each in column] != [str, str, int, str, int] or len(given) > len(column):
         raise TypeError(f"column {column}")
     return column
 

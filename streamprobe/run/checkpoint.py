@@ -17,7 +17,7 @@ from streamprobe.run.memory_plan import Kept
 from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
-FORMAT = 4  # of the checkpoint; raised whenever what is in it changes
+FORMAT = 5  # of the checkpoint; raised whenever what is in it changes
 SECONDS = 60.0  # between the beginnings of two of them
 
 

@@ -5,8 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from streamprobe.activations.feed import Feed
 from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.load import RunConfig
 from streamprobe.controls.chosen import ChosenControls
@@ -94,6 +96,7 @@ def chains_of(
         test_categories=data.test_categories,
         validate_on_test=data.validation == "test",
         by=data.split_by,
+        folds=data.folds,
     )
     return make_dataset(
         texts.records,
@@ -115,7 +118,8 @@ class Inputs:
     dataset: Dataset  # with the labels of controls behind those of the data
     fingerprint: str  # of the dataset before those were added, and before chains were skipped
     columns: list[Column]  # K: the data's, then those of controls that change labels
-    census: Mapping[str, Census]
+    census: Mapping[str, Census]  # of all chains of a split
+    fold_censuses: Sequence[Mapping[str, Census]]  # of those that train, or validate, the probes of each of F folds
     controls: ChosenControls
     preflight: str  # what was read, for the terminal
 
@@ -126,9 +130,14 @@ class Inputs:
 
     @property
     def positive_weight(self) -> Tensor:
-        """Negatives over positives [K] among the training tokens of each column."""
-        train = self.census["train"]
-        return (train.valid - train.positive) / train.positive
+        """Negatives over positives [F, K] among the training tokens of each column."""
+        own = [census["train"] for census in self.fold_censuses]
+        return torch.stack([(train.valid - train.positive) / train.positive for train in own])
+
+    def positive_weight_of(self, feed: Feed) -> Tensor:
+        """The same [k] of the columns of a feed."""
+        columns, folds = feed.columns.cpu(), torch.zeros_like(feed.columns) if feed.folds is None else feed.folds
+        return self.positive_weight[folds.cpu(), columns]
 
 
 def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Inputs:
@@ -143,19 +152,23 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     controls = choose_controls(_fair_controls(config, plain), real, len(probes.labels), plain)
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     columns = relabelled_columns(real, list(controls.relabelled), training.seeds)
-    census = dataset.take_census(columns)
-    preflight.check_census(census, real, dataset.splits["train"])
-    kept = [k for k, column in enumerate(columns) if not column.control or preflight.has_both(census, k)]
+    by_fold = dataset.take_fold_censuses(columns)
+    for own in by_fold:
+        preflight.check_census(own, real, dataset.splits["train"])
+    fair = [all(preflight.has_both(own, k) for own in by_fold) for k in range(len(columns))]
+    kept = [k for k, column in enumerate(columns) if not column.control or fair[k]]
     left_out = Counter(column.control for k, column in enumerate(columns) if k not in kept)
     for name, n in left_out.items():
         say(f"{name:<9} {n} columns without both classes are left out")
     columns = [columns[k] for k in kept]
-    census = {name: Census(own.tokens, own.valid[kept], own.positive[kept]) for name, own in census.items()}
+    by_fold = [{name: own.of(kept) for name, own in censuses.items()} for censuses in by_fold]
+    census = dataset.take_census(columns) if dataset.folds > 1 else by_fold[0]
     described = preflight.describe(dataset, census, columns, labels=probes.labels, tokenizer=texts.tokenizer)
     check_vocabulary(texts.model_config, max(int(chain.ids.max()) for chain in dataset.chains()))
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)
-    return Inputs(dataset, plain.fingerprint(), columns, census, controls, f"format    {texts.format}\n{described}")
+    shown = f"format    {texts.format}\n{described}"
+    return Inputs(dataset, plain.fingerprint(), columns, census, by_fold, controls, shown)
 
 
 def choose_controls(names: Sequence[str], columns: Sequence[Column], n_labels: int, dataset: Dataset) -> ChosenControls:

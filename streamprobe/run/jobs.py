@@ -14,6 +14,8 @@ from streamprobe.activations.feed import Feed
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.controls.chosen import ChosenControls
 from streamprobe.controls.table import CONTROLS
+from streamprobe.evaluation.rows import JOINT_CHAIN
+from streamprobe.lags import Column
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.run.checkpoint import Checkpoint
@@ -26,6 +28,7 @@ from streamprobe.system.console import say
 from streamprobe.trainer import Done, Job
 
 PROBED = "layers"  # the feed of the probes themselves
+BASELINE_EXACTNESS = 10  # by which the tolerance of the control that gains are over is smaller
 
 
 def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embedding_size: int | None) -> list[Feed]:
@@ -48,7 +51,14 @@ def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embeddin
             reads = Reads(controls, name, given, embedding_size or 0)
             width = len(given) * reads.width + hand_made
             feeds.append(Feed(name, control_sites([name]), width, reads, torch.tensor(asked), hand_made))
-    return feeds
+    n_folds = inputs.dataset.folds
+    return feeds if n_folds == 1 else [_in_folds(feed, n_folds) for feed in feeds]
+
+
+def _in_folds(feed: Feed, n: int) -> Feed:
+    """Asked for the same columns for each of n folds, fold by fold."""
+    columns = feed.columns
+    return feed._replace(columns=columns.repeat(n), folds=torch.arange(n).repeat_interleave(len(columns)))
 
 
 @dataclass(frozen=True)
@@ -80,15 +90,12 @@ def make_jobs(
 
 def _adam_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device) -> Job:
     """Every column as often as there are seeds, since each of Adam's probes starts elsewhere."""
-    pairs = [(k, inputs.columns[k]) for k in feed.columns.tolist()]
-    more = range(1, training.seeds)
-    pairs += [(k, column._replace(seed=seed)) for seed in more for k, column in pairs if not column.control]
-    index = torch.tensor([k for k, _ in pairs])
+    feed, columns = _with_seeds(feed, columns_of(inputs, feed), training.seeds)
     solver = AdamSolver(
         feed.sites,
-        [column for _, column in pairs],
+        columns,
         feed.n_features,
-        inputs.positive_weight[index],
+        inputs.positive_weight_of(feed),
         learning_rate=training.learning_rate,
         l2=training.l2,
         batch_size=training.batch_size,
@@ -96,20 +103,40 @@ def _adam_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torc
         seed=training.seed,
         device=device,
     )
-    return Job(solver, BestProbes(solver.bank(), training.patience), feed._replace(columns=index.to(device)))
+    return Job(solver, BestProbes(solver.bank(), training.patience), feed.to(device))
+
+
+def columns_of(inputs: Inputs, feed: Feed) -> list[Column]:
+    """The columns that a feed asks for."""
+    folds = [0] * len(feed.columns) if feed.folds is None else feed.folds.tolist()
+    return [inputs.columns[k]._replace(fold=fold) for k, fold in zip(feed.columns.tolist(), folds, strict=True)]
+
+
+def _with_seeds(feed: Feed, columns: Sequence[Column], seeds: int) -> tuple[Feed, list[Column]]:
+    """A feed that asks once more for its columns that are no controls, for each seed after 0; and all its columns."""
+    own = list(enumerate(columns))
+    own += [(j, c._replace(seed=seed)) for seed in range(1, seeds) for j, c in own if not c.control]
+    own.sort(key=lambda pair: pair[1].fold)  # fold by fold; else as they are
+    index = torch.tensor([j for j, _ in own])
+    folds = None if feed.folds is None else feed.folds[index]
+    return feed._replace(columns=feed.columns[index], folds=folds), [column for _, column in own]
 
 
 def _newton_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device, *, kept: Kept) -> Job:
-    """Where the model runs in every pass, matrices are taken in every pass, too: they cost little beside it."""
+    """Where the model runs in every pass, matrices are taken in every pass, too: they cost little beside it.
+
+    What other probes begin with and are compared to is solved more exactly than they are, so that no gain is training.
+    """
     often = {} if kept.train else {"matrices_every": 1}
+    exactness = BASELINE_EXACTNESS if feed.name == JOINT_CHAIN else 1
     solver = NewtonSolver(
         feed.sites,
-        [inputs.columns[k] for k in feed.columns.tolist()],
+        columns_of(inputs, feed),
         feed.n_features,
-        inputs.positive_weight[feed.columns],
-        n_tokens=inputs.census["train"].tokens,
+        inputs.positive_weight_of(feed),
+        n_tokens=inputs.fold_censuses[0]["train"].tokens,
         l2=training.l2,
-        tolerance=training.tolerance,
+        tolerance=training.tolerance / exactness,
         standardize=training.standardize,
         n_hand_made=feed.n_hand_made,
         shared=kept.shared,
@@ -117,7 +144,7 @@ def _newton_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: to
         device=device,
         **often,
     )
-    return Job(solver, BestProbes(solver.bank(), None), feed._replace(columns=feed.columns.to(device)))
+    return Job(solver, BestProbes(solver.bank(), None), feed.to(device))
 
 
 def take_up(jobs: Sequence[Job], checkpoint: Checkpoint | None) -> Done:

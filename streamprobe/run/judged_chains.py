@@ -68,7 +68,7 @@ def make_inputs(config: RunConfig, texts: Texts, plain: Dataset, columns: list[C
     lines += check_classes(census, columns, labels, plain.counts)
     if any((chain.codes[:, 0] == ONSET).any() for chain in chains):
         lines += ["", preflight.example(chains, labels, texts.tokenizer)]
-    return Inputs(dataset, plain.fingerprint(), columns, {"test": census}, controls, "\n".join(lines))
+    return Inputs(dataset, plain.fingerprint(), columns, {"test": census}, [], controls, "\n".join(lines))
 
 
 def check_classes(census: Census, columns: Sequence[Column], labels: Sequence[str], counts: Counts) -> list[str]:

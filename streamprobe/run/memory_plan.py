@@ -15,7 +15,7 @@ from streamprobe.run.inputs import Inputs
 from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.reader import Backbone
 from streamprobe.solvers.curvature import HELD, HELD_BYTES, curvature_bytes
-from streamprobe.solvers.newton import vector_bytes
+from streamprobe.solvers.lbfgs import vector_bytes
 from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
 from streamprobe.system.hardware import free_bytes
@@ -54,29 +54,29 @@ def estimate_reserve(
     tokens: int,
     longest: int,
     intermediate: int,
-    n_evaluated: int,
-    n_probes: int,
+    n_scores: int,
+    asked: int,
     widest: int,
     nested: NestedSize,
 ) -> Reserve:
     """What must stay free, estimated for blocks like Llama's with fused attention.
 
     `tokens`: of the largest forward pass, with padding; `longest`: of its longest chain; `intermediate`: width of the
-    model's MLPs; `n_evaluated`: tokens of the largest split that is evaluated; `n_probes`: of all solvers;
-    `widest`: features of the group of probes that has most, which may be made of the token on the way; `nested`:
-    those of nested probes.
+    model's MLPs; `n_scores`: tokens of the split whose evaluation takes most, times the probes of all solvers;
+    `asked`, `widest`: columns and features of the groups of probes that have most, which may be made of the token on
+    the way; `nested`: those of nested probes.
     """
     item = sizes.dtype.itemsize
     forward = item * tokens * (12 * sizes.hidden + 4 * intermediate + sizes.layers * sizes.hidden + longest)
     handed_on = 3 * item * tokens * sizes.layers * sizes.hidden  # rows, paired rows, and the batch
     chunk = max(CHUNK_TOKENS, tokens)
     features = max(2 * sizes.layers * (sizes.hidden + 1), 4 * widest)  # parts, what is made of them, and a copy
-    trained_on = 4 * chunk * (features + (8 + 3 * sizes.layers) * sizes.columns)  # float32
+    trained_on = 4 * chunk * (features + (8 + 3 * sizes.layers) * asked)  # float32
     held = min(HELD, HELD_BYTES // sizes.token_bytes()) + chunk
-    waiting = max(sizes.token_bytes(), 4 * widest) + 4 * sizes.layers * sizes.columns
+    waiting = max(sizes.token_bytes(), 4 * widest) + 4 * sizes.layers * asked
     drawn = held * (2 * waiting + 2 * 4 * (max(sizes.hidden, widest) + 1))  # joined, and twice as features of a layer
     of_nested = nested.chunk_bytes(chunk) + nested.drawn_bytes(held, sizes.token_bytes())
-    scored = 3 * 4 * n_evaluated * n_probes  # float32, put together and sorted
+    scored = 3 * 4 * n_scores  # float32, put together and sorted
     return Reserve(max(forward + handed_on + max(trained_on + drawn, of_nested), scored))
 
 
@@ -258,7 +258,8 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
     """What the forward passes, a chunk of tokens, the evaluation and a checkpoint will take for a while."""
     most, lengths = config.model.max_batch_tokens, inputs.dataset.lengths()
     width = getattr(text_config(backbone.model.config), "intermediate_size", None) or 4 * backbone.hidden_size
-    supported = [sum(int(c.support.sum()) for c in inputs.dataset.splits[name]) for name in ("validation", "test")]
+    splits, folds = inputs.dataset.splits, inputs.dataset.folds
+    validation, test = (sum(int(c.support.sum()) for c in splits[name]) for name in ("validation", "test"))
     nested = NestedSize.of(feeds) if with_matrices(config.training.solvers) else NestedSize()
     n_probes = sum(len(feed.sites) * len(feed.columns) for feed in feeds) * len(config.training.solvers)
     n_probes += (nested.layers + 1) * nested.columns
@@ -267,8 +268,8 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
         tokens=min(most, sum(lengths)),
         longest=min(most, max(lengths)),
         intermediate=max(width) if isinstance(width, list) else width,  # some models have one a block
-        n_evaluated=max(supported),
-        n_probes=n_probes,
+        n_scores=max(validation, test // folds) * n_probes,
+        asked=max(len(feed.columns) for feed in feeds),
         widest=max(feed.n_features for feed in feeds),
         nested=nested,
     )

@@ -50,7 +50,8 @@ def nested_feed(feeds: Sequence[Feed]) -> Feed | None:
         return Blocks(control.features(batch)[:, 0], layers.features(batch))
 
     sites = [*control.sites, *layers.sites]
-    return Feed(NESTED, sites, control.n_features + layers.n_features, features, control.columns)
+    width = control.n_features + layers.n_features
+    return Feed(NESTED, sites, width, features, control.columns, folds=control.folds)
 
 
 def make_nested(jobs: Sequence[Job], training: TrainingConfig, validation: Validation) -> NestedJob | None:

@@ -46,7 +46,7 @@ class NestedSize(NamedTuple):
     def state_bytes(self) -> int:
         """What a checkpoint holds of them once they are final."""
         probes = self.layers * self.columns
-        return probes * ((self.control + 1 + self.hidden) * 8 + 3 * 8 + 1) + (8 if probes else 0)
+        return probes * ((self.control + 1 + self.hidden) * 8 + 4 * 8 + 1) + (8 if probes else 0)
 
     def file_bytes(self) -> int:
         """What is kept of them and of the control beside them, in `controls.safetensors`."""

@@ -4,22 +4,18 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.config.load import RunConfig
-from streamprobe.data.overlap import problem_hashes
-from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.results import TestResults, judge, score
-from streamprobe.evaluation.scores import evaluate
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
-from streamprobe.probes.base import Probes
-from streamprobe.probes.kept import NESTED, FinalProbes, KeptProbes
+from streamprobe.probes.kept import NESTED, FinalProbes
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
@@ -27,23 +23,23 @@ from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
+from streamprobe.run.final import choose_thresholds, final_probes, probes_to_keep
 from streamprobe.run.folder import claim_folder
-from streamprobe.run.inputs import Inputs, make_inputs, read_texts
-from streamprobe.run.jobs import make_feeds, make_jobs, states_of, take_up
+from streamprobe.run.jobs import make_jobs, states_of, take_up
 from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
 from streamprobe.run.nested import NestedJob, Validation, final_nested, make_nested, train_nested
 from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.pass_end import PassEnd
-from streamprobe.run.provenance import facts_of, sizes_of, write_config
-from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
-from streamprobe.run.resume import NOTHING, Earlier, check_same_run, find_earlier
+from streamprobe.run.provenance import sizes_of, write_config
+from streamprobe.run.resume import NOTHING, find_earlier
+from streamprobe.run.setup import Setup, set_up
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
 from streamprobe.system.files import check_room
-from streamprobe.system.hardware import exact_float32
+from streamprobe.system.hardware import exact_float32, send
 from streamprobe.system.start import no_collections
 from streamprobe.system.wrapping import columns
-from streamprobe.trainer import Done, Job, log_metrics, train
+from streamprobe.trainer import Done, Job, train
 
 
 def run(config: RunConfig) -> Path | None:
@@ -83,16 +79,17 @@ def run_in(folder: Path, config: RunConfig) -> None:
         done, nested = train_all(setup, jobs, memory, validation, save=save, checkpoint=checkpoint)
         save.finish()
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
-    kept = probes_to_keep(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
+    final = final_probes(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
     cost_once = cache(partial(describe_cost, cost, plan, done, nested))  # the same in every file and in the terminal
     feeds = [job.feed for job in jobs] + ([nested.feed] if nested else [])
-    results = judge_held_out(setup, folder, kept, feeds, cost=cost_once)
+    batches = held_out_batches(setup, memory, held_out)
+    results = judge_held_out(setup, folder, final, feeds, batches=batches, cost=cost_once)
     write_files(results)
     finish(results, tracker)
 
 
 def train_all(
-    setup: "Setup",
+    setup: Setup,
     jobs: Sequence[Job],
     memory: ActivationMemory,
     validation: Validation,
@@ -101,11 +98,7 @@ def train_all(
     checkpoint: Checkpoint | None,
 ) -> tuple[Done, NestedJob | None]:
     """Trains all jobs, and then the nested probes that begin where these end; how far it came, and these."""
-    training = setup.config.training
-
-    def read(number: int) -> Iterator[TokenBatch]:
-        return setup.reader.read("train", training.seed + number, f"pass {number}")
-
+    training, read = setup.config.training, setup.read_pass
     done = train(
         jobs,
         memory,
@@ -127,7 +120,7 @@ def train_all(
     return done, nested
 
 
-def make_tracker(folder: Path, setup: "Setup", jobs: Sequence[Job], done: Done) -> Tracker:
+def make_tracker(folder: Path, setup: Setup, jobs: Sequence[Job], done: Done) -> Tracker:
     """What logs the run, from `done` on."""
     output = setup.config.output
     purge_step = done.tokens + 1 if output.resume else None
@@ -138,82 +131,35 @@ def make_tracker(folder: Path, setup: "Setup", jobs: Sequence[Job], done: Done) 
     return tracker
 
 
-class Setup(NamedTuple):
-    """What stands before the first pass, each made of those before it."""
-
-    config: RunConfig
-    tokenizer: Any
-    inputs: Inputs
-    backbone: Backbone
-    reader: Reader
-    feeds: list[Feed]
-    facts: dict[str, Any]  # what defines the numbers of this run
-    seen: Tensor  # hashes of the problems of training and validation: see `KeptProbes`
-
-
-def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
-    """Reads the data, loads the model, and sees what is to be trained; prints what was read.
-
-    Raises InputError where that is another run than the earlier one.
-    """
-    texts, config = read_texts(config)
-    inputs = make_inputs(config, texts)
-    say(inputs.preflight)
-    backbone = load_model(config, texts, inputs)
-    facts = facts_of(config, inputs.fingerprint, backbone.model)
-    if earlier.keys:
-        check_same_run(facts["config"], earlier.keys)
-    if earlier.checkpoint:
-        check_same_run(facts, earlier.checkpoint.facts)
-    if config.data.bad_chains == "skip":
-        inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
-    embedded = embed_controls(inputs, backbone)
-    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embedded)
-    feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedded.width if embedded else None)
-    used = [*inputs.dataset.splits["train"], *inputs.dataset.splits["validation"]]
-    seen = problem_hashes(texts.records, used).unique()
-    return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts, seen)
-
-
-def calibrated(job: Job, inputs: Inputs) -> Probes:
-    """The best probes with their class weighting undone, so that the sigmoid of a logit is the probability they mean.
-
-    Training counts each positive `positive_weight` times, which adds the logarithm of that to the logits.
-    """
-    bank = job.best.bank
-    added = inputs.positive_weight.to(bank.bias)[job.feed.columns.to(bank.bias.device)].log()
-    return bank.add_to_logits(-added)
-
-
-def choose_thresholds(
-    jobs: Sequence[Job], inputs: Inputs, validation: Iterable[TokenBatch], *, tracker: Tracker, done: Done
-) -> list[Tensor]:
-    """The logits [L, K] from which on the best probes of each job say yes: those with the highest validation F1."""
-    scored = evaluate([(calibrated(job, inputs), job.feed) for job in jobs], validation)
-    thresholds = []
-    for job, own in zip(jobs, scored, strict=True):
-        metrics = measure(own.scores, own.targets, own.valid, half=half_logits(job, inputs))
-        if job.best.patience is None and job.best.looked_at < done.passes:
-            log_metrics(tracker, job, metrics, done.tokens)
-        tracker.curves(job.solver, own, metrics["auroc"], done.tokens)
-        thresholds.append(metrics["threshold"])
-    tracker.compare(done.tokens)
-    return thresholds
-
-
-def half_logits(job: Job, inputs: Inputs) -> Tensor:
-    """Where the class-weighted probability of calibrated probes is one half, [K]."""
-    return -inputs.positive_weight[job.feed.columns.cpu()].log()
+def held_out_batches(setup: Setup, memory: ActivationMemory, held_out: ActivationMemory) -> Iterator[TokenBatch]:
+    """One trip over the test chains; where they are those of training and validation, from memory if that kept all."""
+    chains, kept = setup.inputs.dataset.splits, memory.keep and held_out.keep
+    if setup.inputs.dataset.folds == 1 or not kept:
+        yield from (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
+        return
+    number = {chain.row: i for i, chain in enumerate(chains["test"])}
+    trips = {
+        "train": memory.in_order(partial(setup.read_pass, 1)),
+        "validation": held_out.in_order(partial(setup.reader.read, "validation")),
+    }
+    for split, batches in trips.items():
+        numbers = send(torch.tensor([number[chain.row] for chain in chains[split]]), setup.backbone.device)
+        yield from (batch._replace(chain=numbers[batch.chain]) for batch in batches)
 
 
 def judge_held_out(
-    setup: Setup, folder: Path, kept: KeptProbes, feeds: Sequence[Feed], *, cost: Callable[[], Mapping[str, Any]]
+    setup: Setup,
+    folder: Path,
+    final: Sequence[FinalProbes],
+    feeds: Sequence[Feed],
+    *,
+    batches: Iterable[TokenBatch],
+    cost: Callable[[], Mapping[str, Any]],
 ) -> TestResults:
     """Scores the held-out chains once with the probes of a run, each group with its feed, and judges them."""
     inputs, training = setup.inputs, setup.config.training
-    chains = inputs.dataset.splits["test"]
-    batches = (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
-    probes = score(kept.final, feeds, batches)
+    chains, kept = inputs.dataset.splits["test"], probes_to_keep(setup, final)
+    probes = score(kept.final, feeds, batches, of_folds=[each.bank for each in final])
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {
@@ -237,22 +183,6 @@ def judge_held_out(
         seed=training.seed,
         texts=text_rows(probes, len(chains), training.bootstrap, training.seed),
     )
-
-
-def probes_to_keep(
-    setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tensor], nested: FinalProbes | None
-) -> KeptProbes:
-    """The best probes of every job and nested ones, and what else it takes to judge them on other data."""
-    final = []
-    for job, threshold in zip(jobs, thresholds, strict=True):
-        bank, best = calibrated(job, setup.inputs), job.best
-        half = half_logits(job, setup.inputs)
-        whole = bank.choose(list(range(len(bank.columns))), threshold)
-        final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
-    final += [nested] if nested else []
-    embedded = setup.reader.embedded
-    words = embedded.words._asdict() if embedded else {}
-    return KeptProbes(final, setup.seen, words, setup.inputs.dataset.section_labels)
 
 
 def describe_cost(cost: Cost, plan: RunPlan, done: Done, nested: NestedJob | None) -> dict[str, Any]:

@@ -79,8 +79,11 @@ class AdamSolver:
             state["step"].zero_()
 
     @torch.no_grad()
-    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
-        """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K]."""
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
+        """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K].
+
+        Their folds do not matter here: those that do not train a column are not valid for it.
+        """
         if not self.started:
             self.started.fill_(True)
             if self.standardize:
@@ -108,7 +111,9 @@ class AdamSolver:
 
     def bank(self) -> ProbeBank:
         """The probes as they are now, in raw activation space."""
-        return ProbeBank(self.sites, self.columns, *fold(self.weight, self.bias, self.mean, self.scale)).clone()
+        return ProbeBank(
+            self.sites, self.columns, *fold(self.weight, self.bias, self.mean, self.scale[:, None])
+        ).clone()
 
     def loss(self) -> Tensor:
         """Mean class-weighted loss [L, K] since the last call, each mini-batch's before its step, without the penalty.

@@ -22,8 +22,8 @@ class Solver(Protocol):
     converged: Tensor  # [L, K] bool: probes that no further pass would change
     gradient_norm: Tensor  # [L, K] of the objective at the probes of `bank`; NaN where it is not known
 
-    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
-        """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool."""
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
+        """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool; fold [N] where there are several."""
 
     def end_pass(self) -> None:
         """Ends a pass: all training tokens have been seen once more."""

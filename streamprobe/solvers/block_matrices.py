@@ -27,7 +27,7 @@ class Start(NamedTuple):
     penalty: Tensor  # [P + 1] of d J / d u
     norm: Tensor  # [K] of the control's gradient
     centres: Centres
-    scale: Tensor  # [L, E] float64, 1 at the bias
+    scale: Tensor  # [L, K, E] float64, 1 at the bias
     positive_weight: Tensor  # [K]
     expected: Tensor  # [K] float64: the sum of the curvature of all tokens
     groups: list[list[int]]  # the columns of each group that shares a matrix
@@ -35,8 +35,9 @@ class Start(NamedTuple):
     @classmethod
     def of(cls, control: NewtonSolver, layers: NewtonSolver) -> "Start":
         """Where the control of one site and the probes of the layers have ended."""
-        n_layers, ones = len(layers.sites), torch.ones_like(layers.scale[:, :1])
-        scale = torch.cat([control.scale.expand(n_layers, -1), ones, layers.scale], 1).double()
+        of_control, of_layers = control.scale[:, control.fold], layers.scale[:, control.fold]  # [1, K, P], [L, K, D]
+        n_layers, ones = len(layers.sites), torch.ones_like(of_layers[..., :1])
+        scale = torch.cat([of_control.expand(n_layers, -1, -1), ones, of_layers], 2).double()
         groups: dict[Any, list[int]] = {}
         for k, place in enumerate(control.find_places()[0]):  # by what a checkpoint holds
             groups.setdefault(place, []).append(k)
@@ -68,10 +69,10 @@ class BlockMatrices:
         self.shifts: dict[tuple[int, int], Tensor] = {}  # A^-1 B [P + 1, D] by layer and group
         self.rest: dict[tuple[int, int], Tensor] = {}  # C - B' A^-1 B [D, D]
         self.factors: dict[tuple[int, int, int], Tensor] = {}  # of that with the penalty of a level, as last asked for
-        ridge = (start.penalty + 1e-9) * start.scale[0, : self.n_control].square()
+        ridge = (start.penalty + 1e-9) * start.scale[0, :, : self.n_control].square()  # [K, P + 1]
         for group, columns in enumerate(self.groups):
             matrix = curvature.of_control.pop(group)
-            matrix.diagonal().add_((ridge / self.size[columns].mean()).float())
+            matrix.diagonal().add_((ridge[columns].mean(0) / self.size[columns].mean()).float())
             self.of_control.append(_factor(matrix, start.site))
             for layer in range(len(start.scale)):
                 both = curvature.of_both.pop((layer, group))
@@ -85,8 +86,9 @@ class BlockMatrices:
         at = layer, group, level
         if at not in self.factors:
             matrix = self.rest[layer, group].clone()
-            ridge = 2 * PENALTIES[level] * self.scale[layer, self.n_control :].square()
-            matrix.diagonal().add_((ridge / self.size[self.groups[group]].mean()).float())
+            columns = self.groups[group]
+            ridge = 2 * PENALTIES[level] * self.scale[layer, columns, self.n_control :].square().mean(0)
+            matrix.diagonal().add_((ridge / self.size[columns].mean()).float())
             self.factors[at] = _factor(matrix, self.site)
         return self.factors[at]
 
@@ -108,12 +110,13 @@ class BlockMatrices:
                         by_level.setdefault(levels[i][k], []).append(k)
                 self._let_go(i, group, by_level)
                 for number, chosen in by_level.items():
-                    given = (gradient[i, chosen] * self.scale[i]).float()
+                    scale = self.scale[i, chosen]
+                    given = (gradient[i, chosen] * scale).float()
                     u, w = given[:, :n], given[:, n:]
                     shift = self.shifts[i, group]
                     w = torch.cholesky_solve((w - u @ shift).mT, self._factor_of(i, group, number)).mT
                     u = torch.cholesky_solve(u.mT, self.of_control[group]).mT - w @ shift.mT
-                    solved[i, chosen] = torch.cat([u, w], 1) * self.scale[i] / self.size[chosen, None]
+                    solved[i, chosen] = torch.cat([u, w], 1) * scale / self.size[chosen, None]
         return solved
 
 

@@ -52,32 +52,52 @@ class Features:
 
 
 class Grams:
-    """The sum over all tokens of a pass of x x' for each layer, x being its features, and their mean and deviation."""
+    """The sums over all tokens of a pass of x x' for each layer, x being its features, and their mean and deviation.
 
-    def __init__(self, centre: Tensor):
+    Where a run has several folds F these are summed apart: what trains the probes of one is the total less its own.
+    """
+
+    def __init__(self, centre: Tensor, n_folds: int = 1):
         """centre [L, D] is what features are centred by, near their mean: it keeps the sums precise."""
         self.centre, (n_layers, d) = centre, centre.shape
-        self.sum_ = torch.zeros(n_layers, d + 1, d + 1, device=centre.device)
-        self.moments_ = torch.zeros(n_layers, 2, d + 1, dtype=torch.float64, device=centre.device)  # of x and x^2
+        self.sum_ = torch.zeros(n_layers, n_folds, d + 1, d + 1, device=centre.device)
+        # Of x and x^2:
+        self.moments_ = torch.zeros(n_layers, n_folds, 2, d + 1, dtype=torch.float64, device=centre.device)
 
-    def add(self, layer: int, x: Tensor) -> None:
-        """Adds x [N, E] = Features.of(acts, centre[layer])."""
-        with coarse_float32():
-            self.sum_[layer] += x.mT @ x
-        self.moments_[layer, 0] += x.sum(0)
-        self.moments_[layer, 1] += x.square().sum(0)
+    def add(self, layer: int, x: Tensor, fold: Tensor | None = None) -> None:
+        """Adds x [N, E] = Features.of(acts, centre[layer]); fold [N] of each token, None where there is one."""
+        n_folds = self.sum_.shape[1]
+        parts = [x] if fold is None or n_folds == 1 else [x[fold == number] for number in range(n_folds)]
+        for number, own in enumerate(parts):
+            with coarse_float32():
+                self.sum_[layer, number] += own.mT @ own
+            self.moments_[layer, number, 0] += own.sum(0)
+            self.moments_[layer, number, 1] += own.square().sum(0)
 
     @property
     def n(self) -> Tensor:
-        """How many tokens [], float64."""
-        return self.moments_[0, 0, -1]
+        """How many tokens train the probes of each fold [F], float64."""
+        return _without_each(self.moments_[0, :, 0, -1])
+
+    def weighted(self, layer: int, of_folds: Tensor) -> Tensor:
+        """What the tokens that train the probes of each fold sum to, times of_folds [F], summed over folds: [E, E]."""
+        return torch.tensordot(_without_each(of_folds).float(), self.sum_[layer], 1)  # each part counts for the others
 
     def scaling(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [L, D] of all tokens' raw features, float32; 1 where a feature is constant."""
-        offset, squares = (self.moments_[..., :-1] / self.n).unbind(1)
-        mean, variance = self.centre + offset, squares - offset.square()
+        """Mean [L, D] of all tokens' raw features, and standard deviation [L, F, D] of those that train each fold's
+        probes, float32; 1 where a feature is constant.
+        """
+        centre = self.centre[:, None]
+        offset, squares = (_without_each(self.moments_[..., :-1], dim=1) / self.n[:, None, None]).unbind(2)
+        mean, variance = centre + offset, squares - offset.square()
         varies = variance > 1e-12 * mean.square() + 1e-30  # rounding leaves as much of a constant
-        return mean.float(), torch.where(varies, variance, 1.0).sqrt().float()
+        total = self.moments_[:, :, 0].sum(1)
+        return (self.centre + total[:, :-1] / total[:, -1:]).float(), torch.where(varies, variance, 1.0).sqrt().float()
+
+
+def _without_each(parts: Tensor, dim: int = 0) -> Tensor:
+    """The sum over `dim` less each of its parts in turn; of a single part, it."""
+    return parts if parts.shape[dim] == 1 else parts.sum(dim, keepdim=True) - parts
 
 
 class Newest(NamedTuple):

@@ -12,6 +12,11 @@ from torch import Tensor
 PAIRS = 5  # that are remembered
 
 
+def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
+    """What a NewtonSolver takes beside the matrices."""
+    return n_layers * n_columns * (hidden_size + 1) * 8 * (4 + 2 * PAIRS)
+
+
 def remember(pairs: Tensor, step: Tensor, change: Tensor, *, where: Tensor) -> Tensor:
     """The pairs with a new one of step and change [L, K, E], `where` [L, K] asks for it and the objective bends up."""
     where = where & ((step * change).sum(-1) > 0)

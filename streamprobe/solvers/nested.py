@@ -18,7 +18,8 @@ from streamprobe.solvers.block_matrices import PENALTIES, BlockMatrices, Start
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember, step_back
 from streamprobe.solvers.nested_sums import Live, NestedCurvature, NestedSums
 
-SAVED = "chosen chosen_norm chosen_level chosen_pass passes converged"  # the tensors that a checkpoint holds
+PATIENCE = 2  # penalties in a row that validation finds no better, by chance perhaps, before no more are tried
+SAVED = "chosen chosen_loss chosen_norm chosen_level chosen_pass passes converged"  # what a checkpoint holds
 
 
 class NestedSolver:
@@ -30,8 +31,8 @@ class NestedSolver:
 
     It begins where the control ended, with w = 0, so that J is never above the control's.  PENALTIES are tried one
     after another, each from where the last one ended: once the gradient is at most `tolerance`, the log-loss of the
-    validation tokens is asked.  Where that is no lower than before, the probe is final, and is what it was before: at
-    first the control itself, as if lambda were infinite.
+    validation tokens is asked.  Where that is not the lowest so far for the PATIENCE-th time in a row, the probe is
+    final, and is the best one so far: at first the control itself, as if lambda were infinite.
 
     The first pass takes the second derivatives at the control, from drawn tokens: [A, B; B' C] of u and w.  All layers
     share A, and lambda is in C alone, so that C - B' A^-1 B + 2 lambda (Schur's complement) is all that is factorised
@@ -54,7 +55,7 @@ class NestedSolver:
         self.start, self.sites, self.columns = start, [start.site, *layers], columns
         self.validation_loss, self.tolerance, self.seed = validation_loss, tolerance, seed
         device = start.point.device
-        shape, self.n_control = (len(layers), len(columns), start.scale.shape[1]), start.point.shape[1]
+        shape, self.n_control = (len(layers), len(columns), start.scale.shape[2]), start.point.shape[1]
         self.point = torch.zeros(shape, dtype=torch.float64, device=device)
         self.point[..., : self.n_control] = start.point
         self.best, self.chosen, self.best_gradient = (
@@ -71,7 +72,7 @@ class NestedSolver:
         self.converged = torch.zeros(shape[:2], dtype=torch.bool, device=device)
         self.matrices: BlockMatrices | None = None
         self.curvature: NestedCurvature | None = NestedCurvature(
-            self._shares(), start.expected, (start.point / start.scale[0, : self.n_control]).float(), seed=seed
+            self._shares(), start.expected, (start.point / start.scale[0, :, : self.n_control]).float(), seed=seed
         )
         self.sums = self._start_pass()
 
@@ -84,12 +85,12 @@ class NestedSolver:
 
     def _start_pass(self) -> NestedSums:
         """Sums of the next pass, which has seen no token."""
-        raw = (self.point / self.start.scale[:, None]).float()
+        raw = (self.point / self.start.scale).float()
         return NestedSums(Live.of(self.converged), raw, self.start.centres, self.start.positive_weight)
 
     @torch.no_grad()
-    def step(self, blocks: Blocks, targets: Tensor, valid: Tensor) -> None:
-        """Adds tokens to the pass; targets [N, K] and valid [N, K]."""
+    def step(self, blocks: Blocks, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
+        """Adds tokens to the pass; targets [N, K] and valid [N, K], so that their folds [N] do not matter here."""
         self.sums.add(blocks, targets, valid)
         if self.curvature is not None:
             self.curvature.add(self.sums, blocks, targets, valid)
@@ -102,7 +103,7 @@ class NestedSolver:
             self.curvature.settle(sums)
             self.matrices = BlockMatrices(self.curvature, self.start, sums.n)
             self.curvature = None
-        gradient = sums.gradient_ / self.start.scale[:, None] / sums.n[:, None] + penalty * self.point
+        gradient = sums.gradient_ / self.start.scale / sums.n[:, None] + penalty * self.point
         loss = sums.loss_ / sums.n + (penalty * self.point.square()).sum(-1) / 2
         self.passes += 1
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
@@ -134,14 +135,14 @@ class NestedSolver:
         if not settled.any():
             return
         losses = self.validation_loss(self._bank(self.best)).to(self.best_loss)
-        self.chosen_loss = torch.where(self.chosen_loss.isinf(), losses[:1], self.chosen_loss)
+        self.chosen_loss = torch.where(settled & self.chosen_loss.isinf(), losses[:1], self.chosen_loss)
         improved = settled & (losses[1:] < self.chosen_loss)
         self.chosen = self.best.where(improved[..., None], self.chosen)
         self.chosen_loss = losses[1:].where(improved, self.chosen_loss)
         self.chosen_norm = self.gradient_norm.where(improved, self.chosen_norm)
         self.chosen_level = self.level.where(improved, self.chosen_level)
         self.chosen_pass = self.chosen_pass.masked_fill(improved, int(self.passes))
-        on = improved & (self.level < len(PENALTIES) - 1)
+        on = settled & (self.level - self.chosen_level < PATIENCE) & (self.level < len(PENALTIES) - 1)
         self.converged = self.converged | (settled & ~on)
         self.gradient_norm = self.chosen_norm.where(self.converged, self.gradient_norm)
         self._lower_penalty(on)
@@ -163,8 +164,12 @@ class NestedSolver:
 
     @property
     def penalty(self) -> Tensor:
-        """Of the layer's weights of each probe of `bank`, [S, K]: infinite where it is the control."""
+        """Of the layer's weights of each probe of `bank`, [S, K]: infinite where it is the control.
+
+        NaN where it is so only because training ended before validation could be asked.
+        """
         chosen = torch.tensor([*PENALTIES, math.inf], dtype=torch.float64)[self.chosen_level.cpu()]
+        chosen[(self.chosen_loss.isinf()).cpu()] = math.nan
         return torch.cat([torch.full_like(chosen[:1], math.inf), chosen])
 
     @property
@@ -181,8 +186,7 @@ class NestedSolver:
         n = self.n_control - 1
         control = torch.zeros_like(point[:1])
         control[..., : n + 1] = self.start.point
-        scale = torch.cat([self.start.scale[:1], self.start.scale])  # [S, E]
-        both = torch.cat([control, point]) / scale[:, None]  # [S, K, E]
+        both = torch.cat([control, point]) / torch.cat([self.start.scale[:1], self.start.scale])  # [S, K, E]
         weights, bias, of_layer = both[..., :n], both[..., n], both[..., n + 1 :]
         centres = self.start.centres
         shift = weights @ centres.control.double()

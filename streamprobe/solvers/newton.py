@@ -1,7 +1,7 @@
 """Converged probes from a few passes: Newton's method, with matrices from a few tokens and L-BFGS between them.
 
-Shapes: N tokens, L layers, K columns, k those of a layer that are not converged, D hidden size, E = D + 1: a weight for
-each feature, and the bias.
+Shapes: N tokens, L layers, K columns, k those of a layer that are not converged, F folds, D hidden size, E = D + 1: a
+weight for each feature, and the bias.
 """
 
 import math
@@ -20,7 +20,7 @@ from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import Place, factorise
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember, step_back
 from streamprobe.solvers.newton_sums import EXACT, LiveColumns, NewtonSums, Points
-from streamprobe.solvers.scaling import Affine, mapped_vector, shifted
+from streamprobe.solvers.scaling import mapped_vector, shifted
 from streamprobe.system.hardware import send
 
 MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
@@ -31,11 +31,6 @@ AT_ONCE = 8  # matrices that are factorised before the host looks how that went:
 SAVED = "mean scale point best best_gradient best_loss gradient_norm expected effective size passes converged"
 
 
-def vector_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
-    """What a NewtonSolver takes beside the matrices."""
-    return n_layers * n_columns * (hidden_size + 1) * 8 * (4 + 2 * PAIRS)
-
-
 class NewtonSolver:
     """Class-weighted logistic regression with an L2 penalty, solved to a gradient that is as good as zero.
 
@@ -44,9 +39,10 @@ class NewtonSolver:
 
         J = mean(p y softplus(-z) + (1 - y) softplus(z)) + l2 |w|^2        (scikit-learn: C = 1 / (2 n l2))
 
-    on features standardised by all training tokens.  Every pass sums J and its gradient over all tokens, exactly; a
-    probe is converged when the norm of its gradient is at most `tolerance`, and then stays.  Where J has risen the next
-    pass tries a shorter step from the best point, so J falls.
+    on features standardised by all training tokens: of a column, where there are several folds, by all that are not of
+    its own.  Every pass sums J and its gradient over all tokens, exactly; a probe is converged when the norm of its
+    gradient is at most `tolerance`, and then stays.  Where J has risen the next pass tries a shorter step from the best
+    point, so J falls.
 
     The second derivative H only says where to step, so it need not be exact.  Where w = 0 every token counts 1/4 of its
     weight, and one sum over all tokens of a layer serves all columns, with the rarer class of each beside it: the first
@@ -87,6 +83,8 @@ class NewtonSolver:
         self.l2, self.tolerance, self.standardize, self.shared = l2, tolerance, standardize, shared
         self.matrices_every, self.n_tokens, self.n_scaled = matrices_every, n_tokens, hidden_size - n_hand_made
         self.seed, self.device = seed, torch.device(device)
+        folds = [column.fold for column in columns]
+        self.fold, self.n_folds = torch.tensor(folds, device=device), max(folds) + 1
         self._begin(hidden_size, n_hand_made)
         self.sums = self._start_pass()
 
@@ -95,12 +93,14 @@ class NewtonSolver:
         probes, size, device = (len(self.sites), len(self.columns)), hidden_size + 1, self.device
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.mean = torch.zeros(len(self.sites), hidden_size, device=device)
-        self.scale = torch.ones_like(self.mean)
+        self.scale = torch.ones(len(self.sites), self.n_folds, hidden_size, device=device)
         self.penalty = self._penalty(size, n_hand_made).to(device)  # of d J / d w
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
-        self.expected = self._curvature_at_zero()  # what a pass will sum of the curvature of its tokens, [L, K]
+        # What a pass will sum of the curvature of its tokens [L, K]: at first 1/4 of the weights, if all are valid.
+        p = self.positive_weight.double()
+        self.expected = (self.n_tokens * p / (1 + p) / 2).repeat(len(self.sites), 1)
         self.effective = torch.zeros(probes, **wide)  # of how many tokens that is, when it is known
         self.passes = torch.zeros((), dtype=torch.int64)
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
@@ -113,11 +113,6 @@ class NewtonSolver:
         by_hand = [min(self.l2, HAND_MADE_L2)] * n_hand_made
         return 2 * torch.tensor([self.l2] * (size - 1 - n_hand_made) + [*by_hand, 0], dtype=torch.float64)
 
-    def _curvature_at_zero(self) -> Tensor:
-        """What the first pass will sum, [L, K]: 1/4 of the weights of `n_tokens` tokens, were all of them valid."""
-        p = self.positive_weight.double()
-        return (self.n_tokens * p / (1 + p) / 2).repeat(len(self.sites), 1)
-
     def _start_pass(self) -> NewtonSums:
         """Sums of the next pass, which has seen no token."""
         number = int(self.passes) + 1
@@ -126,11 +121,15 @@ class NewtonSolver:
             self.past = torch.zeros_like(self.past)  # which would correct another matrix
         if not self.factors:
             self.places = self.find_places()
-        raw = torch.cat([self.point[..., :-1] / self.scale[:, None], self.point[..., -1:]], -1).float()
-        points = Points(raw, self.mean if number > 1 else None, self.expected, self.positive_weight)
+        centre = self.mean if number > 1 else None
+        points = Points(self._raw(self.point), centre, self.expected, self.positive_weight, self.fold, self.n_folds)
         pairs = zip(self.converged.tolist(), self.places, strict=True)
         live = [LiveColumns.of(done, own, self.factors, self.device) for done, own in pairs]
         return NewtonSums(live, points, seed=self.seed + number)
+
+    def _raw(self, probes: Tensor) -> Tensor:
+        """Probes [L, K, E] of standardised features as those of centred ones, float32."""
+        return torch.cat([probes[..., :-1] / self.scale[:, self.fold], probes[..., -1:]], -1).float()
 
     def find_places(self) -> list[list[Place]]:
         """What every column's matrix is made for, [L][K]: itself, or those of like size that many tokens shape, too."""
@@ -144,9 +143,9 @@ class NewtonSolver:
         return places
 
     @torch.no_grad()
-    def step(self, acts: Tensor, targets: Tensor, valid: Tensor) -> None:
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass."""
-        loss, n = self.sums.add(acts, targets, valid)
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
+        """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass; fold [N] where there are several."""
+        loss, n = self.sums.add(acts, targets, valid, fold)
         self.recent_loss_ += loss
         self.recent_n += n * ~self.converged
 
@@ -157,13 +156,13 @@ class NewtonSolver:
         assert sums.centre is not None, "a pass without tokens"
         if sums.grams is not None and self.standardize:
             self.mean, self.scale = sums.grams.scaling()
-            self.scale[:, self.n_scaled :] = 1
-        to_features = Affine(1 / self.scale.double(), (sums.centre.double() - self.mean) / self.scale)
-        gradient_ = mapped_vector(sums.gradient_, *(each[:, None] for each in to_features))
+            self.scale[..., self.n_scaled :] = 1
+        scale, shift = self.scale[:, self.fold].double(), sums.centre.double() - self.mean
+        gradient_ = mapped_vector(sums.gradient_, 1 / scale, shift[:, None] / scale)
         loss = sums.loss_ / sums.n + self._penalty_of(self.point)
         if sums.grams is not None:
             self._check_finite(loss)
-        self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, to_features)
+        self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, shift.float())
         self.passes += 1
         self.expected = sums.curvature_.clamp(min=FLAT * self.n_tokens).where(fed, self.expected)
         self.effective = sums.effective().where(fed, self.effective)
@@ -185,8 +184,11 @@ class NewtonSolver:
             "use another --dtype, raise --l2, or leave --standardize on",
         )
 
-    def _update(self, loss: Tensor, gradient: Tensor, to_features: "Affine") -> None:
-        """One step of every probe that is not converged, from the loss and gradient at `point`."""
+    def _update(self, loss: Tensor, gradient: Tensor, shift: Tensor) -> None:
+        """One step of every probe that is not converged, from the loss and gradient at `point`.
+
+        shift [L, D]: from the mean to what the features were centred by.
+        """
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
         step = self.point - self.best
         shorter = self.best + step_back(step, self.best_gradient, loss - self.best_loss)
@@ -202,7 +204,7 @@ class NewtonSolver:
         size = self.sums.sizes()
         self.size = size.where(moving & (size > 0), self.size)
         columns = self._columns_of_places(moving.tolist())
-        self._take_matrices(columns, to_features)
+        self._take_matrices(columns, shift)
         direction = newton_step(self.past, self.best_gradient, partial(self._solve, columns=columns))
         self.point = torch.where(moving[..., None], self.best - direction, shorter)
         self.point = torch.where(self.converged[..., None], self.best, self.point)
@@ -217,19 +219,19 @@ class NewtonSolver:
         numbers = send(torch.tensor([k for own in found.values() for k in own], dtype=torch.int64), self.device)
         return dict(zip(found, numbers.split([len(own) for own in found.values()]), strict=True))
 
-    def _take_matrices(self, columns: dict[Place, Tensor], to_features: "Affine") -> None:
+    def _take_matrices(self, columns: dict[Place, Tensor], shift: Tensor) -> None:
         """H where tokens were drawn for it and a probe moves on from there: elsewhere it is of a point that is left."""
         assert self.sums.drawn is not None
         self.sums.drawn.settle()
         wanted = [place for place in self.sums.drawn.places if place in columns]
         for start in range(0, len(wanted), AT_ONCE):
             some = wanted[start : start + AT_ONCE]
-            factors, missing = factorise([self._matrix(place, columns[place], to_features) for place in some])
+            factors, missing = factorise([self._matrix(place, columns[place], shift) for place in some])
             if missing is not None:
                 raise self._refusal(some[missing].layer)
             self.factors.update(zip(some, factors, strict=True))
 
-    def _matrix(self, place: Place, columns: Tensor, to_features: "Affine") -> Tensor:
+    def _matrix(self, place: Place, columns: Tensor, shift: Tensor) -> Tensor:
         """H [E, E] at a place, float32, in units of the size of its columns, of raw features less their mean.
 
         The penalty is that of a weight times the scale of its feature.
@@ -237,21 +239,22 @@ class NewtonSolver:
         i = place.layer
         matrix = self.sums.matrix(place)
         if self.sums.grams:
-            matrix = shifted(matrix, to_features.c[i].float() * self.scale[i])
+            matrix = shifted(matrix, shift[i])
         ridge = self.penalty.clamp_min(1e-6 * (self.l2 == 0))  # a constant feature has no curvature of its own
         size = self.size[i, columns].mean()
-        matrix.diagonal().add_((ridge * self._wide_scale(i).square() / size).float())
+        matrix.diagonal().add_((ridge * self._wide_scale(i, columns).square().mean(0) / size).float())
         return matrix
 
-    def _wide_scale(self, i: int) -> Tensor:
-        """The scale of a layer's features and of the one behind them, [E]."""
-        return torch.cat([self.scale[i], torch.ones_like(self.scale[i, :1])])
+    def _wide_scale(self, i: int, columns: Tensor) -> Tensor:
+        """The scale of a layer's features and of the one behind them, for each of these columns [k, E]."""
+        scale = self.scale[i, self.fold[columns]]
+        return torch.cat([scale, torch.ones_like(scale[:, :1])], 1)
 
     def _solve(self, gradient: Tensor, columns: dict[Place, Tensor]) -> Tensor:
         """H^-1 g for g [L, K, E] at the columns of places, else 0."""
         solved = torch.zeros_like(gradient)
         for place, own in columns.items():
-            i, scale = place.layer, self._wide_scale(place.layer)
+            i, scale = place.layer, self._wide_scale(place.layer, own)
             given = (gradient[i, own] * scale).float()
             solved[i, own] = torch.cholesky_solve(given.mT, self.factors[place]).mT * scale / self.size[i, own, None]
         return solved
@@ -271,8 +274,8 @@ class NewtonSolver:
 
     def bank(self) -> ProbeBank:
         """The best probes so far, in raw activation space."""
-        probes = self.ended
-        weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), self.scale.double())
+        probes, scale = self.ended, self.scale[:, self.fold].double()
+        weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), scale)
         return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
 
     def loss(self) -> Tensor:

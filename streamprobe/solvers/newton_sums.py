@@ -1,7 +1,7 @@
 """What Newton's method sums in a pass: objectives and their gradients over all tokens, curvature over some.
 
-Shapes: N tokens, L layers, K columns, k those of a layer that are not converged, P places of a layer, D hidden size,
-E = D + 1: a weight for each feature, and the bias.
+Shapes: N tokens, L layers, K columns, k those of a layer that are not converged, P places of a layer, F folds,
+D hidden size, E = D + 1: a weight for each feature, and the bias.
 """
 
 import math
@@ -49,6 +49,8 @@ class Points(NamedTuple):
     centre: Tensor | None  # [L, D]; None in the first pass, where all weights are 0
     expected: Tensor  # [L, K] float64: the sum of the curvature of all tokens, about
     positive_weight: Tensor  # [K]
+    fold: Tensor  # [K] int64: of each column, whose tokens are not valid for it where there are several
+    n_folds: int  # F
 
 
 class Slopes(NamedTuple):
@@ -101,12 +103,12 @@ class NewtonSums:
         """What begins with the first tokens."""
         if self.centre is None:
             self.centre = acts.float().mean(0)
-            self.grams = Grams(self.centre)
+            self.grams = Grams(self.centre, self.points.n_folds)
         kind = DrawnTokens if acts.shape[2] >= EXACT else AllTokens
         return kind([place for own in self.live for place in own.places], self.centre)
 
-    def add(self, acts: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K].
+    def add(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Adds acts [N, L, D], targets [N, K] and valid [N, K] of tokens of these folds [N].
 
         Returns their part of the losses [L, K], 0 where a column is not live, and of the valid tokens [K].
         """
@@ -124,7 +126,7 @@ class NewtonSums:
                 continue
             x = self.features.of(acts[:, i], self.centre[i])  # [N, E]
             if self.grams:
-                self.grams.add(i, x)
+                self.grams.add(i, x, fold)
             own = weight[live.columns]
             slopes = at_zero or Slopes.at(self.points.raw[i, live.columns] @ x.mT, own, sign[live.columns])
             losses[i, live.columns] = slopes.loss
@@ -161,9 +163,11 @@ class NewtonSums:
         matrix = self.drawn.take(place)
         if self.grams:
             i, columns, shares = place.layer, self.live[place.layer].columns, self._shares_of(place)
-            base = self.points.positive_weight.clamp(max=1) * self.n / self.grams.n / 4  # [K]
-            of_expected = (base / self.points.expected[i])[columns] @ shares.double()
-            matrix.addcmul_(self.grams.sum_[i], of_expected.float())
+            fold = self.points.fold
+            base = self.points.positive_weight.clamp(max=1) * self.n / self.grams.n[fold] / 4  # [K]
+            of_expected = (base / self.points.expected[i])[columns] * shares  # [k]
+            of_folds = torch.zeros_like(self.grams.n).index_add_(0, fold[columns], of_expected)
+            matrix += self.grams.weighted(i, of_folds)
         return matrix
 
     def _shares_of(self, place: Place) -> Tensor:

@@ -3,17 +3,8 @@
 Shapes: N tokens, L layers, D hidden size, E = D + 1: features with a one behind them.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Affine(NamedTuple):
-    """The map d x + c of features."""
-
-    d: Tensor  # [L, D]
-    c: Tensor  # [L, D]
 
 
 def first_scaling(acts: Tensor) -> tuple[Tensor, Tensor]:

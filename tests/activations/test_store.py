@@ -43,7 +43,7 @@ def token_batch(number: Tensor, chain: Tensor) -> TokenBatch:
     """Tokens whose activations, targets and validity all tell their number."""
     acts = number[:, None, None] + torch.tensor([[0, 0.25, 0.5], [0.125, 0.375, 0.625]])
     bits = torch.stack([number % 2 == 0, number % 3 == 0], dim=1)
-    return TokenBatch(acts, -number[:, None].float(), bits, ~bits, chain, number + 1)
+    return TokenBatch(acts, -number[:, None].float(), bits, ~bits, chain, number + 1, chain % 5)
 
 
 CHAIN_OF = {int(n): int(c) for b in source() for n, c in zip(b.acts[:, 0, 0], b.chain, strict=True)}

@@ -216,7 +216,7 @@ def test_probes_read_the_layers_without_their_padding_and_then_what_is_made_by_h
     acts = torch.cat([torch.full((150, 1, HIDDEN), 7.0, dtype=dtype), rows], dim=1)
     side, none = controls.features(chain), torch.zeros(150, 0, dtype=torch.bool)
     at = torch.arange(150)
-    read = Reads(controls, "joint+chain", [1, 2], WIDTH)(TokenBatch(acts, side, none, none, at, at))
+    read = Reads(controls, "joint+chain", [1, 2], WIDTH)(TokenBatch(acts, side, none, none, at, at, at))
     assert read.dtype == torch.float32 and read.shape == (150, 1, 2 * WIDTH + controls.widths["joint+chain"])
     assert torch.equal(read[:, 0, :WIDTH], rows[:, 0, :WIDTH].float())
     assert torch.equal(read[:, 0, WIDTH : 2 * WIDTH], rows[:, 1, :WIDTH].float())

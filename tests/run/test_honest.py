@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import organisms
+import pytest
 from builders import make_rows, parse_annotations
 
 from streamprobe.cli import train as main
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.verdict import LOW_ENDS
+from streamprobe.run import jobs
 
 Rows = list[dict[str, Any]]
 SINGLE = [name for name, control in CONTROLS.items() if control.under_lift]
@@ -46,6 +48,7 @@ class Finished(NamedTuple):
 
 def launch(folder: Path, model_dir: str, rows: Rows, *, seed: int, controls: list[str]) -> Finished:
     """What a run over these chains says of layers 0 and 2."""
+    folder.mkdir(exist_ok=True)
     data, out = folder / f"chains-{seed}.json", folder / f"run-{seed}"
     data.write_text(json.dumps(rows), encoding="utf-8")
     (folder / "run.yaml").write_text(f"model: {model_dir}\ndtype: float32\n", encoding="utf-8")
@@ -125,3 +128,14 @@ def test_a_planted_direction_is_found_beside_rate_and_place(tmp_path: Path, mode
         with organisms.planted([chain.rate for chain in chains], ahead=1.5):
             run = launch(tmp_path, model_dir, [chain.row for chain in chains], seed=seed, controls=[JOINT_CHAIN])
         assert run.claims == [PLANTED]
+
+
+def test_no_gain_is_only_that_nested_probes_were_trained_further(
+    tmp_path: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An organism in which nothing is planted, and a claim of it without a control that is solved more exactly."""
+    rows = [chain.row for chain in organisms.grow(150, 1008)]
+    run = launch(tmp_path, model_dir, rows, seed=8, controls=[JOINT_CHAIN])
+    assert run.claims == []
+    monkeypatch.setattr(jobs, "BASELINE_EXACTNESS", 1)
+    assert launch(tmp_path / "other", model_dir, rows, seed=8, controls=[JOINT_CHAIN]).claims != []

@@ -13,10 +13,9 @@ from streamprobe.run.memory_plan import Kept, Matrices, Plan, Reserve, Tokens, m
 from streamprobe.run.nested_size import NestedSize
 from streamprobe.solvers.block_matrices import PENALTIES, Start
 from streamprobe.solvers.curvature import curvature_bytes
-from streamprobe.solvers.lbfgs import PAIRS
+from streamprobe.solvers.lbfgs import PAIRS, vector_bytes
 from streamprobe.solvers.nested import NestedSolver
 from streamprobe.solvers.nested_sums import Centres
-from streamprobe.solvers.newton import vector_bytes
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -144,7 +143,7 @@ def trained_nested(groups: list[list[int]]) -> NestedSolver:
         torch.full((P + 1,), 0.02, dtype=torch.float64),
         torch.zeros(K, dtype=torch.float64),
         Centres(torch.zeros(P), torch.zeros(L, D)),
-        torch.ones(L, P + 1 + D, dtype=torch.float64),
+        torch.ones(L, K, P + 1 + D, dtype=torch.float64),
         torch.ones(K),
         torch.full((K,), 75.0, dtype=torch.float64),
         groups,

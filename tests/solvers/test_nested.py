@@ -15,7 +15,7 @@ from streamprobe.probes.nested import Blocks, NestedProbes
 from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.solvers import block_matrices, nested, nested_sums
 from streamprobe.solvers.block_matrices import PENALTIES, Start
-from streamprobe.solvers.nested import NestedSolver
+from streamprobe.solvers.nested import PATIENCE, NestedSolver
 from streamprobe.solvers.newton import HAND_MADE_L2, NewtonSolver
 
 N, P, HAND_MADE, L, D, L2 = 4000, 9, 4, 2, 6, 0.01
@@ -134,8 +134,8 @@ def objective(probes: NestedProbes, solver: NestedSolver, problem: Problem, leve
     loss = ((p * y * softplus(-z) + (1 - y) * softplus(z)) * v).sum(0) / v.sum(0)
     u, w = probes.control_weight[1:].double(), probes.weight[1:].double()
     scale = solver.start.scale
-    of_control = (u * scale[:, None, :P]).square() @ solver.start.penalty[:P] / 2
-    return loss + of_control + (w * scale[:, None, P + 1 :]).square().sum(-1) * torch.tensor(PENALTIES)[level]
+    of_control = (u * scale[..., :P]).square() @ solver.start.penalty[:P] / 2
+    return loss + of_control + (w * scale[..., P + 1 :]).square().sum(-1) * torch.tensor(PENALTIES)[level]
 
 
 def test_validation_chooses_the_layer_that_knows_something_and_the_control_elsewhere(problem) -> None:
@@ -150,7 +150,7 @@ def test_validation_chooses_the_layer_that_knows_something_and_the_control_elsew
     assert (solver.norm <= solver.tolerance).all()
 
 
-def test_a_smaller_penalty_is_not_tried_where_a_larger_one_is_no_better(problem) -> None:
+def test_no_smaller_penalty_is_tried_where_two_in_a_row_are_no_better(problem) -> None:
     asked: list[Tensor] = []
 
     def loss(probes: NestedProbes) -> Tensor:
@@ -158,8 +158,27 @@ def test_a_smaller_penalty_is_not_tried_where_a_larger_one_is_no_better(problem)
         return asked[-1]  # the control is the best
 
     solver = trained(make(problem, loss), problem)
-    assert solver.final and solver.penalty.isinf().all() and (solver.level == 0).all()
-    assert len(asked) <= 6 and torch.equal(solver.bank().weight, torch.zeros_like(solver.bank().weight))
+    assert solver.final and solver.penalty.isinf().all() and (solver.level == PATIENCE - 1).all()
+    assert len(asked) <= 12 and torch.equal(solver.bank().weight, torch.zeros_like(solver.bank().weight))
+
+
+def test_a_penalty_that_is_worse_by_a_hairs_breadth_hides_no_smaller_one(problem) -> None:
+    control = make(problem).bank()
+
+    def loss(probes: NestedProbes) -> Tensor:
+        """The largest penalty is no better than the control, and every smaller one is."""
+        norm = probes.weight.square().sum(-1)
+        return torch.where(norm < 1.2 * at_largest, norm * 1e-6, -norm)
+
+    at_largest = torch.zeros(L + 1, 3)
+    assert torch.equal(loss(control), torch.zeros_like(at_largest))
+    first = make(problem, falling)
+    while (first.level == 0).any():
+        at_largest[1:] = first.bank().weight.square().sum(-1)[1:]
+        in_chunks(first, problem.blocks, problem)
+    at_largest[1:] = first.bank().weight.square().sum(-1)[1:]
+    solver = trained(make(problem, loss), problem)
+    assert solver.final and (solver.penalty[1:] == PENALTIES[-1]).all()
 
 
 def test_the_objective_is_never_above_the_controls(problem) -> None:

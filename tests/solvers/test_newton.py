@@ -286,7 +286,7 @@ def test_hand_made_features_are_not_scaled_and_have_a_small_penalty_of_their_own
     """As scikit-learn has it with features that are multiplied by what their penalty is smaller."""
     n = 3
     solver = trained(make(tokens, n_hand_made=n), tokens, 100)
-    assert solver.converged.all() and (solver.scale[:, -n:] == 1).all() and (solver.scale[:, :-n] != 1).any()
+    assert solver.converged.all() and (solver.scale[..., -n:] == 1).all() and (solver.scale[..., :-n] != 1).any()
     x, mean, std = standardised(tokens, 1)
     x[:, -n:] *= std[-n:] * (L2 / newton.HAND_MADE_L2) ** 0.5
     for k in (0, 4):

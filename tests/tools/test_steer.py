@@ -212,6 +212,7 @@ def batches(x, y):
             torch.ones(len(part), 1, dtype=torch.bool),
             torch.zeros(len(part), dtype=torch.int64),
             part,
+            torch.zeros(len(part), dtype=torch.int64),
         )
 
 

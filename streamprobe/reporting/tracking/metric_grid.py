@@ -26,9 +26,9 @@ class MetricGrid:
     """The latest AUROC and average precision of all probes and controls of one solver, label and target."""
 
     def __init__(self, name: str, grids: Sequence[ProbeGrid]):
-        """`name` is that of the family, whose probes are in `grids`; seeds other than 0 have no row."""
+        """`name` is that of the family, whose probes are in `grids`; seeds and folds other than 0 have no row."""
         self.name = name
-        own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and not c.seed for site in g.sites]
+        own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and c.is_first for site in g.sites]
         probed = {site.layer or 0: place(site, c) for site, c in own if not (site.is_control or c.control)}
         layers = [probed[layer] for layer in sorted(probed)]
         aside = {place(site, c): site.name for site, c in own if site.is_control}
@@ -51,7 +51,7 @@ class MetricGrid:
     def take(self, metric: str, grid: ProbeGrid, values: Tensor) -> None:
         """Remembers the values [L, K] of probes that are of this family."""
         for k, column in enumerate(grid.columns):
-            if family(grid, column) == self.name and not column.seed:
+            if family(grid, column) == self.name and column.is_first:
                 rows = [self.rows.index(place(site, column)) for site in grid.sites]
                 self.values[metric][rows, self.lags.index(column.lag)] = values[:, k].numpy()
                 self.fresh = True

@@ -20,9 +20,8 @@ class ProbeGrid(Protocol):
 def place(site: Site, column: Column) -> str:
     """Where a probe is and what control it is, if any: layer12, control embed, layer12 control permuted seed1."""
     where = f"control {site}" if site.is_control else site.name
-    return (
-        where + (f" control {column.control}" if column.control else "") + (f" seed{s}" if (s := column.seed) else "")
-    )
+    control = f" control {column.control}" if column.control else ""
+    return where + control + "".join(f" {name}{n}" for name in ("seed", "fold") if (n := getattr(column, name)))
 
 
 def family(grid: ProbeGrid, column: Column) -> str:

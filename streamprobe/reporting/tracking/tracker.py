@@ -100,7 +100,7 @@ class Tracker:
     def curves(self, grid: ProbeGrid, scored: Scored, auroc: Tensor, step: int) -> None:
         """How the layer with the best auroc [L, K] parts the classes of every column that is no control."""
         for k, column in enumerate(grid.columns):
-            if column.control or column.seed or grid.sites[0].is_control or auroc[:, k].isnan().all():
+            if column.control or not column.is_first or grid.sites[0].is_control or auroc[:, k].isnan().all():
                 continue
             asked, i = tokens_of_column([(scored, k)]), int(auroc[:, k].nan_to_num(-1).argmax())
             name = tag(family(grid, column), column.lag, "best layer")
