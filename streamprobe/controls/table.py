@@ -44,7 +44,7 @@ class Control:
     applies: Callable[[Column], bool] = at_every_lag  # to which columns
     features: Callable[[Chain, int], Tensor] | None = None  # [T, p] float32 of a chain with codes of C labels
     expand: Callable[[Tensor], Tensor] | None = None  # of these [N, p], on any device, the features [N, P]; None: as is
-    extends: str = ""  # the control whose [T, p] stand before its own, and are stored once for both
+    extends: str = ""  # the control whose [T, p], layers and [N, P] stand before its own, and are there once for both
     layers: Mapping[str, Callable[[Any, Tensor, int], Tensor]] = field(default_factory=dict)  # embedded, before these
     relabel: Callable[[Tensor, Tensor, Any], Tensor] | None = None  # see `permuted`
     embedded: Callable[[Any, Tensor, int], Tensor] | None = None  # a layer made of embeddings: see `embedding`

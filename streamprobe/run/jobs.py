@@ -4,15 +4,12 @@ Shapes: N tokens, L sites, K columns, D features, E width of an embedding.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.config.schema import TrainingConfig
-from streamprobe.controls.chosen import ChosenControls
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.lags import Column
@@ -21,6 +18,7 @@ from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.run.checkpoint import Checkpoint
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.memory_plan import Kept
+from streamprobe.run.reads import make_reads
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.solvers.table import SOLVERS
@@ -44,13 +42,12 @@ def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embeddin
         sites = control_sites(controls.with_layers)
         own = slice(n_layers, n_layers + len(sites))
         feeds.append(Feed("embeddings", sites, hidden_size, lambda batch: batch.acts[:, own], real))
+    reads = make_reads(controls, n_layers, embedding_size or 0)
     for name, hand_made in controls.widths.items():
         asked = [k for k in real.tolist() if CONTROLS[name].applies(inputs.columns[k])]
         if asked:
-            given = [n_layers + layer for layer in controls.layers_given(name)]
-            reads = Reads(controls, name, given, embedding_size or 0)
-            width = len(given) * reads.width + hand_made
-            feeds.append(Feed(name, control_sites([name]), width, reads, torch.tensor(asked), hand_made))
+            width = len(CONTROLS[name].layers) * (embedding_size or 0) + hand_made
+            feeds.append(Feed(name, control_sites([name]), width, reads[name], torch.tensor(asked), hand_made))
     n_folds = inputs.dataset.folds
     return feeds if n_folds == 1 else [_in_folds(feed, n_folds) for feed in feeds]
 
@@ -59,22 +56,6 @@ def _in_folds(feed: Feed, n: int) -> Feed:
     """Asked for the same columns for each of n folds, fold by fold."""
     columns = feed.columns
     return feed._replace(columns=columns.repeat(n), folds=torch.arange(n).repeat_interleave(len(columns)))
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What the probes of one control read of a batch."""
-
-    controls: ChosenControls
-    name: str
-    layers: Sequence[int]  # which of the batch's layers stand in front
-    width: int  # E: the numbers of a layer that are not zeros to fill it up
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        """[N, 1, D] float32: the layers, and behind them what is made by hand."""
-        layers = [batch.acts[:, layer, : self.width].float() for layer in self.layers]
-        hand_made = self.controls.expand(self.name, batch.side)
-        return (torch.cat([*layers, hand_made], dim=1) if layers else hand_made)[:, None]
 
 
 def make_jobs(

@@ -19,7 +19,7 @@ from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.lift import compare_with_controls
 from streamprobe.evaluation.rows import COMPARED, Judged
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
-from streamprobe.run.jobs import Reads
+from streamprobe.run.reads import make_reads
 
 LABELS, SECTIONS = 2, 3  # probed, and known
 WIDTH, HIDDEN, VOCABULARY = 32, 40, 50
@@ -208,7 +208,7 @@ def test_layers_are_there_without_a_control_of_their_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_probes_read_the_layers_without_their_padding_and_then_what_is_made_by_hand(dtype: torch.dtype) -> None:
-    controls, chain = choose("text", "joint+chain"), make_chain(5)
+    controls, chain = choose("text", "joint", "joint+chain"), make_chain(5)
     torch.manual_seed(0)
     embedding = nn.Embedding(VOCABULARY, WIDTH).to(dtype)
     layers = EmbeddingLayers.fitted(embedding, chain.ids, HIDDEN, controls.embedded)
@@ -216,11 +216,17 @@ def test_probes_read_the_layers_without_their_padding_and_then_what_is_made_by_h
     acts = torch.cat([torch.full((150, 1, HIDDEN), 7.0, dtype=dtype), rows], dim=1)
     side, none = controls.features(chain), torch.zeros(150, 0, dtype=torch.bool)
     at = torch.arange(150)
-    read = Reads(controls, "joint+chain", [1, 2], WIDTH)(TokenBatch(acts, side, none, none, at, at, at))
+    batch, reads = TokenBatch(acts, side, none, none, at, at, at), make_reads(controls, 1, WIDTH)
+    read = reads["joint+chain"](batch)
     assert read.dtype == torch.float32 and read.shape == (150, 1, 2 * WIDTH + controls.widths["joint+chain"])
     assert torch.equal(read[:, 0, :WIDTH], rows[:, 0, :WIDTH].float())
     assert torch.equal(read[:, 0, WIDTH : 2 * WIDTH], rows[:, 1, :WIDTH].float())
     assert torch.equal(read[:, 0, 2 * WIDTH :], features_of("joint+chain", chain))
+    joint = reads["joint"](batch)
+    assert torch.equal(joint, make_reads(choose("text", "joint"), 1, WIDTH)["joint"](batch))
+    assert joint.data_ptr() == read.data_ptr()  # made once for both
+    other = reads["joint"](batch._replace(side=side + 1))
+    assert not torch.equal(other, joint) and torch.equal(reads["joint"](batch), joint)
 
 
 @pytest.mark.parametrize("name", SIDE)
