@@ -92,7 +92,7 @@ class DataConfig:
     folds: int = key(
         1,
         "More than 1, such as 5: cross-fitting.  Every chain is a test chain, judged by probes that the other folds "
-        "trained; test_share is not used.",
+        "trained, each with all chains of its problem; test_share and split_by are not used.",
     )
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class DataConfig:
     def _check_folds(self) -> None:
         require(1 <= self.folds <= MOST_FOLDS, f"folds {self.folds}", f"1 .. {MOST_FOLDS}", "try --folds 5")
         plain = DataConfig.__dataclass_fields__
-        for name in ("split", "split_by", "validation"):
+        for name in ("split", "validation"):
             value = getattr(self, name)
             require(
                 self.folds == 1 or value == plain[name].default,

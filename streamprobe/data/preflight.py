@@ -113,6 +113,18 @@ def describe_chains(dataset: Dataset, labels: Sequence[str]) -> list[str]:
         f"{'split':<12}{'chains':>8}{'tokens':>10}{'labelled':>10}{named}",
         *(_split_line(name, chains, len(labels)) for name, chains in dataset.splits.items()),
         "            (base rate of the label's tokens, in so many sections)",
+        *_describe_folds(dataset),
+    ]
+
+
+def _describe_folds(dataset: Dataset) -> list[str]:
+    """A line on the folds, where there are several."""
+    n = dataset.folds
+    if n == 1:
+        return []
+    sizes = [sum(chain.fold == fold for chain in dataset.splits["test"]) for fold in range(n)]
+    return [
+        f"folds     {n}, of {_listed(list(map(str, sizes)), most=n)} test chains: each has probes that the others train"
     ]
 
 

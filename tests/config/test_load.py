@@ -240,7 +240,7 @@ def test_a_bug_shows_its_traceback(base, monkeypatch):
     def bug(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("streamprobe.run.pipeline.read_texts", bug)
+    monkeypatch.setattr("streamprobe.run.setup.read_texts", bug)
     with pytest.raises(ValueError, match="a bug"):
         main([str(write("config.yaml", base))])
 

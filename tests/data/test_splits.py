@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from streamprobe.config.load import load_config
 from streamprobe.data.dataset import Division
 from streamprobe.data.files import read_rows
-from streamprobe.data.splits import same_problem, split_chains
+from streamprobe.data.splits import fold_chains, same_problem, split_chains
 from streamprobe.model.blocks import context
 from streamprobe.model.loading import read_config
 from streamprobe.model.tokenizer import load_tokenizer
@@ -215,3 +215,23 @@ def test_the_demos_chains_and_split_stay_what_they_are(monkeypatch):
         rows, load_tokenizer(config.model.model), config.probes.labels, context(read_config(config.model.model))
     )
     assert fingerprint(splits) == "dde4f329a92e3218bb7c7272eac8c05cd6c3e339bf7c538fb8de671fff571126"
+
+
+# --- folds ---
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_every_problem_is_in_one_fold_with_all_of_its_chains(folds: int) -> None:
+    problems = [f"problem {i % 83}" for i in range(400)]
+    places = fold_chains(problems, folds=folds, validation_share=0.2)
+    by_problem = {
+        problem: {place for p, place in zip(problems, places, strict=True) if p == problem} for problem in problems
+    }
+    assert all(len(found) == 1 for found in by_problem.values())
+    sizes = Counter(place.fold for (place,) in by_problem.values())
+    assert sorted(sizes) == list(range(folds)) and max(sizes.values()) - min(sizes.values()) <= 1
+    for fold, n in sizes.items():
+        held = [place for (place,) in by_problem.values() if place == (fold, "validation")]
+        assert len(held) == round(n * 0.2)
+    assert places == fold_chains(problems, folds=folds, validation_share=0.2)
+    assert places != fold_chains(problems, folds=folds, validation_share=0.2, seed=1)  # negative control

@@ -229,7 +229,6 @@ def test_what_is_kept_is_judged_on_other_data_and_not_on_its_own(crossed: Crosse
         (["--folds", "0"], ["folds 0", "1 .. 20"]),
         (["--folds", "21"], ["folds 21", "1 .. 20"]),
         (["--folds", "five"], ["folds", "five"]),
-        (["--folds", "3", "--split_by", "chain"], ["folds 3 with split_by chain", "drop --folds or --split_by"]),
         (["--folds", "3", "--validation", "test"], ["folds 3 with validation test", "drop --folds or --validation"]),
         (["--folds", "3", "--split", "category", "--test_categories", "alpha"], ["folds 3 with split category"]),
         (["--folds", "20", "--max_chains", "10"], ["no validation chains"]),
