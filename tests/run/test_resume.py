@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_probes_is_never_trained_on(
 def test_a_folder_in_the_way_is_reported_before_the_data_are_read(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "read_texts", None)
+    monkeypatch.setattr("streamprobe.run.setup.read_texts", None)
     for name in WRITTEN:
         path = run / name
         content = path.read_bytes()
