@@ -20,7 +20,7 @@ class TokenBatch(NamedTuple):
     valid: Tensor  # [N, K] bool
     chain: Tensor  # [N] int64: which chain of the stream
     token: Tensor  # [N] int64: which of its tokens
-    fold: Tensor  # [N] int64: of its chain, see `splits.Place`; 0 in a run of one
+    fold: Tensor  # [N] int64: of its chain, see `splits.FoldPlace`; 0 in a run of one
 
     def rows(self, index: Tensor | slice) -> "TokenBatch":
         """The tokens at `index`."""

@@ -138,7 +138,9 @@ class TrainingConfig:
 
     solvers: list[str] = key(["newton"], "How probes are fitted, all by the same passes, one or more of: <solvers>.")
     l2: float = key(0.01, "Penalty on the sum of squared weights.")
-    tolerance: float = key(1e-3, "Norm of a probe's gradient at which Newton calls it converged.")
+    tolerance: float = key(
+        1e-3, "Norm of a probe's gradient at which Newton calls it converged; of joint+chain, a tenth of it."
+    )
     learning_rate: float = key(1e-3, "Adam's learning rate.")
     batch_size: int = key(64, "Tokens per Adam step.")
     standardize: bool = key(

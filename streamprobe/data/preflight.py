@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from streamprobe.data.annotations import END, plain_name
 from streamprobe.data.dataset import Census, Counts, Dataset
 from streamprobe.data.tokenize import Chain
@@ -16,15 +18,20 @@ MARKS = {UNKNOWN: "-", OUTSIDE: "0", INSIDE: "1", ONSET: "1<"}
 
 
 def check_splits(dataset: Dataset, labels: Sequence[str]) -> None:
-    """Raises InputError for an empty split and for a label that never occurs."""
-    counts = dataset.counts
+    """Raises InputError for an empty split or fold, and for a label that never occurs."""
+    counts, folds = dataset.counts, dataset.folds
+    empty = [fold for fold in range(folds) if not any(chain.fold == fold for chain in dataset.splits["test"])]
+    if empty and folds > 1:
+        found = f"{folds} folds of {len(dataset.splits['test'])} chains, {len(empty)} of them empty"
+        raise InputError(found, "chains in each", "give fewer --folds")
     for name, chains in dataset.splits.items():
         if not chains:
             reasons = f" ({counts.n_refused} chains refused: {refusals(counts)})" if counts.refused else ""
             raise InputError(
                 f"no {name} chains{reasons}",
                 "at least one in every split",
-                "fix the data, use more problems, or a larger --test_share or --validation_share",
+                "fix the data, use more problems, or a larger "
+                + ("--validation_share" if folds > 1 else "--test_share or --validation_share"),
             )
     for label in labels:
         if not counts.labels[label]:
@@ -57,8 +64,8 @@ def check_census(census: Mapping[str, Census], columns: Sequence[Column], chains
             if not n or (name == "train" and hits in (0, n)):
                 raise InputError(
                     f"{column} with {hits} positive {name} tokens of {n}",
-                    "tokens of both classes in the training chains and some in validation",
-                    "use more chains, other labels or other lags",
+                    "tokens of both classes in the training chains and some in validation, with folds in those of each",
+                    "use more chains, other labels, other lags or fewer folds",
                 )
 
 
@@ -75,7 +82,7 @@ def _names(ids: Sequence[str], most: int = 3) -> str:
 
 def describe(
     dataset: Dataset,
-    census: Mapping[str, Census],
+    by_fold: Sequence[Mapping[str, Census]],
     columns: Sequence[Column],
     *,
     labels: Sequence[str],
@@ -83,14 +90,16 @@ def describe(
 ) -> str:
     """What `describe_chains` says, what cannot be validated, and one example, as text for the terminal.
 
-    `labels` are those that are probed, the first of the dataset's; `census` counts `columns`.
+    `labels` are those that are probed, the first of the dataset's; `by_fold` counts `columns` for each fold's probes.
     """
     lines = describe_chains(dataset, labels)
-    positive = census["validation"].positive.tolist()
+    positive = torch.stack([census["validation"].positive for census in by_fold]).amin(0).tolist()
     blind = [str(c) for c, n in zip(columns, positive, strict=True) if not (n or c.control)]
     if blind:
+        of_a_fold = " of a fold" if dataset.folds > 1 else ""
         lines.append(
-            f"no positive in validation for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass is its best"
+            f"no positive in validation{of_a_fold} for {', '.join(blind)}: threshold and F1 are nan, Adam's first pass "
+            "is its best"
         )
     return "\n".join([*lines, "", example(dataset.splits["train"], labels, tokenizer)])
 

@@ -75,15 +75,18 @@ def fold_chains(
     """The place of each chain, given the problem of each; all chains of a problem go together.
 
     The different problems, in the order of their first chains, are drawn by numpy's `RandomState(seed).permutation` and
-    dealt out to the folds in turn; the first `validation_share` of each fold validates the probes of the others.
+    dealt out to the folds in turn; about the first `validation_share` of each fold validates the probes of the others.
     """
     names = [same_problem(problem, row) for row, problem in enumerate(problems)]
     units = list(dict.fromkeys(names))
     places: dict[Hashable, FoldPlace] = {}
     order = np.random.RandomState(seed).permutation(len(units)).tolist()
+    n_dealt = n_held = 0  # units of this fold and those before, and how many of them validate
     for fold in range(folds):
         dealt = order[fold::folds]
-        n_validation = round(len(dealt) * validation_share)
+        n_dealt += len(dealt)
+        n_validation = round(n_dealt * validation_share) - n_held
+        n_held += n_validation
         for number, unit in enumerate(dealt):
             places[units[unit]] = FoldPlace(fold, "validation" if number < n_validation else "train")
     return [places[name] for name in names]

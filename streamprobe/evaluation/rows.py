@@ -22,6 +22,7 @@ FIELDS = (
 ).split(",")
 Row = dict[str, Any]
 JOINT_CHAIN = "joint+chain"  # the control that a gain is over
+BASELINE_EXACTNESS = 10  # by which its tolerance is smaller than that of what is compared to it
 GAINS = ("gain_bits", "gain", "gain_within")  # what a layer adds to the joint control: see `gains`
 COMPARED: Row = {  # the fields of comparisons with controls, where there is none
     **{f"{name}{end}": math.nan for name in (*GAINS, "lift") for end in ("", "_low", "_high", "_low_corrected")},

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
 
-from streamprobe.evaluation.rows import JOINT_CHAIN, Judged, Row, group_by
+from streamprobe.evaluation.rows import BASELINE_EXACTNESS, JOINT_CHAIN, Judged, Row, group_by
 from streamprobe.evaluation.significance import LEAST_CHAINS
 
 BEYOND = "text, position, sections so far and the chain's own rate"  # what the control that a gain is over is given
@@ -166,18 +166,19 @@ def _warning(rows: Sequence[Row], tolerance: float) -> str:
     """What is said where a claim rests on a probe that is not converged.
 
     It rests on the probes that it names with their controls or, where nothing is certain, on all that were looked at.
-    A probe without a penalty is the control itself.
+    A probe without a penalty is the control itself, which was to be solved more exactly.
     """
     looked = sorted(_looked_at(rows), key=itemgetter("lag"))
     certain = [row for row in looked if is_certain(row)]
     named = [furthest(list(own)) for _, own in groupby(certain, itemgetter("lag"))] or looked
     lags = {row["lag"] for row in named}
-    norms = [row["nested_gradient_norm"] for row in named if row["penalty"] != math.inf]
-    norms += [row["gradient_norm"] for row in rows if row["control"] == JOINT_CHAIN and row["lag"] in lags]
-    above = [norm for norm in norms if norm > tolerance]
+    known = [(row["nested_gradient_norm"], tolerance) for row in named if row["penalty"] != math.inf]
+    of_control = [row for row in rows if row["control"] == JOINT_CHAIN and row["lag"] in lags]
+    known += [(row["gradient_norm"], tolerance / BASELINE_EXACTNESS) for row in of_control]
+    above = [(norm / asked, norm, asked) for norm, asked in known if norm > asked]
     if above:
-        known = f"gradient norm {max(above):.1e}, tolerance {tolerance:.1e}"
-        return f" WARNING: not converged ({known}): raise --max_passes"
-    if any(math.isnan(norm) for norm in norms):
+        _, norm, asked = max(above)
+        return f" WARNING: not converged (gradient norm {norm:.1e}, tolerance {asked:.1e}): raise --max_passes"
+    if any(math.isnan(norm) for norm, _ in known):
         return f" WARNING: perhaps not converged (gradient norm unknown, tolerance {tolerance:.1e}): raise --max_passes"
     return ""

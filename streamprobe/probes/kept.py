@@ -57,9 +57,9 @@ class FinalProbes(NamedTuple):
 
 
 def mean_of_folds(final: FinalProbes, n: int) -> FinalProbes:
-    """The means over n folds of probes whose columns stand fold by fold, with the worst that is to be said of any.
+    """The means over n folds of probes whose columns stand fold by fold, with the median threshold.
 
-    That is the largest gradient norm, the last pass, and the smallest penalty.
+    Of each is said what is worst: the largest gradient norm, the last pass, the smallest penalty.
     """
     if n == 1:
         return final
@@ -71,7 +71,7 @@ def mean_of_folds(final: FinalProbes, n: int) -> FinalProbes:
     tensors = {name: apart(tensor).double().mean(1) for name, tensor in bank.tensors().items()}
     mean = KINDS[bank.kind].from_tensors(bank.sites, bank.columns[:n_columns], tensors, bank.solver)
     assert bank.threshold is not None, "probes without a threshold"
-    mean.threshold = apart(bank.threshold).nanmean(1)
+    mean.threshold = apart(bank.threshold).nanmedian(1).values  # one fold's may be far off
     return final._replace(
         bank=mean,
         half=final.half.unflatten(0, (n, -1)).mean(0),

@@ -131,7 +131,7 @@ def _require(value: Any, held: list[Any], name: str) -> None:
         )
 
 
-def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def to_raw(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Probes of standardised features as probes of raw ones.
 
     weight [L, K, D] and bias [L, K] act on (x - mean) / scale, with mean [L, D], scale [L, K or 1, D]; the result acts

@@ -9,13 +9,13 @@ from streamprobe.evaluation.rows import Row
 from streamprobe.reporting.grids import (
     Family,
     Grid,
-    as_number,
     best_of,
     furthest_certain,
     gained,
     grids,
     lags_of,
     lines_of,
+    number,
     rows_of,
     title,
 )
@@ -77,7 +77,7 @@ def certain_up_to(grid: Grid) -> str:
     """The largest lag that is certain, and its layer, in words."""
     row = furthest_certain(rows_of(grid))
     if row:
-        return f"up to lag {row['lag']:+d} (layer {row['layer']}, {row['gain_bits']:+.3f} bits a token)"
+        return f"up to lag {row['lag']:+d} (layer {row['layer']}, {number(row, 'gain_bits', '+')} mbit a token)"
     return "at no lag" if gained(lines_of(grid)[0]) else "unknown, without a joint control"
 
 
@@ -100,10 +100,10 @@ def best_by_gain(grid: Grid) -> Mapping[int, Row]:
 
 
 SHOWN = [
-    Lines("AUROC", lambda row: as_number(row["auroc"]), best_by_auroc),
+    Lines("AUROC", lambda row: number(row, "auroc"), best_by_auroc),
     Lines("layer", lambda row: str(row["layer"]), best_by_auroc),
-    Lines("gain bits", lambda row: as_number(row["gain_bits"], "+.3f"), best_by_gain),
-    Lines("at least", lambda row: as_number(row["gain_bits_low_corrected"], "+.3f"), best_by_gain),
+    Lines("gain mbit", lambda row: number(row, "gain_bits", "+"), best_by_gain),
+    Lines("at least", lambda row: number(row, "gain_bits_low_corrected", "+"), best_by_gain),
     Lines("layer", lambda row: str(row["layer"]), best_by_gain),
 ]
 

@@ -88,15 +88,23 @@ def furthest_certain(rows: Iterable[Row]) -> Row | None:
     return furthest(found) if found else None
 
 
-def as_number(value: float, form: str = ".3f") -> str:
-    """A number as tables show it; nothing where it is NaN."""
-    return "" if math.isnan(value) else f"{value:{form}}"
+def in_units(row: Row, name: str) -> float:
+    """A number in the units in which it is shown: `gain_bits` in thousandths of a bit, since there is little to gain of
+    what is rare; others as they are.
+    """
+    return row[name] * 1000 if name.startswith("gain_bits") else row[name]
+
+
+def number(row: Row, name: str, sign: str = "") -> str:
+    """A number of a row as tables show it, with a `sign` ("+") if that is asked for; nothing where it is NaN."""
+    value, decimals = in_units(row, name), 2 if name.startswith("gain_bits") else 3
+    return "" if math.isnan(value) else f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # no negative zero
 
 
 def interval(row: Row, name: str, sign: str = "") -> str:
-    """The 95% interval of a metric as tables show it, its ends with a `sign` ("+"); nothing where it has none."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if math.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
+    """The 95% interval of a metric as tables show it; nothing where it has none."""
+    low, high = (number(row, f"{name}_{end}", sign) for end in ("low", "high"))
+    return low and f"{low} to {high}"
 
 
 def layers_by_lag(rows: Sequence[Row]) -> dict[int, list[int]]:

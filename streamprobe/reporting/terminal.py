@@ -12,7 +12,6 @@ from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.texts import POOLINGS, best_text_rows
 from streamprobe.reporting.grids import (
     Grid,
-    as_number,
     best_of,
     certain,
     gained,
@@ -22,6 +21,7 @@ from streamprobe.reporting.grids import (
     lags_of,
     layers_by_lag,
     lines_of,
+    number,
     rows_of,
     title,
 )
@@ -43,9 +43,9 @@ class Shown(NamedTuple):
     matters: int
 
 
-def number_column(head: str, width: int, matters: int, name: str, *, form: str = ".3f") -> Shown:
+def number_column(head: str, width: int, matters: int, name: str, sign: str = "") -> Shown:
     """The column of one number of a row."""
-    return Shown(head, width, lambda row: as_number(row[name], form), matters)
+    return Shown(head, width, lambda row: number(row, name, sign), matters)
 
 
 def interval_column(width: int, matters: int, name: str, sign: str = "") -> Shown:
@@ -58,10 +58,10 @@ BEST = [
     Shown("layer", 6, lambda row: str(row["layer"]), 0),
     number_column("AUROC", 7, 0, "auroc"),
     interval_column(16, 4, "auroc"),
-    number_column("gain bits", 10, 0, "gain_bits", form="+.3f"),
+    number_column("gain mbit", 10, 0, "gain_bits", "+"),
     interval_column(18, 1, "gain_bits", "+"),
-    number_column("at least", 9, 2, "gain_bits_low_corrected", form="+.3f"),
-    number_column("lift", 7, 3, "lift", form="+.3f"),
+    number_column("at least", 9, 2, "gain_bits_low_corrected", "+"),
+    number_column("lift", 7, 3, "lift", "+"),
     interval_column(18, 9, "lift", "+"),
     Shown("  over", -14, lambda row: f"  {row['best_control']}".rstrip(), 5),
     number_column("AP", 6, 6, "average_precision"),
@@ -136,7 +136,7 @@ def _notes_on_gain(layers: Grid) -> list[str]:
     found = layers_by_lag(certain(rows_of(layers)))
     named = (f"{lag:+d}: layer{'s' * (len(own) > 1)} {' '.join(map(str, own))}" for lag, own in found.items())
     meaning = "(gain bits and gain within chains above 0, corrected for all probes looked at)"
-    return [f"certain   {'; '.join(named) or 'at no lag'}   {meaning}"]
+    return [f"certain   {'; '.join(named) or 'at no lag'}   {meaning}", "mbit: thousandths of a bit a token"]
 
 
 def _notes_on_probes(rows: Sequence[Row]) -> list[str]:
@@ -161,11 +161,11 @@ class Pair(NamedTuple):
 TRANSFER = [
     Shown("lag", 5, lambda pair: f"{pair.there['lag']:+d}", 0),
     Shown("layer", 6, lambda pair: str(pair.there["layer"]), 0),
-    Shown("AUROC", 8, lambda pair: as_number(pair.there["auroc"]), 0),
-    Shown("lift", 8, lambda pair: as_number(pair.there["lift"], "+.3f"), 1),
-    Shown("AUROC", 9, lambda pair: as_number(pair.here["auroc"]), 0),
+    Shown("AUROC", 8, lambda pair: number(pair.there, "auroc"), 0),
+    Shown("lift", 8, lambda pair: number(pair.there, "lift", "+"), 1),
+    Shown("AUROC", 9, lambda pair: number(pair.here, "auroc"), 0),
     Shown("  95% interval", -16, lambda pair: f"  {interval(pair.here, 'auroc')}".rstrip(), 2),
-    Shown("lift", 8, lambda pair: as_number(pair.here["lift"], "+.3f"), 1),
+    Shown("lift", 8, lambda pair: number(pair.here, "lift", "+"), 1),
     Shown("  95% interval", -18, lambda pair: f"  {interval(pair.here, 'lift', '+')}".rstrip(), 3),
 ]
 
@@ -211,7 +211,7 @@ OF_TEXTS = [
     _of_probe(number_column("TPR at 5%", 11, 4, "tpr_at_5fpr")),
     _of_probe(interval_column(17, 6, "tpr_at_5fpr")),
     Shown("  control", -13, lambda pair: f"  {pair.control['control']}" if pair.control else "", 3),
-    Shown("AUROC", 7, lambda pair: as_number(pair.control["auroc"]) if pair.control else "", 3),
+    Shown("AUROC", 7, lambda pair: number(pair.control, "auroc") if pair.control else "", 3),
 ]
 
 

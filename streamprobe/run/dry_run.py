@@ -42,7 +42,8 @@ def describe_needs(
 ) -> str:
     """What a run would ask of the model, as text for the terminal.
 
-    `loaded` is the model's size in bytes, `timed` one full batch; `nested`: whether nested probes are trained.
+    `splits` has those that it reads; `loaded` is the model's size in bytes, `timed` one full batch; `nested`: whether
+    nested probes are trained.
     """
     tokens = {name: sum(len(c.ids) for c in chains) for name, chains in splits.items()}
     padded = sum(padded_tokens([len(c.ids) for c in chains], max_batch_tokens) for chains in splits.values())
@@ -52,10 +53,11 @@ def describe_needs(
         [
             f"pass      {tokens['train']:,} training and {tokens['validation']:,} validation tokens to stream",
             f"model     reads training tokens {'once' if kept.train else every}, validation tokens "
-            f"{'once' if kept.validation else every + ' and once more'}, test tokens once",
+            f"{'once' if kept.validation else every + ' and once more'}, test tokens "
+            + ("once" if "test" in splits else "never: they are the same, in memory"),
             f"loaded    {loaded / 1e9:,.3f} GB of weights",
-            f"time      {padded / rate:,.1f} s for the model to read training, validation and test "
-            f"chains once: {sum(tokens.values()):,} tokens, {1 - sum(tokens.values()) / padded:.1%} padding, at "
+            f"time      {padded / rate:,.1f} s for the model to read {', '.join(splits)} chains once: "
+            f"{sum(tokens.values()):,} tokens, {1 - sum(tokens.values()) / padded:.1%} padding, at "
             f"{rate:,.0f} tokens/s as timed over {timed.tokens:,}",
         ]
     )
@@ -97,7 +99,9 @@ def describe_run(config: RunConfig) -> None:
     reader = Reader(inputs, backbone, model.max_batch_tokens, cost, embedded=embedded)
     feeds = make_feeds(inputs, layers, backbone.hidden_size, embedded.width if embedded else None)
     plan = plan_run(config, inputs, backbone, feeds, before=None)
-    splits = inputs.dataset.splits
+    splits = dict(inputs.dataset.splits)
+    if inputs.dataset.folds > 1 and plan.kept.train and plan.kept.validation:
+        del splits["test"]
     timed = time_batch(splits["train"], reader.stream, model.max_batch_tokens, config.training.seed + 1)
     say(
         describe_needs(

@@ -21,10 +21,11 @@ from streamprobe.trainer import Done, Job, log_metrics
 def calibrated(job: Job, inputs: Inputs) -> Probes:
     """The best probes with their class weighting undone, so that the sigmoid of a logit is the probability they mean.
 
-    Training counts each positive `positive_weight` times, which adds the logarithm of that to the logits.
+    Training counts each positive `positive_weight` times, which adds the logarithm of that to the logits.  The prior is
+    that of all folds.
     """
     bank = job.best.bank
-    return bank.add_to_logits(-inputs.positive_weight_of(job.feed).to(bank.bias).log())
+    return bank.add_to_logits(inputs.prior_of(job.feed).to(bank.bias))
 
 
 def choose_thresholds(
@@ -45,7 +46,7 @@ def choose_thresholds(
 
 def half_logits(job: Job, inputs: Inputs) -> Tensor:
     """Where the class-weighted probability of calibrated probes is one half, [K]."""
-    return -inputs.positive_weight_of(job.feed).log()
+    return inputs.prior_of(job.feed)
 
 
 def final_probes(

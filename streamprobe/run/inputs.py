@@ -139,6 +139,15 @@ class Inputs:
         columns, folds = feed.columns.cpu(), torch.zeros_like(feed.columns) if feed.folds is None else feed.folds
         return self.positive_weight[folds.cpu(), columns]
 
+    def prior_of(self, feed: Feed) -> Tensor:
+        """Log of positives over negatives [k] among the training tokens of all folds, for each column of a feed.
+
+        Where a fold has many positives the others have few, so that with its own training tokens' prior a probe that
+        knows nothing would rank the folds by that, backwards.
+        """
+        train, columns = self.census["train"], feed.columns.cpu()
+        return -((train.valid - train.positive) / train.positive).log()[columns]
+
 
 def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> Inputs:
     """The chains with the labels of controls, and the columns that have tokens of both classes.
@@ -163,7 +172,7 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
     columns = [columns[k] for k in kept]
     by_fold = [{name: own.of(kept) for name, own in censuses.items()} for censuses in by_fold]
     census = dataset.take_census(columns) if dataset.folds > 1 else by_fold[0]
-    described = preflight.describe(dataset, census, columns, labels=probes.labels, tokenizer=texts.tokenizer)
+    described = preflight.describe(dataset, by_fold, columns, labels=probes.labels, tokenizer=texts.tokenizer)
     check_vocabulary(texts.model_config, max(int(chain.ids.max()) for chain in dataset.chains()))
     if must_chunk(config, dataset):
         check_chunks(texts.model_config, **config.model.code)

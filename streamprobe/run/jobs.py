@@ -11,7 +11,7 @@ from torch import Tensor
 from streamprobe.activations.feed import Feed
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.controls.table import CONTROLS
-from streamprobe.evaluation.rows import JOINT_CHAIN
+from streamprobe.evaluation.rows import BASELINE_EXACTNESS, JOINT_CHAIN
 from streamprobe.lags import Column
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import control_sites, layer_sites
@@ -26,7 +26,6 @@ from streamprobe.system.console import say
 from streamprobe.trainer import Done, Job
 
 PROBED = "layers"  # the feed of the probes themselves
-BASELINE_EXACTNESS = 10  # by which the tolerance of the control that gains are over is smaller
 
 
 def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embedding_size: int | None) -> list[Feed]:

@@ -150,18 +150,19 @@ class Matrices(NamedTuple):
 
     vectors: int  # bytes beside the matrices
     all: int  # bytes of a matrix for every site and column, beside the sums of each site
-    one: int  # bytes of one for every site
+    one: int  # bytes of one for every site and fold
     nested: NestedSize = NestedSize()
 
     @classmethod
     def of(cls, feeds: Sequence[Feed]) -> "Matrices":
         """Those of the solvers of these feeds."""
         sizes = [(len(feed.sites), len(feed.columns), feed.n_features) for feed in feeds]
+        sums = [(len(feed.sites), feed.n_folds, feed.n_features) for feed in feeds]
         nested = NestedSize.of(feeds)
         return cls(
             vectors=sum(vector_bytes(*size) for size in sizes) + nested.vector_bytes(),
             all=sum(curvature_bytes(*size) for size in sizes),
-            one=sum(curvature_bytes(sites, 1, features) for sites, _, features in sizes),
+            one=sum(curvature_bytes(*size) for size in sums),
             nested=nested,
         )
 

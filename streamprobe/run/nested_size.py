@@ -31,7 +31,7 @@ class NestedSize(NamedTuple):
 
     def vector_bytes(self) -> int:
         """What a NestedSolver takes beside its matrices."""
-        return self.layers * self.columns * (self.control + 1 + self.hidden) * 8 * (6 + 2 * PAIRS)
+        return self.layers * self.columns * (self.control + 1 + self.hidden) * 8 * (7 + 2 * PAIRS)
 
     def matrix_bytes(self, shared: bool) -> int:
         """What BlockMatrices take: A for each group, and for a layer, too, A^-1 B, C, and its factor with a penalty.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from streamprobe.lags import Column
-from streamprobe.probes.linear import ProbeBank, fold
+from streamprobe.probes.linear import ProbeBank, to_raw
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.scaling import first_scaling
@@ -112,7 +112,7 @@ class AdamSolver:
     def bank(self) -> ProbeBank:
         """The probes as they are now, in raw activation space."""
         return ProbeBank(
-            self.sites, self.columns, *fold(self.weight, self.bias, self.mean, self.scale[:, None])
+            self.sites, self.columns, *to_raw(self.weight, self.bias, self.mean, self.scale[:, None])
         ).clone()
 
     def loss(self) -> Tensor:

@@ -64,11 +64,14 @@ class Grams:
         # Of x and x^2:
         self.moments_ = torch.zeros(n_layers, n_folds, 2, d + 1, dtype=torch.float64, device=centre.device)
 
-    def add(self, layer: int, x: Tensor, fold: Tensor | None = None) -> None:
-        """Adds x [N, E] = Features.of(acts, centre[layer]); fold [N] of each token, None where there is one."""
+    def rows(self, fold: Tensor | None) -> list[Tensor] | None:
+        """Which tokens are of each fold, by the fold [N] of each; None where there is one.  The host waits for it."""
         n_folds = self.sum_.shape[1]
-        parts = [x] if fold is None or n_folds == 1 else [x[fold == number] for number in range(n_folds)]
-        for number, own in enumerate(parts):
+        return None if fold is None or n_folds == 1 else [(fold == n).nonzero()[:, 0] for n in range(n_folds)]
+
+    def add(self, layer: int, x: Tensor, rows: Sequence[Tensor] | None = None) -> None:
+        """Adds x [N, E] = Features.of(acts, centre[layer]), of which `rows` are those of each fold."""
+        for number, own in enumerate([x] if rows is None else [x[each] for each in rows]):
             with coarse_float32():
                 self.sum_[layer, number] += own.mT @ own
             self.moments_[layer, number, 0] += own.sum(0)

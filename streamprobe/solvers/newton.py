@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
-from streamprobe.probes.linear import ProbeBank, fold
+from streamprobe.probes.linear import ProbeBank, to_raw
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import Place, factorise
@@ -275,7 +275,7 @@ class NewtonSolver:
     def bank(self) -> ProbeBank:
         """The best probes so far, in raw activation space."""
         probes, scale = self.ended, self.scale[:, self.fold].double()
-        weight, bias = fold(probes[..., :-1], probes[..., -1], self.mean.double(), scale)
+        weight, bias = to_raw(probes[..., :-1], probes[..., -1], self.mean.double(), scale)
         return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
 
     def loss(self) -> Tensor:

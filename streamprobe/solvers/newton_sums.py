@@ -121,12 +121,13 @@ class NewtonSums:
         counts: list[Tensor] = []
         losses, n = torch.zeros_like(self.loss_), valid.sum(1)
         at_zero = Slopes.at_zero(weight, sign) if self.grams else None  # of every layer
+        rows = self.grams.rows(fold) if self.grams else None
         for i, live in enumerate(self.live):
             if not len(live.columns):
                 continue
             x = self.features.of(acts[:, i], self.centre[i])  # [N, E]
             if self.grams:
-                self.grams.add(i, x, fold)
+                self.grams.add(i, x, rows)
             own = weight[live.columns]
             slopes = at_zero or Slopes.at(self.points.raw[i, live.columns] @ x.mT, own, sign[live.columns])
             losses[i, live.columns] = slopes.loss

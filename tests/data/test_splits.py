@@ -232,6 +232,6 @@ def test_every_problem_is_in_one_fold_with_all_of_its_chains(folds: int) -> None
     assert sorted(sizes) == list(range(folds)) and max(sizes.values()) - min(sizes.values()) <= 1
     for fold, n in sizes.items():
         held = [place for (place,) in by_problem.values() if place == (fold, "validation")]
-        assert len(held) == round(n * 0.2)
+        assert abs(len(held) - n * 0.2) <= 1
     assert places == fold_chains(problems, folds=folds, validation_share=0.2)
     assert places != fold_chains(problems, folds=folds, validation_share=0.2, seed=1)  # negative control

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from builders import make_rows
+from builders import COMMON, make_rows
 from finished import results
 from forked import forked
 from torch import Tensor
@@ -24,6 +25,7 @@ from streamprobe.data.splits import FoldPlace, fold_chains
 from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.probes.kept import NESTED, KeptProbes, load_kept
 from streamprobe.run import pipeline
+from streamprobe.run.inputs import Inputs
 from streamprobe.run.pass_end import PassEnd
 
 F = 3
@@ -129,6 +131,7 @@ def test_every_chain_is_scored_as_by_a_run_of_which_its_fold_is_the_test(crossed
             for k in real(ours):
                 for i in range(len(ours.sites)):
                     own, expected = logits(ours, chains, i, k), logits(theirs, list(range(len(chains))), i, k)
+                    own, expected = own - ours.half[k], expected - theirs.half[k]  # whose priors are others
                     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-3)
                     if not fold and ours.feed != NESTED:  # negative control: as other folds' probes would have it
                         bank = crossed.kept_separately[1].final[number].bank
@@ -143,7 +146,10 @@ def test_what_is_kept_is_the_mean_of_separate_runs(crossed: Crossed) -> None:
         theirs = [kept.final[number] for kept in crossed.kept_separately]
         columns = [k for k, column in enumerate(ours.bank.columns) if not column.control]
         for name, tensor in ours.bank.tensors().items():
-            mean = torch.stack([each.bank.tensors()[name].double() for each in theirs]).mean(0)
+            found = [each.bank.tensors()[name].double() for each in theirs]
+            if name == "bias":  # whose priors are others
+                found = [one + (ours.half - each.half) for one, each in zip(found, theirs, strict=True)]
+            mean = torch.stack(found).mean(0)
             scale = mean.abs().amax()
             assert ((tensor.double() - mean)[:, columns].abs().amax() / scale) < 1e-4, (ours.feed, name)
         assert torch.equal(ours.gradient_norm.isnan(), theirs[0].gradient_norm.isnan())
@@ -174,6 +180,33 @@ def test_streamed_activations_give_the_same_and_the_model_reads_kept_ones_once()
     cost = summary(kept), summary(streamed)
     assert "kept" in cost[0]["activations"] and "streamed" in cost[1]["activations"]
     assert cost[0]["model_tokens"] < 1.1 * cost[0]["splits"]["test"]["tokens"] < cost[1]["model_tokens"] / 5
+
+
+def random_texts(n: int, seed: int) -> list[dict[str, Any]]:
+    """Texts with a label each that nothing tells."""
+    random = np.random.default_rng(seed)
+    texts = [" ".join(random.choice(COMMON, 20)) + "." for _ in range(n)]
+    return [{"problem": f"{i}?", "response": text, "odd": bool(random.random() < 0.5)} for i, text in enumerate(texts)]
+
+
+def test_a_probe_that_knows_nothing_ranks_no_folds_as_it_does_without_a_common_prior(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The AUROC of the place in texts of one label each, over four draws."""
+    argv = ["--labels", "odd", "--targets", "token", "--lags", "0", "--controls", "position", "--folds", "5"]
+
+    def mean(out: str) -> float:
+        found = []
+        for seed in range(4):
+            Path(f"texts-{seed}.json").write_text(json.dumps(random_texts(60, seed)))
+            rows = rows_of(train(f"{out}-{seed}", "--data", f"texts-{seed}.json", *argv))
+            found += [float(row["auroc"]) for row in rows if row["control"] == "position"]
+        return float(np.mean(found))
+
+    common = mean("common")
+    assert abs(common - 0.5) < 0.06
+    monkeypatch.setattr(Inputs, "prior_of", lambda inputs, feed: -inputs.positive_weight_of(feed).log())
+    assert mean("own") < common - 0.05
 
 
 def killed_after_pass(number: int) -> Callable[[], None]:
@@ -231,7 +264,7 @@ def test_what_is_kept_is_judged_on_other_data_and_not_on_its_own(crossed: Crosse
         (["--folds", "five"], ["folds", "five"]),
         (["--folds", "3", "--validation", "test"], ["folds 3 with validation test", "drop --folds or --validation"]),
         (["--folds", "3", "--split", "category", "--test_categories", "alpha"], ["folds 3 with split category"]),
-        (["--folds", "20", "--max_chains", "10"], ["no validation chains"]),
+        (["--folds", "20", "--max_chains", "10"], ["20 folds of 10 chains, 10 of them empty", "--folds"]),
     ],
     ids=lambda value: " ".join(value),
 )

@@ -12,6 +12,7 @@ from builders import make_rows, parse_annotations
 
 from streamprobe.cli import train as main
 from streamprobe.controls.table import CONTROLS
+from streamprobe.evaluation import verdict
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.verdict import LOW_ENDS
 from streamprobe.run import jobs
@@ -137,5 +138,6 @@ def test_no_gain_is_only_that_nested_probes_were_trained_further(
     rows = [chain.row for chain in organisms.grow(150, 1008)]
     run = launch(tmp_path, model_dir, rows, seed=8, controls=[JOINT_CHAIN])
     assert run.claims == []
-    monkeypatch.setattr(jobs, "BASELINE_EXACTNESS", 1)
+    for module in (jobs, verdict):
+        monkeypatch.setattr(module, "BASELINE_EXACTNESS", 1)
     assert launch(tmp_path / "other", model_dir, rows, seed=8, controls=[JOINT_CHAIN]).claims != []

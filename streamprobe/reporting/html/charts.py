@@ -15,7 +15,7 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import GAINS, Row
 from streamprobe.evaluation.verdict import is_certain
 from streamprobe.reporting import heat_map
-from streamprobe.reporting.grids import Grid, best_of, certain, gained, known, lags_of, lines_of, rows_of
+from streamprobe.reporting.grids import Grid, best_of, certain, gained, in_units, known, lags_of, lines_of, rows_of
 from streamprobe.reporting.heat_map import Scale
 
 TEXT, FAINT, GROUND = "#010203", "#040506", "#070809"  # stand for colours of the page, see `_svg`
@@ -73,10 +73,11 @@ def _svg(figure: Figure) -> str:
 
 
 TITLES = {
-    "gain_bits": "gain: bits a token that the best layer adds to joint+chain",
+    "gain_bits": "gain: thousandths of a bit a token that the best layer adds to joint+chain",
     "lift": "lift: AUROC of the best layer less that of its best single control",
 }
 SIGNED = ("gain_bits", "gain", "gain_within", "lift")  # above or below 0
+WRITTEN = dict.fromkeys(SIGNED, "{:+.3f}") | {"gain_bits": "{:+.2f}"}  # in the cells of a map
 
 
 @styled
@@ -129,7 +130,14 @@ def _gains(axes: Any, layers: Grid, metric: str) -> None:
     if bits:
         _faint(axes, lines, metric)
         sure = certain(best.values())
-        axes.plot([row["lag"] for row in sure], [row[metric] for row in sure], "o", color=TEXT, fillstyle="none", ms=9)
+        axes.plot(
+            [row["lag"] for row in sure],
+            [in_units(row, metric) for row in sure],
+            "o",
+            color=TEXT,
+            fillstyle="none",
+            ms=9,
+        )
     axes.set_title(TITLES[metric])
     _ticks(axes, lags_of(lines))
 
@@ -138,14 +146,16 @@ def _faint(axes: Any, layers: Grid, metric: str) -> None:
     """A thin line for every layer."""
     for line in layers.values():
         lags = sorted(line)
-        axes.plot(lags, [line[lag][metric] for lag in lags], color=FAINT, linewidth=0.8)
+        axes.plot(lags, [in_units(line[lag], metric) for lag in lags], color=FAINT, linewidth=0.8)
 
 
 def _band(axes: Any, best: Mapping[int, Row], name: str, *, colour: str = BEST, label: str = "") -> None:
     """A metric by lag, with its interval."""
-    low, high = ([row[f"{name}_{end}"] for row in best.values()] for end in ("low", "high"))
+    low, high = ([in_units(row, f"{name}_{end}") for row in best.values()] for end in ("low", "high"))
     axes.fill_between(list(best), low, high, color=colour, alpha=0.25, linewidth=0)
-    axes.plot(list(best), [row[name] for row in best.values()], color=colour, marker="o", label=label, linewidth=2)
+    axes.plot(
+        list(best), [in_units(row, name) for row in best.values()], color=colour, marker="o", label=label, linewidth=2
+    )
 
 
 def _ticks(axes: Any, lags: Sequence[int]) -> None:
@@ -170,7 +180,9 @@ def metric_map(grid: Grid, metric: str, least: float = 0.05) -> Figure:
     layers, controls = lines_of(grid)
     lines = (gained(layers) if metric in GAINS else layers) if metric in SIGNED else layers | controls
     rows, lags = list(lines), lags_of(lines)
-    values = np.array([[line[lag][metric] if lag in line else math.nan for lag in lags] for line in lines.values()])
+    values = np.array(
+        [[in_units(line[lag], metric) if lag in line else math.nan for lag in lags] for line in lines.values()]
+    )
     sure = np.array([[lag in line and is_certain(line[lag]) for lag in lags] for line in lines.values()])
     most = max(least, np.nanmax(np.abs(values), initial=0))
     scales = {"auroc": Scale("viridis", 0.5, 1.0), "average_precision": Scale("viridis", 0.0, most)}
@@ -180,7 +192,7 @@ def metric_map(grid: Grid, metric: str, least: float = 0.05) -> Figure:
         [f"{lag:+d}" for lag in lags],
         width=heat_map.total_width(CELL_WIDTH, rows, len(lags)),
         scale=scales.get(metric, Scale("RdBu", -most, most)),
-        written=("{:+.3f}" if metric in SIGNED else "{:.3f}").format,
+        written=WRITTEN.get(metric, "{:.3f}").format,
         number_size=8,
         outlined=sure,
         outlines=((GROUND, 3.6), (TEXT, 1.6)),

@@ -13,7 +13,7 @@ CURVES = (
     "A curve for each run: its best layer of each lag, with a 95% interval over resampled test chains. Runs on "
     "different data are judged by different chains, so that their intervals say nothing of the difference."
 )
-MAPS = {"gain_bits": "Gain in bits a token", "auroc": "AUROC"}
+MAPS = {"gain_bits": "Gain in thousandths of a bit a token", "auroc": "AUROC"}
 
 
 def render(runs: Sequence[ComparedRun]) -> str:

@@ -21,9 +21,9 @@ NUMBERS = (
 )
 GAINS = (
     "Gain: what a layer adds to the control joint+chain, which knows text, position, sections so far and, by design, "
-    "the rate of the whole chain: bits a token, AUROC, and AUROC among tokens of the same chain. Cells with a line "
-    "around them are certain: there foresight may be claimed, since the gain in bits and the gain within chains are "
-    "above 0, with low ends that are corrected for all probes looked at."
+    "the rate of the whole chain: bits a token, shown in thousandths (mbit), AUROC, and AUROC among tokens of the same "
+    "chain. Cells with a line around them are certain: there foresight may be claimed, since the gain in bits and the "
+    "gain within chains are above 0, with low ends that are corrected for all probes looked at."
 )
 OF_TEXTS = (
     "A text's score is the mean, the maximum or the last of the probabilities at its tokens; intervals are over "
@@ -31,7 +31,7 @@ OF_TEXTS = (
 )
 OF_CATEGORIES = "Of each category and lag the layer that is the best on all test chains."
 GAIN_MAPS = {
-    "gain_bits": "Gain in bits a token",
+    "gain_bits": "Gain in thousandths of a bit a token",
     "gain_within": "Gain in AUROC within chains",
     "gain": "Gain in AUROC",
 }

@@ -5,7 +5,7 @@ from html import escape
 
 from streamprobe.evaluation.rows import Row, place
 from streamprobe.evaluation.verdict import is_certain
-from streamprobe.reporting.grids import as_number, best_of, grids, interval, lines_of
+from streamprobe.reporting.grids import best_of, grids, interval, lines_of, number
 
 SORTS = "A click on a column's name sorts."
 Table = Sequence[tuple[str, Callable[[Row], str]]]  # the name of each column, and its cell of a row
@@ -15,9 +15,9 @@ def _lag(row: Row) -> str:
     return f"{row['lag']:+d}"
 
 
-def _of(name: str, form: str = ".3f") -> Callable[[Row], str]:
+def _of(name: str) -> Callable[[Row], str]:
     """The cell of a number."""
-    return lambda row: as_number(row[name], form)
+    return lambda row: number(row, name)
 
 
 def _interval(name: str) -> Callable[[Row], str]:
@@ -32,7 +32,7 @@ PROBES: Table = [
     ("layer or control", place),
     ("AUROC", _of("auroc")),
     ("95% interval", _interval("auroc")),
-    ("gain bits", _of("gain_bits")),
+    ("gain mbit", _of("gain_bits")),
     ("95% interval", _interval("gain_bits")),
     ("at least", _of("gain_bits_low_corrected")),
     ("gain within", _of("gain_within")),
