@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import organisms
+import pytest
 from builders import make_rows, parse_annotations
 
 from streamprobe.cli import train as main
@@ -14,6 +15,7 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.verdict import LOW_ENDS
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Rows = list[dict[str, Any]]
 SINGLE = [name for name, control in CONTROLS.items() if control.under_lift]
 PLANTED = ("2", "8")  # layer and lag of what `organisms.planted` plants
