@@ -1,10 +1,14 @@
 """What the tests share: a tiny model, made-up chains and a finished run.  Nothing here needs a network."""
 
+import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, here and in programs that tests start
 
 import pytest
 import torch
@@ -23,6 +27,36 @@ settings.load_profile("streamprobe")
 def one_thread() -> None:
     """Matrices of this size are fastest, and sums always in the same order, in one thread."""
     torch.set_num_threads(1)
+
+
+def hide_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Every chart is a blank one."""
+    from PIL import Image
+
+    from streamprobe.reporting.tracking.images import Picture
+
+    png = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(png, "PNG")
+    blank = Picture(png.getvalue(), 1, 1)
+    for name in ("lag_curves", "lift_curve", "metric_map"):
+        patch.setattr(f"streamprobe.reporting.html.page.{name}", lambda *_, **__: "<svg></svg>")
+    patch.setattr("streamprobe.reporting.tracking.metric_grid.draw", lambda *_: blank)
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[pytest.MonkeyPatch]:
+    """For modules whose tests look at no picture: to draw them takes most of the time of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide_pictures(patch)
+        yield patch
+
+
+@pytest.fixture
+def drawn(undrawn: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test in such a module that does look at pictures."""
+    undrawn.undo()
+    yield
+    hide_pictures(undrawn)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ waits (but for WAITS), and several devices.
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as aside  # noqa: F401
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda:0")
 AWAY = ("cuda", "meta")  # torch's C++ takes DEVICE for `meta`: a build without CUDA cannot ask about another
@@ -82,16 +81,33 @@ class _Mode(TorchDispatchMode):  # for operators without a tensor of the device 
         return run(func, args, kwargs or {})
 
 
+def leaves(x: Any) -> list[Any]:
+    """What lies in lists, tuples and dicts of arguments: as torch's `tree_leaves`, in a fraction of its time."""
+    if isinstance(x, list | tuple | dict):
+        return [leaf for part in (x.values() if isinstance(x, dict) else x) for leaf in leaves(part)]
+    return [x]
+
+
+def mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """The same lists, tuples and dicts with each leaf changed."""
+    if isinstance(x, dict):
+        return {name: mapped(change, part) for name, part in x.items()}
+    if isinstance(x, list | tuple):
+        parts = [mapped(change, part) for part in x]
+        return parts if isinstance(x, list) else tuple(parts)
+    return change(x)
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operator on the CPU, its result on the device where CUDA's would lie; raises where CUDA would."""
-    packet, given = func.overloadpacket, tree_leaves((args, kwargs))
+    packet, given = func.overloadpacket, leaves((args, kwargs))
     far = [x for x in given if isinstance(x, OnDevice)]
     near = [x for x in given if isinstance(x, Tensor) and not isinstance(x, OnDevice)]
     to_device = torch.device(kwargs["device"]).type in AWAY if kwargs.get("device") is not None else bool(far)
     schema = enumerate(func._schema.arguments)
     written = [kwargs.get(a.name, *args[i : i + 1]) for i, a in schema if a.alias_info and a.alias_info.is_write]
     assert not any(x.device.type == "meta" for x in near), f"{func} of a tensor that was made past the pretence"
-    if far and near and not _may_mix(func, args, near, tree_leaves(written)):
+    if far and near and not _may_mix(func, args, near, leaves(written)):
         kinds = [f"{x.device} {tuple(x.shape)}" for x in (*far, *near)]
         raise RuntimeError(f"Expected all tensors to be on the same device, but found two: {func} of {kinds}")
     if far and any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in given):
@@ -100,12 +116,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return far[0]  # it is there already
     if current and (far or to_device):
         current.note(func, args, kwargs, bool(far), bool(near), to_device)
-    result = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
+    result = func(*mapped(_inside, args), **mapped(_inside, kwargs))
     if written:  # in place, or with out=
-        for x in tree_leaves(written):
+        for x in leaves(written):
             assert not isinstance(x, OnDevice) or x.shape == x.near.shape, f"{func} changed a shape in place"
         return None if not func._schema.returns else written[0] if len(written) == 1 else tuple(written)
-    return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result) if to_device else result
+    return mapped(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result) if to_device else result
 
 
 def _with_tensors(index: Any) -> Any:
@@ -151,7 +167,7 @@ class Seen:
         self.calls[str(func)] += 1
         waits = packet in WAITS and far
         if packet is aten._to_copy and to_device != far or packet in COPIES and near:
-            crossing = [x for x in tree_leaves(args[packet in COPIES]) if x.dim()]
+            crossing = [x for x in leaves(args[packet in COPIES]) if x.dim()]
             pinned = all(hasattr(x, "is_pinned_copy") for x in crossing)
             pinned |= packet is aten._to_copy and far  # torch pins what it makes on the host in such a copy
             waits = bool(crossing) and not (pinned and kwargs.get("non_blocking"))

@@ -81,10 +81,10 @@ def read_lines(sign: str, aside: bool = False) -> Iterator[str]:
         with suppress(ImportError):
             import_module("readline")  # lets `input` edit the line
     while True:
-        if terminal and aside and sys.stderr is not None:
-            sys.stderr.write(sign)
-            sys.stderr.flush()
         try:
+            if terminal and aside and sys.stderr is not None:  # in here, for a Ctrl-C may come once the sign is seen
+                sys.stderr.write(sign)
+                sys.stderr.flush()
             line = input(sign if terminal and not aside else "")
         except (EOFError, KeyboardInterrupt) as end:
             if not terminal and isinstance(end, KeyboardInterrupt):

@@ -20,6 +20,7 @@ from streamprobe.probes.kept import CONTROLS_FILE, load_kept
 from streamprobe.probes.storage import pack_tensors
 from streamprobe.run import reader
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SAME = ("results.csv", "differences.csv", "categories.csv", "reliability.csv", "curves.json", "transcripts.json")
 KEYS = {
     "dtype": "float32",
@@ -236,7 +237,7 @@ def test_chains_that_the_run_has_seen_are_counted(
     assert json.loads(Path("seen/summary.json").read_text())["run"]["chains_seen"] == n
 
 
-def test_each_evaluation_has_a_folder_of_its_own_with_a_page(run: Path) -> None:
+def test_each_evaluation_has_a_folder_of_its_own_with_a_page(drawn: None, run: Path) -> None:
     other = write(make_rows(20, seed=5), "two words (ü).json")
     for _ in range(2):
         assert main(["evaluate", "run", "--data", other]) == 0

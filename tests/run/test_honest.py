@@ -17,6 +17,7 @@ from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.verdict import LOW_ENDS
 from streamprobe.run import jobs
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Rows = list[dict[str, Any]]
 SINGLE = [name for name, control in CONTROLS.items() if control.under_lift]
 PLANTED = ("2", "8")  # layer and lag of what `organisms.planted` plants

@@ -40,6 +40,7 @@ KEYS = {
     "bootstrap": 20,
     "controls": ["joint+chain"],
 }
+pytestmark = pytest.mark.usefixtures("undrawn")
 STORES = {"kept": [], "streamed": ["--memory_gb", "0.002"]}
 GAINS = ("gain_bits", "gain", "gain_within")
 FILES = ("results.csv", CONTROLS_FILE)

@@ -14,6 +14,7 @@ from streamprobe.cli import train as main
 from streamprobe.run import reader
 from streamprobe.tools import steer as steering
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 BAD = "\u00a7"  # a letter that no other text holds; its tokens overflow
 KEYS = (
     "--layers 1 2 --lags 0 4 --controls position permuted --max_passes 3 --tolerance 1e-9 --l2 0.1 "

@@ -14,6 +14,7 @@ from streamprobe.cli import train as main
 from streamprobe.data.annotations import annotate
 from streamprobe.lags import INSIDE
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 KEYS = ["--layers", "0", "2", "--lags", "0", "4", "--bootstrap", "20", "--max_passes", "2", "--dtype", "float32"]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 

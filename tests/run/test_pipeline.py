@@ -47,6 +47,7 @@ from streamprobe.solvers.newton import PAIRS, NewtonSolver
 from streamprobe.trainer import Job
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("undrawn")
 SINGLE = ("--controls", *(name for name, control in CONTROLS.items() if control.under_lift))  # without the wide ones
 
 
@@ -75,7 +76,7 @@ def outputs(folder):
     return {name: (Path(folder) / name).read_bytes() for name in ("results.csv", "probes.safetensors")}
 
 
-def test_a_run_writes_what_it_promises(config, capsys):
+def test_a_run_writes_what_it_promises(drawn, config, capsys):
     assert main([config]) == 0
     printed = capsys.readouterr().out
     folder = Path("runs/tiny")
@@ -256,7 +257,7 @@ def test_seeds_spread_what_is_random_and_nothing_else(config):
     assert load_probes("runs/tiny", "adam").weight.shape == (2, 3, 32), "the first seed's probes are saved"
 
 
-def test_tensorboard_holds_every_probe_and_a_chart_per_layer(config):
+def test_tensorboard_holds_every_probe_and_a_chart_per_layer(drawn, config):
     assert main([config, "--log_probes", "all"]) == 0
     events = EventAccumulator("runs/tiny").Reload()
     scalars = events.Tags()["scalars"]
@@ -417,9 +418,10 @@ def test_resume_refuses_other_chains(config, chains_file, capsys):
     """Else chains that were held out could be trained on."""
     rows = json.loads(chains_file.read_text())
     Path("mine.json").write_text(json.dumps(rows))
-    assert main([config, "--data", "mine.json", "--output_dir", "out"]) == 0
+    assert main([config, "--data", "mine.json", "--controls", "none", "--output_dir", "out"]) == 0
     Path("mine.json").write_text(json.dumps(rows[::-1]))
-    assert main([config, "--data", "mine.json", "--output_dir", "out", "--resume", "--max_passes", "4"]) == 2
+    argv = ["--data", "mine.json", "--controls", "none", "--output_dir", "out", "--resume", "--max_passes", "4"]
+    assert main([config, *argv]) == 2
     assert "--resume with data_fingerprint" in capsys.readouterr().err
 
 
@@ -429,7 +431,7 @@ def test_validation_without_a_positive_is_told(config, chains_file, capsys):
     for i in order[:5]:
         rows[i]["annotated_chain"] = rows[i]["annotated_chain"].replace("backtracking", "deduction")
     Path("mine.json").write_text(json.dumps(rows))
-    assert main([config, "--data", "mine.json", "--labels", "backtracking", "--max_passes", "2"]) == 0
+    assert main([config, "--data", "mine.json", "--labels", "backtracking", "--max_passes", "2", *SINGLE]) == 0
     assert "no positive in validation for backtracking/token/lag-02" in capsys.readouterr().out
     rows = list(csv.DictReader(Path("runs/tiny/results.csv").open()))
     assert all(r["f1"] == "nan" and r["threshold"] == "nan" for r in rows)
@@ -531,7 +533,7 @@ def test_data_by_url_checked_against_its_digest(config, chains_file, monkeypatch
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/{chains_file.name}"
     digest = hashlib.sha256(chains_file.read_bytes()).hexdigest()
-    assert main([config, "--data", url, "--data_sha256", digest, "--max_passes", "1"]) == 0
+    assert main([config, "--data", url, "--data_sha256", digest, "--controls", "none", "--max_passes", "1"]) == 0
     assert main([config, "--data", url, "--data_sha256", "f" * 64]) == 2
     assert main([config, "--data", url + "x"]) == 2
     server.shutdown()
@@ -548,23 +550,24 @@ def test_memory_that_is_not_there_leaves_no_run_behind(config, monkeypatch, caps
         patch.setattr("streamprobe.run.pipeline.make_memories", fail)
         assert main([config, "--output_dir", "small"]) == 2 and "memory" in capsys.readouterr().err
     assert files() == before
-    assert main([config, "--output_dir", "small", "--max_passes", "1", "--max_batch_tokens", "256"]) == 0
+    assert main([config, *SINGLE, "--output_dir", "small", "--max_passes", "1", "--max_batch_tokens", "256"]) == 0
 
 
 def test_layers_by_name_are_compared_also_where_there_is_no_checkpoint_yet(config, capsys):
-    assert main([config, "--layers", "0-1", "--max_passes", "1", "--output_dir", "run"]) == 0
+    none = ("--controls", "none")
+    assert main([config, *none, "--layers", "0-1", "--max_passes", "1", "--output_dir", "run"]) == 0
     for path in [path for path in Path("run").rglob("*") if path.is_file() and path.name != "config.yaml"]:
         path.unlink()
     before = Path("run/config.yaml").read_bytes()
     capsys.readouterr()
-    assert main([config, "--layers", "1-2", "--resume", "--output_dir", "run"]) == 2
+    assert main([config, *none, "--layers", "1-2", "--resume", "--output_dir", "run"]) == 2
     assert "--resume with layers [1, 2]; expected [0, 1]" in capsys.readouterr().err
     assert Path("run/config.yaml").read_bytes() == before
-    assert main([config, "--layers", "0-1", "--max_passes", "1", "--resume", "--output_dir", "run"]) == 0
+    assert main([config, *none, "--layers", "0-1", "--max_passes", "1", "--resume", "--output_dir", "run"]) == 0
 
 
 def test_the_time_that_is_printed_is_that_of_the_summary(config, capsys):
-    assert main([config]) == 0
+    assert main([config, *SINGLE]) == 0
     seconds = json.loads(Path("runs/tiny/summary.json").read_text())["run"]["seconds"]
     assert f"time      {seconds:,} s for 3 passes" in capsys.readouterr().out
 

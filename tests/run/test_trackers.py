@@ -14,6 +14,7 @@ from trackers import lines_of, use_stub
 from streamprobe.cli import train as main
 from streamprobe.run import pipeline
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FILES = ("results.csv", "probes.safetensors", "transcripts.json", "differences.csv", "reliability.csv", "curves.json")
 
 

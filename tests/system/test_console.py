@@ -190,6 +190,24 @@ def test_at_a_terminal_each_line_is_asked_for_until_someone_ends_it(end, argv):
     assert shown.count("> ") == 3
 
 
+def test_ctrl_c_as_soon_as_the_sign_is_seen_is_the_end(monkeypatch):
+    """Before the line is asked for, which on a busy machine comes later."""
+
+    class Hasty(Terminal):
+        pressed = False
+
+        def flush(self):
+            if not self.pressed:
+                self.pressed = True
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "typed_at_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("wait\n"))
+    monkeypatch.setattr(sys, "stderr", Hasty())
+    assert list(console.read_lines("> ", aside=True)) == []
+    assert list(console.read_lines("> ", aside=True)) == ["wait"]  # negative control: without Ctrl-C
+
+
 def test_lines_end_where_standard_input_is_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert list(console.read_lines("> ")) == [] and not console.typed_at_terminal()
