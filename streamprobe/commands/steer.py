@@ -16,6 +16,7 @@ from streamprobe.commands.shared import (
     write_file,
 )
 from streamprobe.errors import InputError
+from streamprobe.system.console import say
 
 
 def options(parser: ArgumentParser) -> None:
@@ -52,6 +53,8 @@ def steer(given: Namespace) -> None:
     opened.check_chains(run.folder, chains)
     model, tokenizer = opened.load_whole(run)
     examples = steering.choose(chains.splits, config.probes.labels, given.problems)
+    if chains.folds > 1:
+        say(f"problems  of chains that trained the probe, too, since it is the mean over {chains.folds} folds")
     most = config.model.max_batch_tokens
     if config.data.bad_chains == "skip":
         examples = steering.leave_out_bad(examples, model, run.probes.layers, most)

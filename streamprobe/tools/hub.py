@@ -24,6 +24,7 @@ from streamprobe.system.privacy import ON_HUB, for_others
 COLUMNS = ("solver", "label", "target", "layer", "lag", "control", "auroc", "auroc_low", "auroc_high")
 PUBLIC = ("solvers", "layers", "columns", "data_fingerprint", "model_fingerprint")  # of what probes say of themselves
 Cells = dict[tuple[str, int], str]  # (layer or control, lag) -> AUROC with its interval
+OF_FOLDS = ", of probes that the others of {n} folds trained (those here are their means, trained on all chains)"
 CARD = """---
 {head}---
 
@@ -42,7 +43,8 @@ t + k.  Solvers: {solvers}.
 
 ## Results
 
-AUROC on held-out test chains, with the 95% interval over resampled chains; below the layers, what they must beat.
+AUROC on held-out test chains{folds}, with the 95% interval over resampled chains; below the layers, what they must
+beat.
 
 {tables}"""
 
@@ -111,6 +113,7 @@ def make_card(about: dict[str, Any], rows: Sequence[dict[str, str]], repo_id: st
         layer=about["layers"][0],
         lag=columns[0].lag,
         solvers=", ".join(about["solvers"]),
+        folds=OF_FOLDS.format(n=folds) if (folds := about.get("config", {}).get("folds", 1)) != 1 else "",
         tables="\n".join(table(name, cells) for name, cells in _group(rows).items()),
     )
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,10 @@ class Finished(NamedTuple):
         return self.above_zero("lift_low_corrected")
 
 
-def launch(folder: Path, model_dir: str, rows: Rows, *, seed: int, controls: list[str]) -> Finished:
-    """What a run over these chains says of layers 0 and 2."""
+def launch(
+    folder: Path, model_dir: str, rows: Rows, *, seed: int, controls: list[str], more: Sequence[str] = ()
+) -> Finished:
+    """What a run over these chains says of layers 0 and 2; `more` options of it."""
     folder.mkdir(exist_ok=True)
     data, out = folder / f"chains-{seed}.json", folder / f"run-{seed}"
     data.write_text(json.dumps(rows), encoding="utf-8")
@@ -57,7 +60,7 @@ def launch(folder: Path, model_dir: str, rows: Rows, *, seed: int, controls: lis
     keys = f"--layers 0 2 --lags 0 4 8 12 --targets onset --test_share 0.5 --validation_share 0.3 --bootstrap 200 --seed {seed}"
     files = ["--data", str(data), "--output_dir", str(out), "--report_to", "none"]
     passes = ["--max_passes", "60"]
-    assert main([str(folder / "run.yaml"), *files, *keys.split(), *passes, "--controls", *controls]) == 0
+    assert main([str(folder / "run.yaml"), *files, *keys.split(), *passes, *more, "--controls", *controls]) == 0
     [verdict] = json.loads((out / "summary.json").read_text())["run"]["verdicts"]
     return Finished(list(csv.DictReader((out / "results.csv").open())), verdict)
 
@@ -142,3 +145,23 @@ def test_no_gain_is_only_that_nested_probes_were_trained_further(
     for module in (jobs, verdict):
         monkeypatch.setattr(module, "BASELINE_EXACTNESS", 1)
     assert launch(tmp_path / "other", model_dir, rows, seed=8, controls=[JOINT_CHAIN]).claims != []
+
+
+def test_with_folds_nothing_is_claimed_where_nothing_is_foreseen_and_what_is_planted_is_found(
+    tmp_path: Path, model_dir: str
+) -> None:
+    """Organisms as above, all of whose chains are tested."""
+    claims = []
+    for seed in range(8):
+        chains = organisms.grow(200, 3000 + seed)
+        with organisms.planted([chain.rate for chain in chains]):
+            rows = [chain.row for chain in chains]
+            run = launch(tmp_path, model_dir, rows, seed=seed, controls=[JOINT_CHAIN], more=["--folds", "3"])
+        claims.append(run.claims)
+    assert sum(map(bool, claims)) <= 1, claims
+    for seed in range(8, 11):
+        chains = organisms.grow(200, 3000 + seed)
+        with organisms.planted([chain.rate for chain in chains], ahead=1.5):
+            rows = [chain.row for chain in chains]
+            run = launch(tmp_path, model_dir, rows, seed=seed, controls=[JOINT_CHAIN], more=["--folds", "3"])
+        assert run.claims == [PLANTED]
