@@ -64,11 +64,11 @@ def test_each_run_has_its_lines_and_each_label_the_runs_that_have_it(here: Path,
     text = printed(capsys, "a", "b", "old")
     back, other = text.split(f"{HOSTILE}, target onset")[0], text.split(f"{HOSTILE}, target onset")[1]
     assert re.search(r"AUROC\n  a +0\.900  0\.900\n  b +0\.900  0\.900\n  old +0\.900  0\.900\n", back)
-    assert re.search(r"gain bits\n  a +\+0\.040\n  b +-0\.010\n  old\n", back)
-    assert re.search(r"at least\n  a +\+0\.020\n  b +-0\.005\n", back)
+    assert re.search(r"gain mbit\n  a +\+40\.00\n  b +-10\.00\n  old\n", back)
+    assert re.search(r"at least\n  a +\+20\.00\n  b +-5\.00\n", back)
     for said in (
         "run       a: model m, layers 0 1; data chains.json",
-        "certain   a: up to lag +4 (layer 1, +0.040 bits a token)",
+        "certain   a: up to lag +4 (layer 1, +40.00 mbit a token)",
         "certain   b: at no lag",
         "certain   old: unknown, without a joint control",
         "verdict   a: a verdict of a\n",
@@ -88,7 +88,10 @@ def test_the_page_holds_all_runs_and_text_stays_text(here: Path, capsys: Any) ->
     first = first[first.index("<h2 id=family0>") :]
     for name in ("a", "b", "old"):
         assert f"<h3>AUROC: {name}</h3>" in first and first.count(f"<b>{name}</b>") == 1
-    assert "<h3>Gain in bits a token: a</h3>" in first and "<h3>Gain in bits a token: old</h3>" not in first
+    assert (
+        "<h3>Gain in thousandths of a bit a token: a</h3>" in first
+        and "<h3>Gain in thousandths of a bit a token: old</h3>" not in first
+    )
     assert "<h3>AUROC: b</h3>" in second and "AUROC: a<" not in second
     assert page.count("<dl class=identity>") == 3
 

@@ -29,7 +29,7 @@ def row(layer: int | str, lag: int, low: float = -0.001, gain: float = 0.0312, *
 
 def control(lag: int, **other: Any) -> dict[str, Any]:
     """A row of the joint control."""
-    return {**row("", lag), **COMPARED, "control": JOINT_CHAIN, **other}
+    return {**row("", lag), **COMPARED, "control": JOINT_CHAIN, "gradient_norm": 1e-5, **other}
 
 
 def family(certain: Mapping[int, float], lags: Sequence[int] = LAGS, **other: Any) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def test_each_family_has_its_sentence() -> None:
 
 # --- not converged ---
 
-WARNING = " WARNING: not converged (gradient norm 6.8e-02, tolerance 1.0e-03): raise --max_passes"
+WARNING = " WARNING: not converged (gradient norm 6.8e-02, tolerance 1.0e-0{}): raise --max_passes"
 PERHAPS = " WARNING: perhaps not converged (gradient norm unknown, tolerance 1.0e-03): raise --max_passes"
 
 
@@ -210,15 +210,30 @@ def test_a_claim_warns_where_it_rests_on_a_probe_that_is_not_converged(layer: ob
     field = "nested_gradient_norm" if layer else "gradient_norm"
     rows = family({2: 0.1, 4: 0.0129})
     assert "WARNING" not in said(rows)
-    assert said(put(rows, layer, lag, **{field: 0.068})) == said(rows) + (WARNING if warns else "")
+    assert said(put(rows, layer, lag, **{field: 0.068})) == said(rows) + (
+        WARNING.format(3 if layer else 4) if warns else ""
+    )
     assert said(put(rows, layer, lag, **{field: math.nan})) == said(rows) + (PERHAPS if warns else "")
 
 
 @pytest.mark.parametrize(("layer", "lag"), [(15, 4), (3, 8), ("", 2)])
 def test_nothing_certain_warns_of_any_probe_that_is_not_converged(layer: object, lag: int) -> None:
     field, rows = "nested_gradient_norm" if layer else "gradient_norm", family({})
-    assert said(put(rows, layer, lag, **{field: 0.068})) == said(rows) + WARNING
-    assert said(put(put(rows, 3, 2, nested_gradient_norm=math.nan), layer, lag, **{field: 0.068})).endswith(WARNING)
+    warning = WARNING.format(3 if layer else 4)
+    assert said(put(rows, layer, lag, **{field: 0.068})) == said(rows) + warning
+    assert said(put(put(rows, 3, 2, nested_gradient_norm=math.nan), layer, lag, **{field: 0.068})).endswith(warning)
+
+
+@pytest.mark.parametrize("low, claimed", [(2e-6, True), (5e-7, False)])
+def test_no_gain_is_claimed_that_is_less_than_training_leaves_open(low: float, claimed: bool) -> None:
+    rows = put(family({4: 0.0129}), 15, 4, gain_bits_low_corrected=low)
+    assert ("nothing certain" in said(rows)) != claimed
+
+
+def test_the_control_is_to_be_solved_more_exactly() -> None:
+    rows = family({4: 0.0129})
+    assert said(put(rows, "", 4, gradient_norm=5e-4)) == said(rows) + WARNING.format(4).replace("6.8e-02", "5.0e-04")
+    assert said(put(rows, 15, 4, nested_gradient_norm=5e-4)) == said(rows)  # negative control
 
 
 def test_a_probe_that_is_the_control_needs_no_passes_of_its_own() -> None:

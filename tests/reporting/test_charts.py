@@ -9,7 +9,7 @@ from streamprobe.reporting.html.charts import PAGE, NamedGrid, lag_curves, lift_
 
 
 def numbers(svg: str) -> list[str]:
-    return re.findall(r">([+-]?\d\.\d{3})</text>", svg)
+    return re.findall(r">([+-]?\d+\.\d{2,4})</text>", svg)
 
 
 def test_a_heat_map_shows_the_numbers_of_its_rows(rows: list[Row]) -> None:
@@ -60,18 +60,18 @@ def test_no_cell_is_outlined_fails_without_certainty(rows: list[Row], gained_row
 def test_maps_of_gains_have_the_lags_at_which_they_are_known(gained_rows: list[Row]) -> None:
     [grid] = grids(gained_rows).values()
     svg = metric_map(grid, "gain_bits")
-    assert numbers(svg) == ["+0.031", "+0.031"] and ">+8<" in svg and ">+0<" not in svg and "embed" not in svg
+    assert numbers(svg) == ["+31.00", "+31.00"] and ">+8<" in svg and ">+0<" not in svg and "embed" not in svg
 
 
 def test_the_gain_stands_in_the_place_of_the_lift_where_it_is_known(rows: list[Row], gained_rows: list[Row]) -> None:
     with_gain, without = (next(iter(grids(each).values())) for each in (gained_rows, rows))
-    assert "bits a token" in lag_curves(with_gain) and "lift" not in lag_curves(with_gain)
-    assert "lift" in lag_curves(without) and "bits a token" not in lag_curves(without)
+    assert "mbit a token" in lag_curves(with_gain) and "lift" not in lag_curves(with_gain)
+    assert "lift" in lag_curves(without) and "mbit a token" not in lag_curves(without)
     assert "lift" in lift_curve(with_gain)
 
 
 def test_curves_of_several_runs_name_each(rows: list[Row], gained_rows: list[Row]) -> None:
     runs = [NamedGrid(name, next(iter(grids(each).values()))) for name, each in (("_a<b", rows), ("c", gained_rows))]
     svg = runs_curves(runs)
-    assert "_a&lt;b<" in svg and ">\u200bc<" in svg and "bits a token" in svg
-    assert "bits a token" not in runs_curves(runs[:1])
+    assert "_a&lt;b<" in svg and ">\u200bc<" in svg and "mbit a token" in svg
+    assert "mbit a token" not in runs_curves(runs[:1])

@@ -161,7 +161,7 @@ def test_the_page_says_first_what_the_run_is_of_and_then_the_verdict(folder: Pat
 
 def test_gains_are_shown_where_they_are_known(folder: Path, full_folder: Path, results: TestResults) -> None:
     text = files.draw_report(full_folder).decode()
-    for heading in ("Gain in bits a token", "Gain in AUROC within chains", "Gain in AUROC"):
+    for heading in ("Gain in thousandths of a bit a token", "Gain in AUROC within chains", "Gain in AUROC"):
         assert f"<h3>{heading}</h3>" in text
     assert "<summary>Lift</summary>" in text and "<td>yes</td>" in text and ">gain within<" in text
     (folder / "results.csv").write_bytes(files.FILES["results.csv"].make(results) or b"")

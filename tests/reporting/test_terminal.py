@@ -23,14 +23,14 @@ def test_the_table_is_compact_and_names_the_best_layers(rows: list[Row]) -> None
     for cells, row in zip(ladder, best, strict=True):
         assert cells[:3] == [f"{row['lag']:+d}", str(row["layer"]), f"{row['auroc']:.3f}"]
         assert f"{row['lift']:+.3f}" in cells and row["best_control"] in cells
-    assert "gain bits" not in "\n".join(lines) and "certain" not in "\n".join(lines), "where no gain is known"
+    assert "gain mbit" not in "\n".join(lines) and "certain" not in "\n".join(lines), "where no gain is known"
 
 
 def test_the_gain_has_its_interval_and_its_corrected_low_end_at_any_width(gained_rows: list[Row]) -> None:
     for width in (None, 120, 80):
         text = table(gained_rows, width=width)
         [line] = [line for line in text.splitlines() if re.match(r" +\+8 +\d", line)]
-        assert "+0.031  +0.011 to +0.051" in line and "+0.012" in line
+        assert "+31.00  +11.00 to +51.00" in line and "+12.00" in line
         assert "certain   +8: layer 12   (" in text and text.count("certain   ") == 1
     none = [{**row, "gain_within_low_corrected": -0.1} for row in gained_rows]
     assert "certain   at no lag" in table(none)

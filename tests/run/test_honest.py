@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from streamprobe.cli import train as main
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation import verdict
 from streamprobe.evaluation.rows import JOINT_CHAIN
-from streamprobe.evaluation.verdict import LOW_ENDS
+from streamprobe.evaluation.verdict import LEAST
 from streamprobe.run import jobs
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -30,15 +30,17 @@ class Finished(NamedTuple):
     rows: Rows  # of results.csv
     verdict: str
 
-    def above_zero(self, *names: str) -> list[tuple[str, str]]:
-        """The (layer, lag) ahead of the text of which all these numbers are above 0."""
+    def above(self, least: Mapping[str, float]) -> list[tuple[str, str]]:
+        """The (layer, lag) ahead of the text of which all these numbers are above these."""
         ahead = [row for row in self.rows if not row["control"] and int(row["lag"]) > 0]
-        return [(row["layer"], row["lag"]) for row in ahead if all(float(row[name]) > 0 for name in names)]
+        return [
+            (row["layer"], row["lag"]) for row in ahead if all(float(row[name]) > low for name, low in least.items())
+        ]
 
     @property
     def claims(self) -> list[tuple[str, str]]:
         """The (layer, lag) that are said to foresee; the sentence says the same, and of no probe that is unconverged."""
-        found = self.above_zero(*LOW_ENDS)
+        found = self.above(LEAST)
         assert ("nothing certain is foreseen of onset" in self.verdict) == (not found)
         assert "WARNING" not in self.verdict
         return found
@@ -46,7 +48,7 @@ class Finished(NamedTuple):
     @property
     def lifts(self) -> list[tuple[str, str]]:
         """The (layer, lag) that are surely above the best single control, of which claims were made before."""
-        return self.above_zero("lift_low_corrected")
+        return self.above({"lift_low_corrected": 0})
 
 
 def launch(

@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -15,7 +16,18 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import GAINS, Row
 from streamprobe.evaluation.verdict import is_certain
 from streamprobe.reporting import heat_map
-from streamprobe.reporting.grids import Grid, best_of, certain, gained, in_units, known, lags_of, lines_of, rows_of
+from streamprobe.reporting.grids import (
+    Grid,
+    best_of,
+    certain,
+    gained,
+    in_units,
+    known,
+    lags_of,
+    lines_of,
+    rows_of,
+    written,
+)
 from streamprobe.reporting.heat_map import Scale
 
 TEXT, FAINT, GROUND = "#010203", "#040506", "#070809"  # stand for colours of the page, see `_svg`
@@ -73,11 +85,10 @@ def _svg(figure: Figure) -> str:
 
 
 TITLES = {
-    "gain_bits": "gain: thousandths of a bit a token that the best layer adds to joint+chain",
+    "gain_bits": "gain: mbit a token that the best layer adds to joint+chain",
     "lift": "lift: AUROC of the best layer less that of its best single control",
 }
 SIGNED = ("gain_bits", "gain", "gain_within", "lift")  # above or below 0
-WRITTEN = dict.fromkeys(SIGNED, "{:+.3f}") | {"gain_bits": "{:+.2f}"}  # in the cells of a map
 
 
 @styled
@@ -192,7 +203,7 @@ def metric_map(grid: Grid, metric: str, least: float = 0.05) -> Figure:
         [f"{lag:+d}" for lag in lags],
         width=heat_map.total_width(CELL_WIDTH, rows, len(lags)),
         scale=scales.get(metric, Scale("RdBu", -most, most)),
-        written=WRITTEN.get(metric, "{:.3f}").format,
+        written=partial(written, name=metric, sign="+" if metric in SIGNED else ""),
         number_size=8,
         outlined=sure,
         outlines=((GROUND, 3.6), (TEXT, 1.6)),
