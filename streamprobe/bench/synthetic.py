@@ -16,7 +16,7 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import forward, make_batches, stream
 from streamprobe.bench.shapes import Shape
-from streamprobe.data.dataset import count_tokens
+from streamprobe.data.census import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, Column, make_columns

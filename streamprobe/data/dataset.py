@@ -9,17 +9,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from streamprobe.data.annotations import NAMES, Section, check_names
+from streamprobe.data.census import Census, count_tokens
 from streamprobe.data.prompts import is_unicode
 from streamprobe.data.records import Record, Refused, Unusable
 from streamprobe.data.splits import FoldPlace, fold_chains, split_chains
 from streamprobe.data.tokenize import AS_TEXT, Chain, TextOptions, tokenize
 from streamprobe.errors import InputError
-from streamprobe.lags import INSIDE, OUTSIDE, Column, LagBuffer
+from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.system.console import shows_progress
 
 
@@ -113,22 +113,6 @@ NO_TOKEN = "without a token that counts, as where a chat template leaves the res
 NOT_FINITE = "with activations that are infinite or not numbers"
 SPLITS = ("train", "validation", "test")
 MOST_SECTION_LABELS = 16  # each is some 60 features of the control `joint`
-
-
-class Census(NamedTuple):
-    """What a trip over a split yields, known without the model."""
-
-    tokens: int  # that are valid for some column
-    valid: Tensor  # [K] int64 tokens that are valid for each column
-    positive: Tensor  # [K] int64 positives among them
-
-    def of(self, columns: Sequence[int]) -> "Census":
-        """The same for some of the columns."""
-        return self._replace(valid=self.valid[columns], positive=self.positive[columns])
-
-    def less(self, other: "Census") -> "Census":
-        """The same without the tokens that another one has counted."""
-        return Census(self.tokens - other.tokens, self.valid - other.valid, self.positive - other.positive)
 
 
 @dataclass(frozen=True)
@@ -309,16 +293,3 @@ def _in_categories(kinds: Sequence[str], chosen: Sequence[str]) -> list[bool]:
             f"test_categories {' '.join(strange)}, which no chain has", f"of {known}", "correct --test_categories"
         )
     return [kind in chosen for kind in kinds]
-
-
-def count_tokens(chains: Sequence[Chain], columns: Sequence[Column], labels: Sequence[str]) -> Census:
-    """What a trip over the chains will yield, without the model; `labels` names their C label arrays."""
-    buffer = LagBuffer(columns, labels)
-    tokens = 0
-    valid, positive = torch.zeros(2, len(columns), dtype=torch.int64)
-    for c in chains:
-        pairs = buffer.push(c.ids, c.codes, c.support, last=True)
-        tokens += int(pairs.valid.any(1).sum())
-        valid += pairs.valid.sum(0)
-        positive += pairs.targets.sum(0)
-    return Census(tokens, valid, positive)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from streamprobe.data.annotations import END, plain_name
-from streamprobe.data.dataset import Census, Counts, Dataset
+from streamprobe.data.census import Census
+from streamprobe.data.dataset import Counts, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column

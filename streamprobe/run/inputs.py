@@ -15,7 +15,8 @@ from streamprobe.controls.chosen import ChosenControls
 from streamprobe.controls.permuted import relabel, relabelled_columns
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data import preflight
-from streamprobe.data.dataset import Census, Dataset, Division, make_dataset
+from streamprobe.data.census import Census
+from streamprobe.data.dataset import Dataset, Division, make_dataset
 from streamprobe.data.prompts import resolve_day
 from streamprobe.data.records import FormatOptions, Record, Refused
 from streamprobe.data.sources import RowSource, open_source, read_records

@@ -31,7 +31,7 @@ from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import stream
 from streamprobe.cli import train as main
 from streamprobe.controls.table import CONTROLS
-from streamprobe.data.dataset import count_tokens
+from streamprobe.data.census import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.rows import FIELDS
