@@ -43,7 +43,7 @@ class Shown(NamedTuple):
     matters: int
 
 
-def number_column(head: str, width: int, matters: int, name: str, sign: str = "") -> Shown:
+def number_column(head: str, width: int, matters: int, name: str, *, sign: str = "") -> Shown:
     """The column of one number of a row."""
     return Shown(head, width, lambda row: number(row, name, sign), matters)
 
@@ -58,10 +58,10 @@ BEST = [
     Shown("layer", 6, lambda row: str(row["layer"]), 0),
     number_column("AUROC", 7, 0, "auroc"),
     interval_column(16, 4, "auroc"),
-    number_column("gain mbit", 10, 0, "gain_bits", "+"),
+    number_column("gain mbit", 10, 0, "gain_bits", sign="+"),
     interval_column(18, 1, "gain_bits", "+"),
-    number_column("at least", 9, 2, "gain_bits_low_corrected", "+"),
-    number_column("lift", 7, 3, "lift", "+"),
+    number_column("at least", 9, 2, "gain_bits_low_corrected", sign="+"),
+    number_column("lift", 7, 3, "lift", sign="+"),
     interval_column(18, 9, "lift", "+"),
     Shown("  over", -14, lambda row: f"  {row['best_control']}".rstrip(), 5),
     number_column("AP", 6, 6, "average_precision"),

@@ -65,7 +65,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line with which a run is refused, before anything is read or left behind."""
     before = listed()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "read_texts", None)
+        patch.setattr("streamprobe.run.setup.read_texts", None)
         assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("streamprobe: ") and error.count("\n") == 1

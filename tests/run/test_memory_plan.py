@@ -111,7 +111,7 @@ FEEDS = [feed("layers", L, 8, D), feed("position", 1, 6, 3), feed("joint+chain",
 
 def test_nested_probes_take_the_place_of_the_matrices_of_others_but_not_of_their_vectors():
     with_nested, without = Matrices.of(FEEDS), Matrices.of(FEEDS[:2])
-    vectors = L * K * (P + 1 + D) * 8 * (6 + 2 * PAIRS)
+    vectors = L * K * (P + 1 + D) * 8 * (7 + 2 * PAIRS)
     assert with_nested.vectors == without.vectors + vector_bytes(1, K, P) + vectors
     assert without.nested.matrix_bytes(False) == without.nested.vector_bytes() == 0
     whole = 4 * K * ((P + 1) ** 2 + L * ((P + 1) * D + 2 * D**2))
@@ -165,6 +165,7 @@ def test_nested_probes_take_what_was_planned(shared):
     more = 4 * L * (len(PENALTIES) - 1) * D**2 if shared else 0  # other penalties may come
     assert held == size.matrix_bytes(shared) - more
     vectors = [solver.point, solver.best, solver.chosen, solver.best_gradient, solver.past, solver.sums.gradient_]
+    vectors.append(solver.start.scale)
     assert 0 <= size.vector_bytes() - sum(t.nbytes for t in vectors) <= solver.point.nbytes
 
 

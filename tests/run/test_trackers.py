@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trackers import lines_of, use_stub
 
 from streamprobe.cli import train as main
-from streamprobe.run import pipeline
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FILES = ("results.csv", "probes.safetensors", "transcripts.json", "differences.csv", "reliability.csv", "curves.json")
@@ -74,7 +73,7 @@ def test_without_wandb_a_run_is_refused_before_anything_is_read(
     config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("streamprobe.reporting.tracking.weights_and_biases.find_spec", lambda name: None)
-    monkeypatch.setattr(pipeline, "read_texts", None)
+    monkeypatch.setattr("streamprobe.run.setup.read_texts", None)
     for argv in ([], ["--dry_run"]):
         assert main([config, "--report_to", "tensorboard", "wandb", *argv]) == 2
         error = capsys.readouterr().err

@@ -268,7 +268,7 @@ def test_coming_back_bit_for_bit_fails_without_the_same_probes(run_folder, endpo
     other = tmp_path / "other"
     other.mkdir()
     save = {f"newton.{part}": getattr(bank, part).clone() + 1 for part in ("weight", "bias", "threshold")}
-    about = {"solvers": ["newton"], "layers": bank.layers, "columns": [list(c) for c in bank.columns]}
+    about = {"solvers": ["newton"], "layers": bank.layers, "columns": [c.saved for c in bank.columns]}
     save_file(save, other / "probes.safetensors", {"streamprobe": json.dumps(about)})
     Hub.files["someone/probes"] = {"probes.safetensors": (other / "probes.safetensors").read_bytes()}
     done = with_hub(endpoint, tmp_path, "-c", READ, str(run_folder))
