@@ -47,5 +47,5 @@ class Feed(NamedTuple):
 
     @property
     def n_folds(self) -> int:
-        """How many."""
+        """How many folds its columns stand for."""
         return 1 if self.folds is None else int(self.folds[-1]) + 1

@@ -35,18 +35,13 @@ def choose_thresholds(
     scored = evaluate([(calibrated(job, inputs), job.feed) for job in jobs], validation)
     thresholds = []
     for job, own in zip(jobs, scored, strict=True):
-        metrics = measure(own.scores, own.targets, own.valid, half=half_logits(job, inputs))
+        metrics = measure(own.scores, own.targets, own.valid, half=inputs.prior_of(job.feed))
         if job.best.patience is None and job.best.looked_at < done.passes:
             log_metrics(tracker, job, metrics, done.tokens)
         tracker.curves(job.solver, own, metrics["auroc"], done.tokens)
         thresholds.append(metrics["threshold"])
     tracker.compare(done.tokens)
     return thresholds
-
-
-def half_logits(job: Job, inputs: Inputs) -> Tensor:
-    """Where the class-weighted probability of calibrated probes is one half, [K]."""
-    return inputs.prior_of(job.feed)
 
 
 def final_probes(
@@ -56,7 +51,7 @@ def final_probes(
     final = []
     for job, threshold in zip(jobs, thresholds, strict=True):
         bank, best = calibrated(job, setup.inputs), job.best
-        half = half_logits(job, setup.inputs)
+        half = setup.inputs.prior_of(job.feed)  # where the class-weighted probability is one half
         whole = bank.choose(list(range(len(bank.columns))), threshold)
         final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
     return final + ([nested] if nested else [])

@@ -122,14 +122,11 @@ class NewtonSolver:
         if not self.factors:
             self.places = self.find_places()
         centre = self.mean if number > 1 else None
-        points = Points(self._raw(self.point), centre, self.expected, self.positive_weight, self.fold, self.n_folds)
+        raw = torch.cat([self.point[..., :-1] / self.scale[:, self.fold], self.point[..., -1:]], -1).float()
+        points = Points(raw, centre, self.expected, self.positive_weight, self.fold, self.n_folds)
         pairs = zip(self.converged.tolist(), self.places, strict=True)
         live = [LiveColumns.of(done, own, self.factors, self.device) for done, own in pairs]
         return NewtonSums(live, points, seed=self.seed + number)
-
-    def _raw(self, probes: Tensor) -> Tensor:
-        """Probes [L, K, E] of standardised features as those of centred ones, float32."""
-        return torch.cat([probes[..., :-1] / self.scale[:, self.fold], probes[..., -1:]], -1).float()
 
     def find_places(self) -> list[list[Place]]:
         """What every column's matrix is made for, [L][K]: itself, or those of like size that many tokens shape, too."""
