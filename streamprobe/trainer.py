@@ -3,21 +3,25 @@
 Shapes: N tokens, L sites, K columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
-from streamprobe.activations.store import ActivationMemory
+from streamprobe.activations.shards import Trip
+from streamprobe.activations.store import ActivationMemory, Part
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.scores import evaluate
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.solvers.base import Solver
+from streamprobe.system.distributed import add, least, owner
 
+NO_PART = 2**31  # the number of the first part of a rank that has none
 LOG_TOKENS = 65_536  # training tokens between two points of a loss curve; a pass ends with one too
 Source = Callable[[], Iterable[TokenBatch]]
 
@@ -48,7 +52,7 @@ NOTHING_DONE = Done()
 def train(
     jobs: Sequence[Job],
     memory: ActivationMemory,
-    source: Callable[[int], Iterator[TokenBatch]],
+    source: Callable[[int], Trip],
     validation: Source,
     *,
     tracker: Tracker,
@@ -60,8 +64,9 @@ def train(
 ) -> Done:
     """Trains until all probes are final or `max_passes` are over; returns how far that was.
 
-    Every pass feeds all solvers.  `source(n)` is pass n over the training chains, `validation()` one trip over the
-    validation tokens, `save(done)` what is done after a pass.  `done` is what the checkpoint resumed from was given.
+    Every pass feeds all solvers.  `source(n)` is pass n over the training chains, `validation()` one trip over this
+    rank's validation tokens, `save(done)` what is done after a pass.  `done` is what the checkpoint resumed from was
+    given.
     """
     number, tokens = done
     if number and memory.keep and not finished(jobs, number, max_passes):
@@ -79,18 +84,43 @@ def train(
     return Done(number, tokens)
 
 
-def train_pass(jobs: Sequence[Job], batches: Iterable[TokenBatch], tracker: Tracker, tokens: int) -> int:
-    """Feeds every solver all of the batches; returns the tokens seen in all passes, `tokens` before this one."""
-    for batch in batches:
-        for job in jobs:
-            job.solver.step(*job.feed.of(batch))
-        tokens += len(batch.chain)
-        if tokens % LOG_TOKENS < len(batch.chain):
-            log_losses(tracker, jobs, tokens)
-    log_losses(tracker, jobs, tokens)
+def train_pass(jobs: Sequence[Job], parts: Iterable[Part], tracker: Tracker, tokens: int) -> int:
+    """Feeds every solver the tokens of a pass; returns those seen in all passes, `tokens` before this one.
+
+    A solver that sums is fed the parts of this rank; one that takes a step after another is fed all, on every rank.
+    """
+    stepping = [job for job in jobs if job.solver.shuffles]
+    seen, begun = 0, False
+    for part in parts:
+        fed = jobs if part.is_own else stepping
+        for batch in part.chunks:
+            if not begun:
+                begun = begin(jobs, batch, part.number)
+            for job in fed:
+                job.solver.step(*job.feed.of(batch))
+            seen += len(batch.chain)
+            if stepping and (tokens + seen) % LOG_TOKENS < len(batch.chain):
+                log_losses(tracker, stepping, tokens + seen)
+        for job in fed:
+            job.solver.end_part()
+    if not begun:
+        begin(jobs, None, NO_PART)
+    tokens += seen if stepping else total(seen)
     for job in jobs:
         job.solver.end_pass()
+    log_losses(tracker, jobs, tokens)
     return tokens
+
+
+def begin(jobs: Sequence[Job], batch: TokenBatch | None, part: int) -> bool:
+    """Tells every solver of the first tokens of a pass, which are those of one rank; `batch` and `part` are this one's.
+
+    All ranks take part, also one without a token.
+    """
+    source = owner(least(part))
+    for job in jobs:
+        job.solver.begin(None if batch is None else job.feed.features(batch), source)
+    return True
 
 
 def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Tracker) -> None:
@@ -117,6 +147,13 @@ def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Track
 def is_looked_at(job: Job, done: Done) -> bool:
     """Whether the validation scores of a job are looked at after this pass."""
     return job.best.patience is not None or done.passes & (done.passes - 1) == 0
+
+
+def total(n: int) -> int:
+    """The sum of all ranks' n."""
+    found = torch.tensor([n])
+    add(found)
+    return int(found)
 
 
 def log_metrics(tracker: Tracker, job: Job, metrics: Mapping[str, Tensor], tokens: int) -> None:

@@ -21,6 +21,7 @@ class TokenBatch(NamedTuple):
     chain: Tensor  # [N] int64: which chain of the stream
     token: Tensor  # [N] int64: which of its tokens
     fold: Tensor  # [N] int64: of its chain, see `splits.FoldPlace`; 0 in a run of one
+    chance: Tensor  # [N] float32, uniform in 0 .. 1 and always the same: by which some tokens of a pass are drawn
 
     def rows(self, index: Tensor | slice) -> "TokenBatch":
         """The tokens at `index`."""

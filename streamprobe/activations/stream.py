@@ -21,6 +21,11 @@ from streamprobe.model.hooks import check_taken, read, tap
 from streamprobe.system.hardware import send
 
 
+def chances(chain: Chain) -> Tensor:
+    """A uniform number [T] in 0 .. 1 for every token of a chain, the same whenever and wherever it is read."""
+    return torch.rand(len(chain.ids), generator=torch.Generator().manual_seed(chain.row))
+
+
 class LayersOfTokens(Protocol):
     """Layers that need no forward pass, such as `controls.embedding.EmbeddingLayers`."""
 
@@ -36,29 +41,17 @@ def no_features(chain: Chain) -> Tensor:
     return torch.empty(len(chain.ids), 0)
 
 
-def make_batches(lengths: Sequence[int], max_tokens: int, seed: int | None) -> list[list[int]]:
-    """Groups chains of like length: a padded batch holds at most `max_tokens` tokens; a longer chain is a batch alone.
+def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups chains of like length, the shortest first.
 
-    With a seed, lengths are jittered by up to 2% and the batches shuffled, so that each pass has its own batches in
-    its own order; without, the order is by length.
+    A padded batch holds at most `max_tokens` tokens; a longer chain is a batch alone.
     """
-    rng = np.random.default_rng(seed)
-    jitter = 1 + 0.02 * rng.random(len(lengths)) if seed is not None else np.ones(len(lengths))
     batches: list[list[int]] = []
-    longest = 0
-    for i in np.argsort(np.asarray(lengths) * jitter, kind="stable").tolist():
-        longest = max(longest, lengths[i]) if batches else lengths[i]
-        if not batches or (len(batches[-1]) + 1) * longest > max_tokens:
+    for i in np.argsort(lengths, kind="stable").tolist():  # so that each one is the longest so far
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > max_tokens:
             batches.append([])
-            longest = lengths[i]
         batches[-1].append(i)
-    return [batches[i] for i in rng.permutation(len(batches))] if seed is not None else batches
-
-
-def _split(batch: list[int], lengths: Sequence[int], longest: int) -> list[list[int]]:
-    """The chains of a batch of at most so many tokens, and the others."""
-    parts = [i for i in batch if lengths[i] <= longest], [i for i in batch if lengths[i] > longest]
-    return [part for part in parts if part]
+    return batches
 
 
 def stream(
@@ -69,26 +62,29 @@ def stream(
     *,
     labels: Sequence[str],
     max_batch_tokens: int = 8192,
-    seed: int | None = None,
+    batches: Sequence[Sequence[int]] | None = None,
     on_forward: Callable[[int, int], None] | None = None,
     embedded: LayersOfTokens | None = None,
     side: Callable[[Chain], Tensor] = no_features,
 ) -> Iterator[TokenBatch]:
     """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
 
-    `labels` names the C label arrays of the chains; `seed` orders the batches (None: by length).  After each forward
-    pass `on_forward` is given the tokens in it and those with padding.  The layers of `embedded` stand behind the
-    probed ones, and `side` gives numbers of a chain's tokens [T, p].
+    `labels` names the C label arrays of the chains; `batches` which of the chains are read together, and in which order
+    (None: all, see `make_batches`).  After each forward pass `on_forward` is given the tokens in it and those with
+    padding.  The layers of `embedded` stand behind the probed ones, and `side` gives numbers of a chain's tokens
+    [T, p].
     A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
     float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
     a chain if the model cannot read one in chunks.
     """
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
+    if batches is None:
+        batches = make_batches([len(chain.ids) for chain in chains], max_batch_tokens)
     blocks = decoder_layers(backbone)
     pairing = _Pairing(LagBuffer(columns, labels), embedded, side)
     with tap({layer: blocks[layer] for layer in layers}) as taken:
-        for batch in _plan_batches(chains, backbone, max_batch_tokens, seed):
+        for batch in _of_like_frequencies(batches, chains, backbone):
             some, asked = {i: chains[i] for i in batch}, None
             longest = max(len(chain.ids) for chain in some.values())
             cache = make_cache(backbone.config) if longest > max_batch_tokens else None
@@ -100,7 +96,9 @@ def stream(
                 if on_forward:
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
                 asked = asked or pairing.look_up(list(some.values()))  # while the device computes
-                yield pairing.lay(asked, some, part, [taken[layer] for layer in layers])
+                laid = pairing.lay(asked, some, part, [taken[layer] for layer in layers])
+                if len(laid.chain):
+                    yield laid
 
 
 def stream_samples(
@@ -118,15 +116,14 @@ def stream_samples(
     return stream(labelled, backbone, layers, [every], **options)
 
 
-def _plan_batches(
-    chains: Sequence[Chain], backbone: Any, max_batch_tokens: int, seed: int | None
+def _of_like_frequencies(
+    batches: Sequence[Sequence[int]], chains: Sequence[Chain], backbone: Any
 ) -> Iterator[list[int]]:
-    """Batches of the numbers of chains that are read together."""
-    lengths = [len(c.ids) for c in chains]
-    limit = frequencies_change(backbone.config)  # chains on both sides of it are never in one batch
-    for batch in make_batches(lengths, max_batch_tokens, seed):
-        short, long = [i for i in batch if lengths[i] <= limit], [i for i in batch if lengths[i] > limit]
-        yield from (some for some in (short, long) if some)
+    """The batches, each in two where some of its chains are so long that the model reads them in other frequencies."""
+    limit = frequencies_change(backbone.config)
+    for batch in batches:
+        parts = [i for i in batch if len(chains[i].ids) <= limit], [i for i in batch if len(chains[i].ids) > limit]
+        yield from (some for some in parts if some)
 
 
 def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Module | None = None) -> None:
@@ -147,6 +144,7 @@ class _Asked(NamedTuple):
     side: Tensor  # [N, p]
     targets: Tensor  # [N, K] bool
     valid: Tensor  # [N, K] bool
+    chance: Tensor  # [N]
 
 
 class _Pairing(NamedTuple):
@@ -162,8 +160,8 @@ class _Pairing(NamedTuple):
         for b, chain in enumerate(chains):
             pairs = self.buffer.push(chain.ids, chain.codes, chain.support, last=True)
             at = pairs.valid.any(1).nonzero()[:, 0]
-            row, token = torch.full((len(at),), b), pairs.token[at]
-            found.append(_Asked(row, token, self.side(chain)[token], pairs.targets[at], pairs.valid[at]))
+            row, token, chance = torch.full((len(at),), b), pairs.token[at], chances(chain)
+            found.append(_Asked(row, token, self.side(chain)[token], pairs.targets[at], pairs.valid[at], chance[token]))
         return _Asked(*(torch.cat(every) for every in zip(*found, strict=True)))
 
     def lay(self, asked: _Asked, chains: Mapping[int, Chain], part: slice, acts: Sequence[Tensor]) -> TokenBatch:
@@ -179,8 +177,10 @@ class _Pairing(NamedTuple):
             before = lengths.cumsum(0) - lengths  # tokens of the chains before each
             sources += [(layer, before[asked.row] + place) for layer in embedded.unbind(1)]
         numbers, folds = torch.tensor(list(chains)), torch.tensor([chain.fold for chain in chains.values()])
-        taken, row = _gather(sources, acts[0].device), asked.row
-        return TokenBatch(taken, asked.side, asked.targets, asked.valid, numbers[row], asked.token, folds[row])
+        taken, row, own = _gather(sources, acts[0].device), asked.row, asked
+        return TokenBatch(
+            taken, own.side, own.targets, own.valid, numbers[row], own.token, folds[row], chance=own.chance
+        )
 
     def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, like: Tensor) -> Tensor:
         """The embedded layers [n, S, D] at the n tokens of a part of the chains, one chain behind the other."""

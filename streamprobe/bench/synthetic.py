@@ -13,24 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.feed import Feed
+from streamprobe.activations.shards import Shard, Trip, deal
 from streamprobe.activations.store import ActivationMemory, Sizes
-from streamprobe.activations.stream import forward, make_batches, stream
+from streamprobe.activations.stream import forward, stream
 from streamprobe.bench.shapes import Shape
 from streamprobe.data.census import count_tokens
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, Column, make_columns
 from streamprobe.model.backbone import pick_dtype
+from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.sites import layer_sites
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.memory_plan import memory_room
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.base import Solver
 from streamprobe.solvers.curvature import curvature_bytes
 from streamprobe.solvers.newton import NewtonSolver
+from streamprobe.system.distributed import is_own
+from streamprobe.trainer import Job, train_pass
 
 LAGS = [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48]
 BATCH, L2 = 1024, 0.01
-SEED = 0
+SEED, SHARDS = 0, 16
 SECTION, BASE_RATE = 18, 0.024  # tokens in a section, fraction of tokens in one: as in the annotated chains
 
 
@@ -119,15 +125,24 @@ class Workbench:
         self.grids = {n: make_grid(chains, n) for n in (1, 10, 100)}
         self.model = make_model(shape, max(shape.layers) + 1, device)
 
-    def read(self, grid: Grid, chains: Sequence[Chain]) -> Iterator[TokenBatch]:
+    def shards(self, chains: Sequence[Chain]) -> list[Shard]:
+        """The chains as a run deals them."""
+        return deal([len(chain.ids) for chain in chains], SHARDS, self.max_batch_tokens)
+
+    def trip(self, grid: Grid, chains: Sequence[Chain]) -> Trip:
         """One trip over the chains, as in a run."""
-        options: dict[str, Any] = {"labels": grid.labels, "max_batch_tokens": self.max_batch_tokens, "seed": SEED}
-        return stream(chains, self.model, self.layers, grid.columns, **options)
+
+        def read(batches: Sequence[Sequence[int]]) -> Iterator[TokenBatch]:
+            options: dict[str, Any] = {"labels": grid.labels, "max_batch_tokens": self.max_batch_tokens}
+            return stream(chains, self.model, self.layers, grid.columns, batches=batches, **options)
+
+        return Trip(self.shards(chains), read)
 
     def forward(self, chains: Sequence[Chain]) -> None:
-        """The very batches of `read` through the model, and nothing else."""
-        for batch in make_batches([len(c.ids) for c in chains], self.max_batch_tokens, SEED):
-            forward(self.model, [chains[i].ids for i in batch])
+        """The very batches of this rank's part of `trip` through the model, and nothing else."""
+        for number, shard in enumerate(self.shards(chains)):
+            for batch in shard if is_own(number) else ():
+                forward(self.model, [chains[i].ids for i in batch])
 
     def solver(self, name: str, grid: Grid, batch_size: int = BATCH) -> Solver:
         """A fresh solver; Newton's columns share one matrix per layer where there are more than 70 probes."""
@@ -150,17 +165,19 @@ class Workbench:
         if home is None:
             raise InputError(f"{size / 1e9:.1f} GB of activations", "room for them in memory", "lower --chains")
         training, validation = (
-            ActivationMemory(n, True, sizes, self.device, home=home) for n in (grid.n_train, grid.n_validation)
+            ActivationMemory(n, True, sizes, self.device, home=home, n_shards=SHARDS)
+            for n in (grid.n_train, grid.n_validation)
         )
         return training, validation
 
     def train_pass(self, grid: Grid, solvers: Sequence[Solver], memory: ActivationMemory) -> None:
         """One pass of all solvers, through the model or, where the memory is filled, from there."""
         order = partial(memory.shuffled, multiple=BATCH, seed=SEED)
-        for batch in (order if any(s.shuffles for s in solvers) else memory.in_order)(
-            partial(self.read, grid, grid.train)
-        ):
-            for solver in solvers:
-                solver.step(batch.acts, batch.targets, batch.valid)
-        for solver in solvers:
-            solver.end_pass()
+        parts = (order if any(s.shuffles for s in solvers) else memory.in_order)(partial(self.trip, grid, grid.train))
+        jobs = [Job(solver, BestProbes(solver.bank(), None), self.everything(grid)) for solver in solvers]
+        train_pass(jobs, parts, Tracker([], []), 0)
+
+    def everything(self, grid: Grid) -> Feed:
+        """All layers and columns."""
+        every = torch.arange(len(grid.columns))
+        return Feed("layers", layer_sites(self.layers), self.shape.hidden, lambda batch: batch.acts, every)

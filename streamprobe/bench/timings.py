@@ -16,16 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.bench import offline
-from streamprobe.bench.synthetic import BASE_RATE, BATCH, L2, LAGS, SEED, Grid, Workbench, count, make_model
+from streamprobe.bench.synthetic import BASE_RATE, BATCH, L2, LAGS, SEED, Workbench, count, make_model
 from streamprobe.evaluation.bootstrap import chain_bootstrap, draw_chains
 from streamprobe.evaluation.metrics import measure
 from streamprobe.evaluation.scores import evaluate
 from streamprobe.probes.base import Probes
 from streamprobe.probes.early_stopping import BestProbes
-from streamprobe.probes.sites import layer_sites
 from streamprobe.reporting.tracking.tensorboard import TensorBoard
 from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.checkpoint import Checkpoints
@@ -159,8 +157,8 @@ def measure_validation(bench: Workbench, ledger: Ledger, repeats: int, held: Act
 def validate(bench: Workbench, bank: Probes, held: ActivationMemory) -> None:
     """What a run does with its validation tokens after each pass."""
     grid = bench.grids[1]
-    batches = held.in_order(partial(bench.read, grid, grid.validation))
-    [scored] = evaluate([(bank, everything(bench, grid))], batches)
+    batches = held.all_chunks(partial(bench.trip, grid, grid.validation))
+    [scored] = evaluate([(bank, bench.everything(grid))], batches)
     measure(scored.scores, scored.targets, scored.valid)
 
 
@@ -174,19 +172,19 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
     """All that a run does between the loaded model and its test, TensorBoard and checkpoints among it."""
     grid = bench.grids[1]
     solver = bench.solver("newton", grid)
-    job = Job(solver, BestProbes(solver.bank(), None), everything(bench, grid))
+    job = Job(solver, BestProbes(solver.bank(), None), bench.everything(grid))
     memory, held = bench.memories(grid)
     with TemporaryDirectory() as name:
         tracker = Tracker([TensorBoard(Path(name), {})], [solver])
         with Checkpoints(Path(name)) as checkpoints:
             kept = Kept(memory.rows, True, True)
             save = PassEnd(checkpoints, {}, kept, [job], tracker, bench.device, begun=Done())
-            validation = partial(held.in_order, partial(bench.read, grid, grid.validation))
+            validation = partial(held.all_chunks, partial(bench.trip, grid, grid.validation))
             work = partial(
                 train,
                 [job],
                 memory,
-                lambda number: bench.read(grid, grid.train),
+                lambda number: bench.trip(grid, grid.train),
                 validation,
                 tracker=tracker,
                 save=save,
@@ -199,12 +197,6 @@ def measure_job(bench: Workbench, ledger: Ledger) -> dict[str, int]:
             save.finish()
         tracker.close()
     return {"passes": done.passes, "converged": int(solver.converged.sum())}
-
-
-def everything(bench: Workbench, grid: Grid) -> Feed:
-    """All layers and columns."""
-    every = torch.arange(len(grid.columns))
-    return Feed("layers", layer_sites(bench.layers), bench.shape.hidden, lambda batch: batch.acts, every)
 
 
 def measure_offline(bench: Workbench, ledger: Ledger, n_chains: int, epochs: int) -> None:

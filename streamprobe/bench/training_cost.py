@@ -49,8 +49,8 @@ def measure_training(options: Options, device: torch.device) -> dict[str, Any]:
     job = timings.measure_passes(bench, ledger, options.repeats)
     grid, about = bench.grids[1], facts(bench, options)
     memory, held = bench.memories(grid)
-    memory.fill(partial(bench.read, grid, grid.train))
-    held.fill(partial(bench.read, grid, grid.validation))
+    memory.fill(partial(bench.trip, grid, grid.train))
+    held.fill(partial(bench.trip, grid, grid.validation))
     probes = timings.measure_replays(bench, ledger, options.repeats, memory)
     timings.measure_validation(bench, ledger, options.repeats, held)
     peer = timings.measure_peer(bench, ledger, memory, probes) if options.peer else {}

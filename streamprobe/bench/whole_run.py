@@ -122,5 +122,5 @@ def annotate(words: Sequence[str], begins: Sequence[int]) -> str:
 
 def read_all(model: nn.Module, chains: Sequence[Chain], max_batch_tokens: int) -> None:
     """The chains through the model, and nothing else."""
-    for batch in make_batches([len(chain.ids) for chain in chains], max_batch_tokens, None):
+    for batch in make_batches([len(chain.ids) for chain in chains], max_batch_tokens):
         forward(model, [chains[i].ids for i in batch])

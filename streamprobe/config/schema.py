@@ -155,6 +155,11 @@ class TrainingConfig:
     )
     bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
     seed: int = key(0, "Seed of weights, of the order of tokens, of those that Newton draws, and of permuted labels.")
+    shards: int = key(
+        16,
+        "Parts of the chains that processes share, as many as there may be processes at work; results do not depend on "
+        "how many there are.",
+    )
     seeds: int = key(1, "Starts of every Adam probe, and permutations of every label, whose spread is reported.")
 
     def __post_init__(self) -> None:
@@ -173,6 +178,7 @@ class TrainingConfig:
         require(
             0 < len(self.solvers) == len(set(self.solvers)), f"solvers {self.solvers}", "each once", "correct --solvers"
         )
+        require(1 <= self.shards <= 4096, f"shards {self.shards}", "1 .. 4,096", "try 16")
         require(self.seeds <= 1000, f"seeds {self.seeds}", "at most 1,000", "try 5")
         for name in ("learning_rate", "batch_size", "max_passes", "patience", "tolerance", "seeds"):
             require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "more than 0", f"correct --{name}")

@@ -41,13 +41,13 @@ def score(
     *,
     of_folds: Sequence[Probes] | None = None,
 ) -> list[ScoredProbes]:
-    """The logits of final probes, each group with its feed, for the tokens of some chains.
+    """The logits of final probes, each group with its feed, for the tokens of some chains, on rank 0.
 
     `of_folds`: the probes of each fold that are scored in place of the final ones, which are means of them.
     Raises InputError for one that is not finite.
     """
     banks = [each.bank for each in final] if of_folds is None else of_folds
-    scored = evaluate(list(zip(banks, feeds, strict=True)), batches, held_out=of_folds is not None)
+    scored = evaluate(list(zip(banks, feeds, strict=True)), batches, held_out=of_folds is not None, rank=0)
     found = []
     for each, own in zip(final, scored, strict=True):
         bank = each.bank

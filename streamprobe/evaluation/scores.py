@@ -13,6 +13,7 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
 from streamprobe.errors import InputError
 from streamprobe.probes.base import Probes
+from streamprobe.system.distributed import each, gather, world
 
 STEPS = 1e5  # of the grid that scores are put on, to 1 of a logit
 
@@ -65,12 +66,17 @@ def to_grid(scores: Tensor) -> Tensor:
 
 
 def evaluate(
-    pairs: Sequence[tuple[Probes, Feed]], batches: Iterable[TokenBatch], *, held_out: bool = False
+    pairs: Sequence[tuple[Probes, Feed]],
+    batches: Iterable[TokenBatch],
+    *,
+    held_out: bool = False,
+    rank: int | None = None,
 ) -> list[Scored]:
     """Every probe's logit for every token, for each bank and its feed, to the grid on which they are ranked.
 
     Where a run has several folds all probes score the tokens that are valid for them, those of the other folds; or,
-    with `held_out`, only the probes of each token's own fold do, so that there are the columns of one.
+    with `held_out`, only the probes of each token's own fold do, so that there are the columns of one.  The batches are
+    those of this rank; the tokens of all are returned on every rank, or on one.
     Raises InputError if a logit is not finite.
     """
     scores: list[list[Tensor]] = [[] for _ in pairs]
@@ -80,15 +86,38 @@ def evaluate(
             logits = bank.scores(feed.features(batch)).permute(1, 2, 0)
             own.append(to_grid(_of_own_fold(logits, batch.fold, feed.n_folds) if held_out else logits))
         rest.append((batch.targets.T, batch.valid.T, batch.chain, batch.token, batch.fold))
-    targets, valid, chain, token, fold = (torch.cat(each, -1) for each in zip(*rest, strict=True))
+    columns = [torch.cat(each, -1) for each in zip(*rest, strict=True)]
     result = []
-    for (_, feed), own in zip(pairs, scores, strict=True):
-        asked = (feed.first_fold() if held_out else feed).to(targets.device)
-        both = targets[asked.columns].T, asked.valid(valid.T, fold)
-        result.append(Scored(torch.cat(own, -1).permute(2, 0, 1), *both, chain, token))
+    for (bank, feed), own in zip(pairs, scores, strict=True):
+        asked = feed.first_fold() if held_out else feed
+        result.append(_of_all_ranks(_scored(asked, own, columns) if rest else _nothing(bank, asked), rank))
     if not all(scored.scores.isfinite().all() for scored in result):
         raise InputError("scores that are infinite or not numbers", "finite weights", "lower --learning_rate")
     return result
+
+
+def _scored(feed: Feed, scores: Sequence[Tensor], columns: Sequence[Tensor]) -> Scored:
+    """The tokens of scores [L, K, n] and of a batch's columns [..., N], as a feed asks for them."""
+    targets, valid, chain, token, fold = columns
+    asked = feed.to(targets.device)
+    both = targets[asked.columns].T, asked.valid(valid.T, fold)
+    return Scored(torch.cat(list(scores), -1).permute(2, 0, 1), *both, chain, token)
+
+
+def _nothing(bank: Probes, feed: Feed) -> Scored:
+    """No token, of these probes."""
+    shape, device = (0, len(bank.bias), len(feed.columns)), bank.bias.device
+    asked = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device)
+    place = torch.zeros(0, dtype=torch.int64, device=device)
+    return Scored(torch.zeros(shape, device=device), asked, asked, place, place)
+
+
+def _of_all_ranks(own: Scored, rank: int | None) -> Scored:
+    """The tokens of all ranks; on one rank only where that is said, and none on the others."""
+    if world().size == 1:
+        return own
+    found = Scored(*gather(own, each(len(own.chain)), rank))
+    return found._replace(scores=found.scores.permute(1, 2, 0).contiguous().permute(2, 0, 1))
 
 
 def _of_own_fold(logits: Tensor, fold: Tensor, n_folds: int) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor
 from streamprobe.errors import InputError
 from streamprobe.probes.storage import pack_tensors, raw_bytes
 from streamprobe.run.memory_plan import Kept
+from streamprobe.system.distributed import before_dying, is_main
 from streamprobe.system.files import write_atomic
 
 STATE = "checkpoint/state.safetensors"
-FORMAT = 5  # of the checkpoint; raised whenever what is in it changes
+FORMAT = 6  # of the checkpoint; raised whenever what is in it changes
 SECONDS = 60.0  # between the beginnings of two of them
 
 
@@ -35,7 +36,7 @@ class Checkpoints:
     """Writes the checkpoints of a run while it trains: now and then, each in a thread, whole or not at all.
 
     As a context manager it ends when the last write has: no thread outlives it.  Where something goes wrong, what was
-    offered last is written first, if that can be.
+    offered last is written first, if that can be.  Of several ranks, rank 0 writes.
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS):
@@ -48,16 +49,23 @@ class Checkpoints:
         self.last: Checkpoint | None = None  # that was written, or is about to be
 
     def __enter__(self) -> "Checkpoints":
+        before_dying(self.write_offered)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is not None and self.offered is not None:
-                with suppress(InputError):  # the first thing that went wrong is what is reported
-                    self.write(self.offered)
-                    self.wait()
+            if kind is not None:
+                self.write_offered()
         finally:
+            before_dying(lambda: None)
             self.thread.shutdown()
+
+    def write_offered(self) -> None:
+        """Writes what was offered last, if that can be, whatever else went wrong: that is what is reported."""
+        if self.offered is not None:
+            with suppress(InputError):
+                self.write(self.offered)
+                self.wait()
 
     def offer(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, which nothing changes any more, if it is time for that.
@@ -73,7 +81,7 @@ class Checkpoints:
     def write(self, checkpoint: Checkpoint) -> None:
         """Begins to write a checkpoint once the last one is written, unless it is that."""
         self.wait()
-        if checkpoint is not self.last:
+        if checkpoint is not self.last and is_main():
             self.begun, self.last, self.offered = time.monotonic(), checkpoint, checkpoint
             self.writing = self.thread.submit(save_run, self.folder, checkpoint)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.activations.stream import make_batches
+from streamprobe.activations.shards import Shard
 from streamprobe.config.load import RunConfig
 from streamprobe.data.tokenize import Chain
 from streamprobe.model.sizes import loaded_bytes, weight_bytes
@@ -13,7 +13,7 @@ from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds
 from streamprobe.run.memory_plan import Kept, plan_run
-from streamprobe.run.reader import Reader, embed_controls, load_model, skip_bad_chains
+from streamprobe.run.reader import embed_controls, load_model, make_reader, skip_bad_chains
 from streamprobe.system.console import say
 
 
@@ -35,18 +35,17 @@ def describe_needs(
     kept: Kept,
     *,
     max_passes: int,
-    max_batch_tokens: int,
+    padded: int,
     loaded: int,
     timed: Timed,
     nested: bool,
 ) -> str:
     """What a run would ask of the model, as text for the terminal.
 
-    `splits` has those that it reads; `loaded` is the model's size in bytes, `timed` one full batch; `nested`: whether
-    nested probes are trained.
+    `splits` has those that it reads, of `padded` tokens with padding; `loaded` is the model's size in bytes, `timed` a
+    full batch; `nested`: whether nested probes are trained.
     """
     tokens = {name: sum(len(c.ids) for c in chains) for name, chains in splits.items()}
-    padded = sum(padded_tokens([len(c.ids) for c in chains], max_batch_tokens) for chains in splits.values())
     every = f"in each of at most {max_passes} passes" + " and as many of nested probes" * nested
     rate = timed.tokens / timed.seconds
     return "\n".join(
@@ -64,23 +63,20 @@ def describe_needs(
 
 
 def time_batch(
-    chains: Sequence[Chain], read: Callable[[list[Chain]], Iterable[TokenBatch]], max_batch_tokens: int, seed: int
+    chains: Sequence[Chain], shards: Sequence[Shard], read: Callable[[list[Chain]], Iterable[TokenBatch]]
 ) -> Timed:
-    """Seconds that the first full batch of a pass takes once the model is warm, and its tokens with padding."""
-    lengths = [len(c.ids) for c in chains]
-    batches = make_batches(lengths, max_batch_tokens, seed)
-    padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
-    full = padded.index(max(padded))
+    """Seconds that the largest batch takes once the model is warm, and its tokens with padding."""
+    largest = max((batch for shard in shards for batch in shard), key=lambda batch: padded_size(chains, batch))
     for _ in ("warm up", "timed"):
         start = time.perf_counter()
-        for batch in read([chains[i] for i in batches[full]]):
+        for batch in read([chains[i] for i in largest]):
             batch.acts[:1].cpu()  # waits for the device
-    return Timed(time.perf_counter() - start, padded[full])
+    return Timed(time.perf_counter() - start, padded_size(chains, largest))
 
 
-def padded_tokens(lengths: Sequence[int], max_tokens: int) -> int:
-    """Tokens that the model reads for chains of these lengths, padding included."""
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in make_batches(lengths, max_tokens, None))
+def padded_size(chains: Sequence[Chain], batch: Sequence[int]) -> int:
+    """Tokens that the model reads for a batch of chains, padding included."""
+    return len(batch) * max(len(chains[i].ids) for i in batch)
 
 
 def describe_run(config: RunConfig) -> None:
@@ -96,19 +92,20 @@ def describe_run(config: RunConfig) -> None:
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     del texts  # as in a run, which plans with the memory that is free then
     embedded = embed_controls(inputs, backbone)
-    reader = Reader(inputs, backbone, model.max_batch_tokens, cost, embedded=embedded)
+    reader = make_reader(config, inputs, backbone, cost, embedded=embedded)
     feeds = make_feeds(inputs, layers, backbone.hidden_size, embedded.width if embedded else None)
-    plan = plan_run(config, inputs, backbone, feeds, before=None)
+    plan = plan_run(config, inputs, backbone, feeds, shards=reader.shards, before=None)
     splits = dict(inputs.dataset.splits)
     if inputs.dataset.folds > 1 and plan.kept.train and plan.kept.validation:
         del splits["test"]
-    timed = time_batch(splits["train"], reader.stream, model.max_batch_tokens, config.training.seed + 1)
+    timed = time_batch(splits["train"], reader.shards["train"], reader.stream)
+    batches = [(chains, batch) for name, chains in splits.items() for shard in reader.shards[name] for batch in shard]
     say(
         describe_needs(
             splits,
             plan.kept,
             max_passes=config.training.max_passes,
-            max_batch_tokens=model.max_batch_tokens,
+            padded=sum(padded_size(chains, batch) for chains, batch in batches),
             loaded=loaded_bytes(backbone.model),
             timed=timed,
             nested=plan.matrices is not None and plan.matrices.nested.columns > 0,

@@ -32,7 +32,7 @@ from streamprobe.run.judged_chains import columns_of, count_overlap, make_inputs
 from streamprobe.run.nested import nested_feed
 from streamprobe.run.opened import check_chains
 from streamprobe.run.provenance import facts_of, sizes_of
-from streamprobe.run.reader import Backbone, Reader, find_bad_rows, load_model
+from streamprobe.run.reader import Backbone, Reader, find_bad_rows, load_model, make_reader
 from streamprobe.system.console import say
 from streamprobe.system.hardware import exact_float32
 from streamprobe.system.wrapping import columns
@@ -116,7 +116,7 @@ def set_up(asked: Asked, cost: Cost) -> Setup:
         say(f"skipped   {len(bad)} chains {NOT_FINITE}; what is left:\n")
         inputs, seen = look_at(asked, texts, read(bad))
     embedded = restore_embedded(asked.kept, inputs, backbone)
-    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embedded)
+    reader = make_reader(config, inputs, backbone, cost, embedded=embedded)
     feeds = feeds_of(asked.kept, inputs, backbone, embedded.width if embedded else None)
     return Setup(config, texts.tokenizer, inputs, seen, facts, backbone, feeds, reader)
 

@@ -15,6 +15,7 @@ from streamprobe.reporting.files import FILES
 from streamprobe.run.checkpoint import STATE
 from streamprobe.system import files
 from streamprobe.system.console import say
+from streamprobe.system.distributed import is_main, share_bytes
 
 LOCK = ".lock"
 TRIES = 10  # to make a folder that a refused run is just taking away
@@ -54,6 +55,17 @@ def claim_folder(
         yield claim.folder
     finally:
         claim.release()
+
+
+@contextmanager
+def claim_shared_folder(output_dir: str | None, name: str, resume: bool) -> Iterator[Path]:
+    """The folder of a run, claimed as `claim_folder` does by rank 0, which alone writes there; all are told which."""
+    if not is_main():
+        yield Path(os.fsdecode(share_bytes(b"")))
+        return
+    with claim_folder(output_dir, name, resume) as folder:
+        share_bytes(os.fsencode(folder))
+        yield folder
 
 
 @dataclass

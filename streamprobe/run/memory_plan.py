@@ -1,13 +1,15 @@
 """Where the activations of a run lie, and how large Newton's matrices may be: device memory, host RAM, or a pool."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from streamprobe.activations.feed import Feed
+from streamprobe.activations.shards import Shard
 from streamprobe.activations.store import CHUNK_TOKENS, LEAST_TOKENS, MIXING_TOKENS, ActivationMemory, Sizes
 from streamprobe.config.load import RunConfig
+from streamprobe.data.census import count_tokens
 from streamprobe.errors import InputError
 from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
@@ -18,6 +20,7 @@ from streamprobe.solvers.curvature import HELD, HELD_BYTES, curvature_bytes
 from streamprobe.solvers.lbfgs import vector_bytes
 from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
+from streamprobe.system.distributed import is_own, least, world
 from streamprobe.system.hardware import free_bytes
 
 
@@ -82,16 +85,32 @@ def estimate_reserve(
 
 def memory_room(memory_gb: float | None, device: torch.device, reserve: int = 0) -> int:
     """Bytes that a run may fill on `device`: nine tenths of what is free less `reserve`, at most `memory_gb` 10^9."""
-    room = max(0, int(0.9 * free_bytes(device)) - reserve)
+    free = free_bytes(device) // (world().local_size if device.type == "cpu" else 1)
+    room = max(0, int(0.9 * free) - reserve)
     return room if memory_gb is None else int(min(memory_gb * 1e9, room))
 
 
 class Tokens(NamedTuple):
-    """How many tokens there are room for to find."""
+    """How many tokens there are room for to find, on the rank that has most of them."""
 
     train: int
     validation: int
     bytes_each: int
+    train_of_all: int  # of all ranks
+
+    @classmethod
+    def of(cls, inputs: Inputs, shards: Mapping[str, Sequence[Shard]], bytes_each: int) -> "Tokens":
+        """Those of a run whose splits lie in these shards."""
+        of_all = inputs.census["train"].tokens
+        if world().size == 1:
+            return cls(of_all, inputs.census["validation"].tokens, bytes_each, of_all)
+        most: list[int] = []
+        for split in ("train", "validation"):
+            own = [i for number, shard in enumerate(shards[split]) if is_own(number) for batch in shard for i in batch]
+            chains = [inputs.dataset.splits[split][i] for i in own]
+            most.append(-least(-count_tokens(chains, inputs.columns, inputs.dataset.labels).tokens))
+        train, validation = most
+        return cls(train, validation, bytes_each, of_all)
 
 
 def plan_memory(
@@ -113,13 +132,13 @@ def plan_memory(
         return _plan_as_before(tokens, rooms, before)
     for home, space in rooms.items():
         if (tokens.train + tokens.validation) * tokens.bytes_each <= space:
-            return Plan(Kept(tokens.train, True, True), home)
+            return Plan(Kept(tokens.train_of_all, True, True), home)
     least = max(LEAST_TOKENS, batch_size)
     for home, space in rooms.items():
         for keep_validation in (tokens.validation * tokens.bytes_each <= space / 2, False):
             rows = space // tokens.bytes_each - tokens.validation * keep_validation
             if rows >= least:
-                pool = min(rows, max(MIXING_TOKENS, batch_size), tokens.train)
+                pool = min(rows, max(MIXING_TOKENS, batch_size), tokens.train_of_all)
                 return Plan(Kept(pool, False, keep_validation), home)
     raise InputError(
         f"{max(rooms.values()) / 1e6:,.2f} MB for activations"
@@ -131,12 +150,13 @@ def plan_memory(
 
 def _plan_as_before(tokens: Tokens, rooms: Mapping[torch.device, int], before: Kept) -> Plan:
     """The plan of the run that is resumed, in whichever memory has room for it."""
-    needed = (before.rows + tokens.validation * before.validation) * tokens.bytes_each
+    rows = tokens.train if before.train else before.rows
+    needed = (rows + tokens.validation * before.validation) * tokens.bytes_each
     home = next((home for home, space in rooms.items() if needed <= space), None)
     if home is None:
         raise InputError(
             f"{max(rooms.values()) / 1e6:,.2f} MB for activations",
-            f"{needed / 1e6:,.2f} MB for {before.rows:,} training tokens, as when the run began",
+            f"{needed / 1e6:,.2f} MB for {rows:,} training tokens, as when the run began",
             "raise --memory_gb, free memory, or start a new run",
         )
     return Plan(before, home)
@@ -195,7 +215,7 @@ def make_plan(
     Device memory comes first, then host RAM.  `memory_gb` as in `memory_room`; `reserve` stays free.
     """
     homes = dict.fromkeys((device, torch.device("cpu")))
-    rooms = {home: memory_room(memory_gb, home, reserve.on(home, device)) for home in homes}
+    rooms = {home: least(memory_room(memory_gb, home, reserve.on(home, device))) for home in homes}
     shared, taken = False, 0
     if matrices:
         activations = (tokens.train + tokens.validation) * tokens.bytes_each
@@ -207,13 +227,14 @@ def make_plan(
         say(f"curvature {taken / 1e9:.2f} GB on {device}, {kind}")
     plan = plan_memory(tokens, rooms, batch_size=batch_size, taken=taken, before=before)
     kept = plan.kept._replace(shared=shared)
-    rows = kept.rows + tokens.validation * kept.validation
+    rows = (tokens.train if kept.train else kept.rows) + tokens.validation * kept.validation
     what = (
         f"all {rows:,} training and validation tokens: the model reads them once"
         if kept.train
-        else f"a pool of {kept.rows:,} of {tokens.train:,} training tokens: the model reads them in every pass"
+        else f"a pool of {kept.rows:,} of {tokens.train_of_all:,} training tokens: the model reads them in every pass"
     )
-    say(f"memory    {rows * tokens.bytes_each / 1e9:.2f} GB on {plan.home} for {what}")
+    most = f", on the rank that has most of {world().size}" if world().size > 1 else ""
+    say(f"memory    {rows * tokens.bytes_each / 1e9:.2f} GB on {plan.home} for {what}{most}")
     return plan._replace(kept=kept)
 
 
@@ -229,9 +250,17 @@ class RunPlan(NamedTuple):
 
 
 def plan_run(
-    config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Sequence[Feed], *, before: Kept | None
+    config: RunConfig,
+    inputs: Inputs,
+    backbone: Backbone,
+    feeds: Sequence[Feed],
+    *,
+    shards: Mapping[str, Sequence[Shard]],
+    before: Kept | None,
 ) -> RunPlan:
     """Plans and prints where activations and Newton's matrices will lie; `before` is what a resumed run kept.
+
+    On several ranks all plan alike, by the least room that one of them has.
 
     Raises InputError where there is no room, and for Newton on a device without float64.
     """
@@ -241,7 +270,7 @@ def plan_run(
     n_layers = len(backbone.layers) + len(inputs.controls.embedded)
     dtype = pick_dtype(config.model.dtype)
     sizes = Sizes(n_layers, backbone.hidden_size, len(inputs.columns), inputs.controls.width, dtype)
-    tokens = Tokens(inputs.census["train"].tokens, inputs.census["validation"].tokens, sizes.token_bytes())
+    tokens = Tokens.of(inputs, shards, sizes.token_bytes())
     matrices = Matrices.of(feeds) if newton else None
     plan = make_plan(
         tokens,
@@ -278,9 +307,11 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
     return reserve._replace(host=max(reserve.host, 2 * vectors))  # twice while a checkpoint is written
 
 
-def make_memories(plan: RunPlan) -> tuple[ActivationMemory, ActivationMemory]:
-    """Room for the training and for the validation tokens, as planned."""
-    kept = plan.kept
-    train = ActivationMemory(kept.rows, kept.train, plan.sizes, plan.device, home=plan.home)
-    n_validation = plan.tokens.validation * kept.validation
-    return train, ActivationMemory(n_validation, kept.validation, plan.sizes, plan.device, home=plan.home)
+def make_memories(plan: RunPlan, n_shards: int) -> tuple[ActivationMemory, ActivationMemory]:
+    """Room for this rank's training and validation tokens, as planned."""
+    kept, tokens = plan.kept, plan.tokens
+    where: dict[str, Any] = {"home": plan.home, "n_shards": n_shards}
+    rows = tokens.train if kept.train else kept.rows
+    train = ActivationMemory(rows, kept.train, plan.sizes, plan.device, tokens=tokens.train_of_all, **where)
+    n_validation = tokens.validation * kept.validation
+    return train, ActivationMemory(n_validation, kept.validation, plan.sizes, plan.device, **where)

@@ -4,7 +4,7 @@ Shapes: N tokens, S = L + 1 sites, K columns.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
+from streamprobe.activations.shards import Trip
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.evaluation.calibration import recalibrate
@@ -93,7 +94,7 @@ def balanced_loss(scored: Scored, positive_weight: Tensor) -> Tensor:
 def train_nested(
     job: NestedJob,
     memory: ActivationMemory,
-    source: Callable[[int], Iterator[TokenBatch]],
+    source: Callable[[int], Trip],
     *,
     begun: Done,
     max_passes: int,
@@ -109,8 +110,10 @@ def train_nested(
         solver.load(state)
     while not solver.final and int(solver.passes) < max_passes:
         started, number = time.monotonic(), 1 if memory.keep else begun.passes + int(solver.passes) + 1
-        for batch in memory.in_order(partial(source, number)):
-            solver.step(*job.feed.of(batch))
+        for part in memory.in_order(partial(source, number)):
+            for batch in part.chunks:
+                solver.step(*job.feed.of(batch))
+            solver.end_part()
         solver.end_pass()
         if solver.final or int(solver.passes) == max_passes or time.monotonic() - printed >= QUIET:
             printed = time.monotonic()

@@ -34,14 +34,16 @@ class NestedSize(NamedTuple):
         return self.layers * self.columns * (self.control + 1 + self.hidden) * 8 * (7 + 2 * PAIRS)
 
     def matrix_bytes(self, shared: bool) -> int:
-        """What BlockMatrices take: A for each group, and for a layer, too, A^-1 B, C, and its factor with a penalty.
+        """What the sums [A, B; B', C] take, float64, or what BlockMatrices make of them: A for each group, and for a
+        layer, too, A^-1 B, C, and its factor with a penalty.
 
         Where all columns are one group their penalties may be as many as there are.
         """
         groups, factors = (min(1, self.columns), min(len(PENALTIES), self.columns)) if shared else (self.columns, 1)
         width = self.control + 1
-        of_layer = width * self.hidden + (1 + factors) * self.hidden**2
-        return groups * (width**2 + self.layers * of_layer) * 4
+        sums = 8 * (width * self.hidden + self.hidden**2)
+        of_layer = max(sums, 4 * (width * self.hidden + (1 + factors) * self.hidden**2))
+        return groups * (8 * width**2 + self.layers * of_layer)
 
     def state_bytes(self) -> int:
         """What a checkpoint holds of them once they are final."""

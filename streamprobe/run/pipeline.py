@@ -1,7 +1,7 @@
 """A config becomes a finished run: read, load, plan, train, test, write."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.activations.feed import Feed
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.config.load import RunConfig
 from streamprobe.evaluation.results import TestResults, judge, score
+from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
-from streamprobe.probes.kept import NESTED, FinalProbes
+from streamprobe.probes.kept import NESTED, KeptProbes
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
@@ -24,17 +24,18 @@ from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.final import choose_thresholds, final_probes, probes_to_keep
-from streamprobe.run.folder import claim_folder
+from streamprobe.run.folder import claim_shared_folder
 from streamprobe.run.jobs import make_jobs, states_of, take_up
 from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
 from streamprobe.run.nested import NestedJob, Validation, final_nested, make_nested, train_nested
 from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.pass_end import PassEnd
 from streamprobe.run.provenance import sizes_of, write_config
-from streamprobe.run.resume import NOTHING, find_earlier
+from streamprobe.run.resume import NOTHING, find_shared_earlier
 from streamprobe.run.setup import Setup, set_up
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
+from streamprobe.system.distributed import is_main
 from streamprobe.system.files import check_room
 from streamprobe.system.hardware import exact_float32, send
 from streamprobe.system.start import no_collections
@@ -49,10 +50,11 @@ def run(config: RunConfig) -> Path | None:
     """
     check_backends(config.output.report_to)
     if config.output.dry_run:
-        describe_run(config)
+        if is_main():
+            describe_run(config)
         return None
     output = config.output
-    with claim_folder(output.output_dir, config.name, output.resume) as folder:
+    with claim_shared_folder(output.output_dir, config.name, output.resume) as folder:
         run_in(folder, config)
     return folder
 
@@ -62,28 +64,35 @@ def run_in(folder: Path, config: RunConfig) -> None:
     """The whole run, from the config to the last file in `folder`."""
     cost, earlier = Cost(), NOTHING
     if config.output.resume:
-        earlier, config = find_earlier(config, folder)
+        earlier, config = find_shared_earlier(config, folder)
     with no_collections():
         setup = set_up(config, earlier, cost)
     config, backbone, checkpoint = setup.config, setup.backbone, earlier.checkpoint
-    plan = plan_run(config, setup.inputs, backbone, setup.feeds, before=checkpoint.kept if checkpoint else None)
-    memory, held_out = make_memories(plan)
+    before, shards = checkpoint.kept if checkpoint else None, setup.reader.shards
+    plan = plan_run(config, setup.inputs, backbone, setup.feeds, shards=shards, before=before)
+    memory, held_out = make_memories(plan, config.training.shards)
     jobs = make_jobs(setup.inputs, setup.feeds, config.training, kept=plan.kept, device=backbone.device)
     done = take_up(jobs, checkpoint)
-    check_room(folder, *needed_room(jobs, folder))
-    write_config(folder, setup.facts)
+    if is_main():
+        check_room(folder, *needed_room(jobs, folder))
+        write_config(folder, setup.facts)
     tracker = make_tracker(folder, setup, jobs, done)
-    validation = partial(held_out.in_order, partial(setup.reader.read, "validation"))
+    validation = partial(held_out.all_chunks, setup.read_validation)
     with Checkpoints(folder) as checkpoints:
         save = PassEnd(checkpoints, setup.facts, plan.kept, jobs, tracker, backbone.device, begun=done)
         done, nested = train_all(setup, jobs, memory, validation, save=save, checkpoint=checkpoint)
         save.finish()
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
     final = final_probes(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
-    cost_once = cache(partial(describe_cost, cost, plan, done, nested))  # the same in every file and in the terminal
     feeds = [job.feed for job in jobs] + ([nested.feed] if nested else [])
+    kept = probes_to_keep(setup, final)
     batches = held_out_batches(setup, memory, held_out)
-    results = judge_held_out(setup, folder, final, feeds, batches=batches, cost=cost_once)
+    probes = score(kept.final, feeds, batches, of_folds=[each.bank for each in final])
+    cost.add_other_ranks()
+    if not is_main():
+        return  # nobody waits for the intervals
+    cost_once = cache(partial(describe_cost, cost, plan, done, nested))  # the same in every file and in the terminal
+    results = judge_held_out(setup, folder, kept, probes, cost=cost_once)
     write_files(results)
     finish(results, tracker)
 
@@ -124,7 +133,8 @@ def make_tracker(folder: Path, setup: Setup, jobs: Sequence[Job], done: Done) ->
     """What logs the run, from `done` on."""
     output = setup.config.output
     purge_step = done.tokens + 1 if output.resume else None
-    backends = open_backends(output.report_to, folder, setup.facts["config"], purge_step)
+    report_to = output.report_to if is_main() else ["none"]
+    backends = open_backends(report_to, folder, setup.facts["config"], purge_step)
     tracker = Tracker(backends, [job.solver for job in jobs], every=output.log_probes == "all")
     tracker.text("2 preflight", setup.inputs.preflight)
     tracker.text("3 config", json.dumps(setup.facts, indent=1))
@@ -132,15 +142,17 @@ def make_tracker(folder: Path, setup: Setup, jobs: Sequence[Job], done: Done) ->
 
 
 def held_out_batches(setup: Setup, memory: ActivationMemory, held_out: ActivationMemory) -> Iterator[TokenBatch]:
-    """One trip over the test chains; where they are those of training and validation, from memory if that kept all."""
+    """One trip over this rank's test chains; where they are those of training and validation, from memory if that kept
+    all.
+    """
     chains, kept = setup.inputs.dataset.splits, memory.keep and held_out.keep
     if setup.inputs.dataset.folds == 1 or not kept:
         yield from (batch.to(setup.backbone.device) for batch in setup.reader.read("test"))
         return
     number = {chain.row: i for i, chain in enumerate(chains["test"])}
     trips = {
-        "train": memory.in_order(partial(setup.read_pass, 1)),
-        "validation": held_out.in_order(partial(setup.reader.read, "validation")),
+        "train": memory.all_chunks(partial(setup.read_pass, 1)),
+        "validation": held_out.all_chunks(setup.read_validation),
     }
     for split, batches in trips.items():
         numbers = send(torch.tensor([number[chain.row] for chain in chains[split]]), setup.backbone.device)
@@ -150,16 +162,14 @@ def held_out_batches(setup: Setup, memory: ActivationMemory, held_out: Activatio
 def judge_held_out(
     setup: Setup,
     folder: Path,
-    final: Sequence[FinalProbes],
-    feeds: Sequence[Feed],
+    kept: KeptProbes,
+    probes: Sequence[ScoredProbes],
     *,
-    batches: Iterable[TokenBatch],
     cost: Callable[[], Mapping[str, Any]],
 ) -> TestResults:
-    """Scores the held-out chains once with the probes of a run, each group with its feed, and judges them."""
+    """Judges the probes of a run by how they scored the held-out chains."""
     inputs, training = setup.inputs, setup.config.training
-    chains, kept = inputs.dataset.splits["test"], probes_to_keep(setup, final)
-    probes = score(kept.final, feeds, batches, of_folds=[each.bank for each in final])
+    chains = inputs.dataset.splits["test"]
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
     judged = judge(probes, len(chains), training.bootstrap, training.seed)
     described = {

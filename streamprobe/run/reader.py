@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.finite import check_finite, find_bad_chains
+from streamprobe.activations.shards import Trip, deal
 from streamprobe.activations.stream import stream
 from streamprobe.config.load import RunConfig
 from streamprobe.controls.embedding import EmbeddingLayers
@@ -22,6 +23,7 @@ from streamprobe.probes.sites import Site, control_sites, layer_sites
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import Inputs, Texts, make_inputs, must_chunk
 from streamprobe.system.console import say, shows_progress
+from streamprobe.system.distributed import add, is_own, share
 
 
 class Backbone(NamedTuple):
@@ -54,12 +56,16 @@ def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: B
 
 def find_bad_rows(config: RunConfig, dataset: Dataset, backbone: Backbone, *, cost: Cost) -> set[int]:
     """The rows of the chains, of all splits, whose activations are infinite or not numbers."""
-    start = time.perf_counter()
-    bad = find_bad_chains(
-        dataset.chains(), backbone.model, backbone.layers, config.model.max_batch_tokens, on_forward=cost.count
-    )
+    start, chains, most = time.perf_counter(), dataset.chains(), config.model.max_batch_tokens
+    bad = torch.zeros(max(chain.row for chain in chains) + 1, dtype=torch.int64)
+    for number, shard in enumerate(deal(dataset.lengths(), config.training.shards, most)):
+        own = [chains[i] for batch in shard for i in batch] if is_own(number) else []
+        if own:
+            found = find_bad_chains(own, backbone.model, backbone.layers, most, on_forward=cost.count)
+            bad[[chain.row for chain in found]] = 1
+    add(bad)
     cost.model_seconds += time.perf_counter() - start
-    return {chain.row for chain in bad}
+    return set(bad.nonzero()[:, 0].tolist())
 
 
 def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None:
@@ -69,13 +75,23 @@ def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None
         return None
     ids = torch.cat([chain.ids for chain in inputs.dataset.splits["train"]])
     layers = EmbeddingLayers.fitted(backbone.model.get_input_embeddings(), ids, backbone.hidden_size, wanted)
+    for tensor in layers.words:
+        share(tensor)  # directions have no sign, and other machines may find another
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()  # so that the plan of memory sees what is free
     return layers
 
 
+def make_reader(
+    config: RunConfig, inputs: Inputs, backbone: Backbone, cost: Cost, *, embedded: EmbeddingLayers | None
+) -> "Reader":
+    """The reader of a run's chains, as its config says."""
+    most, n_shards = config.model.max_batch_tokens, config.training.shards
+    return Reader(inputs, backbone, most, cost, embedded=embedded, n_shards=n_shards)
+
+
 class Reader:
-    """Trips over the chains through the model, counted and looked through."""
+    """Trips over the chains through the model, in shards, counted and looked through."""
 
     def __init__(
         self,
@@ -85,12 +101,17 @@ class Reader:
         cost: Cost,
         *,
         embedded: EmbeddingLayers | None,
+        n_shards: int,
     ):
         """`embedded` are the layers of the controls that are made of embeddings: see `embed_controls`."""
         self.embedded = embedded
         self.splits: Mapping[str, Sequence[Chain]] = inputs.dataset.splits
+        lengths = {name: [len(chain.ids) for chain in chains] for name, chains in self.splits.items()}
+        self.shards = {name: deal(own, n_shards, max_batch_tokens) for name, own in lengths.items()}
         self.sites: list[Site] = [*layer_sites(backbone.layers), *control_sites(inputs.controls.embedded)]
         self.cost = cost
+        self.bar: Any = None
+        self.title, self.left = "", 0  # of the bar, and how many tokens its trip has left
         self.stream: Callable[..., Iterator[TokenBatch]] = partial(
             stream,
             backbone=backbone.model,
@@ -102,23 +123,42 @@ class Reader:
             side=inputs.controls.features,
         )
 
-    def read(self, split: str, seed: int | None = None, title: str = "") -> Iterator[TokenBatch]:
-        """One trip over a split, with a progress bar in a terminal; `seed` orders the batches (None: by length).
+    def trip(self, split: str, seed: int | None = None, title: str = "") -> Trip:
+        """One trip over a split; `seed` orders the batches of every shard (None: by length)."""
+        return Trip(self.shards[split], partial(self._read, split, title or split), seed)
 
-        Raises InputError for an activation that is infinite or not a number, before the trip is over.
+    def read(self, split: str) -> Iterator[TokenBatch]:
+        """One trip over this rank's shards of a split, one behind the other."""
+        for _, batches in self.trip(split).own():
+            yield from batches
+
+    def _read(self, split: str, title: str, batches: Sequence[Sequence[int]]) -> Iterator[TokenBatch]:
+        """The tokens of these batches of chains, with a progress bar in a terminal.
+
+        Raises InputError for an activation that is infinite or not a number, before they are over.
         """
-        chains = self.splits[split]
-        total = sum(len(c.ids) for c in chains)
-        hidden = not shows_progress()
-        with tqdm(total=total, desc=title or split, unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
+        if not batches:
+            return
+        chains, bar = self.splits[split], self._bar(split, title)
 
-            def count(tokens: int, padded: int) -> None:
-                self.cost.count(tokens, padded)
-                bar.update(tokens)
+        def count(tokens: int, padded: int) -> None:
+            self.cost.count(tokens, padded)
+            bar.update(tokens)
+            self.left -= tokens
 
-            batches = self.stream(chains, seed=seed, on_forward=count)
+        start = time.perf_counter()
+        for batch in check_finite(self.stream(chains, batches=batches, on_forward=count), chains, self.sites):
+            self.cost.model_seconds += time.perf_counter() - start
+            yield batch
             start = time.perf_counter()
-            for batch in check_finite(batches, chains, self.sites):
-                self.cost.model_seconds += time.perf_counter() - start
-                yield batch
-                start = time.perf_counter()
+        if not self.left:
+            bar.close()
+
+    def _bar(self, split: str, title: str) -> Any:
+        """The progress bar of a trip, over this rank's shards."""
+        if self.title != title or not self.left:
+            own = [shard for number, shard in enumerate(self.shards[split]) if is_own(number)]
+            total = sum(len(self.splits[split][i].ids) for shard in own for batch in shard for i in batch)
+            shown: dict[str, Any] = {"unit": "tok", "unit_scale": True, "leave": False, "disable": not shows_progress()}
+            self.bar, self.title, self.left = tqdm(total=total, desc=title, **shown), title, total
+        return self.bar

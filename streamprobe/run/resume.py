@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from streamprobe.run.checkpoint import STATE, Checkpoint, load_run
 from streamprobe.run.folder import holds_results
 from streamprobe.run.provenance import read_config
 from streamprobe.system.console import say
+from streamprobe.system.distributed import is_main, share_bytes, world
+from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import without_secrets
 
 FREE = (*LAUNCH_KEYS, "config", "git_commit", "device")  # facts that may differ; the config's keys are compared first
@@ -26,6 +29,19 @@ class Earlier(NamedTuple):
 
 
 NOTHING = Earlier()
+
+
+def find_shared_earlier(config: RunConfig, folder: Path) -> tuple[Earlier, RunConfig]:
+    """As `find_earlier`, on every rank, of what lies in the folder of rank 0."""
+    if world().size == 1:
+        return find_earlier(config, folder)
+    with TemporaryDirectory() as copy:
+        for name in (STATE, "config.yaml"):
+            path = folder / name
+            content = share_bytes(path.read_bytes() if is_main() and path.is_file() else b"")
+            if content and not is_main():
+                write_atomic(Path(copy, name), content)
+        return find_earlier(config, folder if is_main() else Path(copy))
 
 
 def find_earlier(config: RunConfig, folder: Path) -> tuple[Earlier, RunConfig]:

@@ -1,21 +1,22 @@
 """What stands before the first pass of a run."""
 
-from collections.abc import Iterator
+import json
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.feed import Feed
+from streamprobe.activations.shards import Trip
 from streamprobe.config.load import RunConfig
 from streamprobe.data.overlap import problem_hashes
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import Inputs, make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds
 from streamprobe.run.provenance import facts_of
-from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, skip_bad_chains
+from streamprobe.run.reader import Backbone, Reader, embed_controls, load_model, make_reader, skip_bad_chains
 from streamprobe.run.resume import Earlier, check_same_run
 from streamprobe.system.console import say
+from streamprobe.system.distributed import agree, local_main_first
 
 
 class Setup(NamedTuple):
@@ -30,9 +31,13 @@ class Setup(NamedTuple):
     facts: dict[str, Any]  # what defines the numbers of this run
     seen: Tensor  # hashes of the problems of training and validation: see `KeptProbes`
 
-    def read_pass(self, number: int) -> Iterator[TokenBatch]:
+    def read_pass(self, number: int) -> Trip:
         """Pass `number` over the training chains."""
-        return self.reader.read("train", self.config.training.seed + number, f"pass {number}")
+        return self.reader.trip("train", self.config.training.seed + number, f"pass {number}")
+
+    def read_validation(self) -> Trip:
+        """One trip over the validation chains."""
+        return self.reader.trip("validation")
 
 
 def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
@@ -40,11 +45,14 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
 
     Raises InputError where that is another run than the earlier one.
     """
-    texts, config = read_texts(config)
+    with local_main_first():
+        texts, config = read_texts(config)
     inputs = make_inputs(config, texts)
     say(inputs.preflight)
     backbone = load_model(config, texts, inputs)
     facts = facts_of(config, inputs.fingerprint, backbone.model)
+    for name in ("config", "versions", "data_fingerprint", "model_fingerprint"):
+        agree(name.replace("_", " "), json.dumps(facts[name], sort_keys=True))
     if earlier.keys:
         check_same_run(facts["config"], earlier.keys)
     if earlier.checkpoint:
@@ -52,7 +60,7 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     embedded = embed_controls(inputs, backbone)
-    reader = Reader(inputs, backbone, config.model.max_batch_tokens, cost, embedded=embedded)
+    reader = make_reader(config, inputs, backbone, cost, embedded=embedded)
     feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedded.width if embedded else None)
     used = [*inputs.dataset.splits["train"], *inputs.dataset.splits["validation"]]
     seen = problem_hashes(texts.records, used).unique()

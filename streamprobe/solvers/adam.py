@@ -78,8 +78,18 @@ class AdamSolver:
         for state in self.adam.state.values():
             state["step"].zero_()
 
+    def begin(self, acts: Tensor | None, source: int) -> None:
+        """Nothing: every rank is given the same tokens."""
+
     @torch.no_grad()
-    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
+    def step(
+        self,
+        acts: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        fold: Tensor | None = None,
+        chance: Tensor | None = None,
+    ) -> None:
         """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K].
 
         Their folds do not matter here: those that do not train a column are not valid for it.
@@ -105,6 +115,9 @@ class AdamSolver:
         self.weight.grad = torch.baddbmm(self.weight, slope.transpose(1, 2), x, beta=2 * self.l2)
         self.bias.grad = slope.sum(1)
         self.adam.step()
+
+    def end_part(self) -> None:
+        """Nothing: no token waits."""
 
     def end_pass(self) -> None:
         """Nothing: Adam's steps do not wait for the end of a pass."""

@@ -22,11 +22,27 @@ class Solver(Protocol):
     converged: Tensor  # [L, K] bool: probes that no further pass would change
     gradient_norm: Tensor  # [L, K] of the objective at the probes of `bank`; NaN where it is not known
 
-    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
-        """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool; fold [N] where there are several."""
+    def begin(self, acts: Tensor | None, source: int) -> None:
+        """Begins a pass, whose first tokens acts [N, L, D] are on the rank `source`; None: this rank has no token."""
+
+    def step(
+        self,
+        acts: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        fold: Tensor | None = None,
+        chance: Tensor | None = None,
+    ) -> None:
+        """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool.
+
+        fold [N] where there are several; chance [N], uniform in 0 .. 1, by which some tokens may be drawn.
+        """
+
+    def end_part(self) -> None:
+        """Ends a part of a pass: what is summed does not depend on which other parts this rank is given."""
 
     def end_pass(self) -> None:
-        """Ends a pass: all training tokens have been seen once more."""
+        """Ends a pass: all training tokens have been seen once more, each on one rank."""
 
     def bank(self) -> Probes:
         """The probes as they are now, in raw activation space, sharing no memory with the solver."""

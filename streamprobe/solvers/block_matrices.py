@@ -15,6 +15,7 @@ from streamprobe.probes.sites import Site
 from streamprobe.solvers.curvature import factorise
 from streamprobe.solvers.nested_sums import Centres, NestedCurvature
 from streamprobe.solvers.newton import NewtonSolver
+from streamprobe.system.distributed import add, owner
 
 PENALTIES = (10.0, 1.0, 0.1, 0.01)  # of a layer's weights, as `l2` is: tried in this order, after weights of 0
 
@@ -58,11 +59,11 @@ class BlockMatrices:
     """The second derivatives [A, B; B', C + 2 lambda] of J at the control, ready to be solved for.
 
     Of every group of columns, in units of what the curvature of its columns sums to, and of features that are centred
-    but not scaled: the penalty is.
+    but not scaled: the penalty is.  Every rank has A, and of B and C those of some layers and groups.
     """
 
     def __init__(self, curvature: NestedCurvature, start: Start, n: Tensor):
-        """Of the sums of a pass; n [K] valid tokens of each column."""
+        """Of the sums of a pass on all ranks; n [K] valid tokens of each column."""
         self.groups, self.scale, self.n_control = start.groups, start.scale, start.point.shape[1]
         self.size = start.expected / n  # [K] by which a matrix is multiplied for each column
         self.of_control: list[Tensor] = []  # [G] factors of A [P + 1, P + 1]
@@ -71,14 +72,19 @@ class BlockMatrices:
         self.factors: dict[tuple[int, int, int], Tensor] = {}  # of that with the penalty of a level, as last asked for
         ridge = (start.penalty + 1e-9) * start.scale[0, :, : self.n_control].square()  # [K, P + 1]
         for group, columns in enumerate(self.groups):
-            matrix = curvature.of_control.pop(group)
+            of_control = curvature.of_control.take(group)
+            assert of_control is not None
+            matrix = of_control.float()
             matrix.diagonal().add_((ridge[columns].mean(0) / self.size[columns].mean()).float())
             self.of_control.append(_factor(matrix, start.site))
             for layer in range(len(start.scale)):
-                both = curvature.of_both.pop((layer, group))
-                shift = torch.cholesky_solve(both, self.of_control[group])
-                self.shifts[layer, group] = shift
-                self.rest[layer, group] = curvature.of_layer.pop((layer, group)).sub_(both.mT @ shift)
+                rank = owner(group * len(start.scale) + layer)
+                both = curvature.of_both.take((layer, group), rank)
+                of_layer = curvature.of_layer.take((layer, group), rank)
+                if both is not None and of_layer is not None:
+                    shift = torch.cholesky_solve(both.float(), self.of_control[group])
+                    self.shifts[layer, group] = shift
+                    self.rest[layer, group] = of_layer.float().sub_(both.float().mT @ shift)
         self.site = start.site
 
     def _factor_of(self, layer: int, group: int, level: int) -> Tensor:
@@ -99,11 +105,16 @@ class BlockMatrices:
                 self.factors.pop((layer, group, number), None)
 
     def solve(self, gradient: Tensor, level: Tensor, where: Tensor) -> Tensor:
-        """H^-1 g for g [L, K, E] at the probes `where` [L, K] is True, of these levels [L, K]; else 0."""
+        """H^-1 g for g [L, K, E] at the probes `where` [L, K] is True, of these levels [L, K]; else 0.
+
+        Each layer and group is solved for by the rank that has it.
+        """
         solved, n = torch.zeros_like(gradient), self.n_control
         levels, moving = level.tolist(), where.tolist()
         for group, columns in enumerate(self.groups):
             for i, own in enumerate(moving):
+                if (i, group) not in self.rest:
+                    continue
                 by_level: dict[int, list[int]] = {}
                 for k in columns:
                     if own[k]:
@@ -117,6 +128,7 @@ class BlockMatrices:
                     w = torch.cholesky_solve((w - u @ shift).mT, self._factor_of(i, group, number)).mT
                     u = torch.cholesky_solve(u.mT, self.of_control[group]).mT - w @ shift.mT
                     solved[i, chosen] = torch.cat([u, w], 1) * scale / self.size[chosen, None]
+        add(solved)
         return solved
 
 

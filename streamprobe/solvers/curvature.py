@@ -5,12 +5,13 @@ P places that a matrix is made for.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from streamprobe.system.hardware import Arriving, coarse_float32
+from streamprobe.system.distributed import add, add_at, world
+from streamprobe.system.hardware import Arriving, coarse_float32, send
 
 HELD = 2**14  # drawn tokens that wait before they are added: an addition costs as much as some E of them
 HELD_BYTES = 2**29  # that they take at most
@@ -18,8 +19,8 @@ WIDTH = 8  # rows of features are padded to a multiple of it, which keeps produc
 
 
 def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
-    """What the matrices of all columns take: 4 (D + 1)^2 bytes each, 67 MB at D = 4,096."""
-    return n_layers * n_columns * (hidden_size + 1) ** 2 * 4
+    """What the sums behind the matrices of all columns take: 8 (D + 1)^2 bytes each, 134 MB at D = 4,096."""
+    return n_layers * n_columns * (hidden_size + 1) ** 2 * 8
 
 
 class Place(NamedTuple):
@@ -60,9 +61,9 @@ class Grams:
     def __init__(self, centre: Tensor, n_folds: int = 1):
         """centre [L, D] is what features are centred by, near their mean: it keeps the sums precise."""
         self.centre, (n_layers, d) = centre, centre.shape
-        self.sum_ = torch.zeros(n_layers, n_folds, d + 1, d + 1, device=centre.device)
-        # Of x and x^2:
-        self.moments_ = torch.zeros(n_layers, n_folds, 2, d + 1, dtype=torch.float64, device=centre.device)
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": centre.device}
+        self.sum_ = torch.zeros(n_layers, n_folds, d + 1, d + 1, **wide)
+        self.moments_ = torch.zeros(n_layers, n_folds, 2, d + 1, **wide)  # of x and x^2
 
     def rows(self, fold: Tensor | None) -> list[Tensor] | None:
         """Which tokens are of each fold, by the fold [N] of each; None where there is one.  The host waits for it."""
@@ -73,9 +74,14 @@ class Grams:
         """Adds x [N, E] = Features.of(acts, centre[layer]), of which `rows` are those of each fold."""
         for number, own in enumerate([x] if rows is None else [x[each] for each in rows]):
             with coarse_float32():
-                self.sum_[layer, number] += own.mT @ own
+                added = own.mT @ own
+            self.sum_[layer, number] += added
             self.moments_[layer, number, 0] += own.sum(0)
             self.moments_[layer, number, 1] += own.square().sum(0)
+
+    def add_other_ranks(self) -> None:
+        """Adds what other ranks have summed."""
+        add(self.sum_, self.moments_)
 
     @property
     def n(self) -> Tensor:
@@ -84,7 +90,7 @@ class Grams:
 
     def weighted(self, layer: int, of_folds: Tensor) -> Tensor:
         """What the tokens that train the probes of each fold sum to, times of_folds [F], summed over folds: [E, E]."""
-        return torch.tensordot(_without_each(of_folds).float(), self.sum_[layer], 1)  # each part counts for the others
+        return torch.tensordot(_without_each(of_folds), self.sum_[layer], 1)  # each part counts for the others
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Mean [L, D] of all tokens' raw features, and standard deviation [L, F, D] of those that train each fold's
@@ -174,6 +180,30 @@ class DrawnQueue:
         return Drawn(parts, counts, each)
 
 
+class MatrixSums:
+    """Sums of matrices by what they are for, float64: so they do not depend on the order in which tokens came."""
+
+    def __init__(self, rows: int, device: torch.device, columns: int | None = None):
+        """Of [rows, columns] each, by default square."""
+        self.shape, self.device = (rows, columns or rows), device
+        self.sums: dict[Any, Tensor] = {}
+
+    def add(self, key: Any, matrix: Tensor) -> None:
+        """Adds one to the sum of `key`."""
+        self.sums[key] = self.sums[key].add_(matrix) if key in self.sums else matrix.double()
+
+    def take(self, key: Any, rank: int | None = None) -> Tensor | None:
+        """The sum of `key` over all ranks, which is then let go; None where it is only for another `rank`."""
+        found = self.sums.pop(key, None)
+        if found is None:
+            found = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        if rank is None:
+            add(found)
+        else:
+            add_at(found, rank)
+        return found if rank is None or rank == world().rank else None
+
+
 class DrawnTokens:
     """Sums over some of a pass's tokens, drawn in proportion to how much each bends the objective of a place.
 
@@ -185,7 +215,7 @@ class DrawnTokens:
     def __init__(self, places: Sequence[Place], mean: Tensor):
         """For these P places; features are centred by mean [L, D]."""
         self.places, self.mean = list(places), mean
-        self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
+        self.sums = MatrixSums(mean.shape[1] + 1, mean.device)
         self.queue = DrawnQueue()
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
@@ -213,11 +243,7 @@ class DrawnTokens:
         x = x.mul_(counts[:, None].sqrt())  # both factors alike: rounded, their product is definite, too
         with coarse_float32():
             added = x.mT @ x
-        self.sums[place] = self.sums[place].add_(added) if place in self.sums else added
-
-    def take(self, place: Place) -> Tensor:
-        """The sum of a place [E, E], which is then let go."""
-        return self.sums.pop(place)
+        self.sums.add(place, added)
 
 
 class AllTokens:
@@ -226,7 +252,7 @@ class AllTokens:
     def __init__(self, places: Sequence[Place], mean: Tensor):
         """As DrawnTokens."""
         self.places, self.mean, self.features = list(places), mean, Features()
-        self.sums: dict[Place, Tensor] = {}  # [E, E] each, float32
+        self.sums = MatrixSums(mean.shape[1] + 1, mean.device)
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
         """Adds acts [N, L, D] that count so much [P, N]."""
@@ -235,15 +261,25 @@ class AllTokens:
             x = self.features.of(acts[:, layer], self.mean[layer])  # [N, E]
             added = (x.mT * counts[own[0] : own[-1] + 1, None]) @ x
             for number, each in zip(own, added, strict=True):
-                place = self.places[number]
-                self.sums[place] = self.sums[place] + each if place in self.sums else each
+                self.sums.add(self.places[number], each)
 
     def settle(self) -> None:
         """Nothing: no token waits."""
 
-    def take(self, place: Place) -> Tensor:
-        """The sum of a place [E, E], which is then let go."""
-        return self.sums.pop(place)
+
+class Chance:
+    """By what chance tokens are drawn in a pass: the own one of each, moved on by as much for all."""
+
+    def __init__(self, seed: int):
+        """`seed` of the pass."""
+        self.random = torch.Generator().manual_seed(seed)
+        self.shift = float(torch.rand((), generator=self.random))
+
+    def of(self, acts: Tensor, chance: Tensor | None) -> Tensor:
+        """Of tokens with acts [N, ...] and these chances [N], uniform in 0 .. 1; None: they are as good as any."""
+        if chance is None:
+            chance = send(torch.rand(len(acts), generator=self.random), acts.device)
+        return (chance + self.shift).frac()
 
 
 def draw(curvature: Tensor, rate: Tensor, chance: Tensor) -> Tensor:

@@ -72,7 +72,11 @@ class NestedSolver:
         self.converged = torch.zeros(shape[:2], dtype=torch.bool, device=device)
         self.matrices: BlockMatrices | None = None
         self.curvature: NestedCurvature | None = NestedCurvature(
-            self._shares(), start.expected, (start.point / start.scale[0, :, : self.n_control]).float(), seed=seed
+            self._shares(),
+            start.expected,
+            (start.point / start.scale[0, :, : self.n_control]).float(),
+            n_features=shape[2] - self.n_control,
+            seed=seed,
         )
         self.sums = self._start_pass()
 
@@ -89,18 +93,35 @@ class NestedSolver:
         return NestedSums(Live.of(self.converged), raw, self.start.centres, self.start.positive_weight)
 
     @torch.no_grad()
-    def step(self, blocks: Blocks, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
-        """Adds tokens to the pass; targets [N, K] and valid [N, K], so that their folds [N] do not matter here."""
+    def step(
+        self,
+        blocks: Blocks,
+        targets: Tensor,
+        valid: Tensor,
+        fold: Tensor | None = None,
+        chance: Tensor | None = None,
+    ) -> None:
+        """Adds tokens to the pass; targets [N, K] and valid [N, K], so that their folds [N] do not matter here.
+
+        Tokens are drawn by their chance [N], uniform in 0 .. 1.
+        """
         self.sums.add(blocks, targets, valid)
         if self.curvature is not None:
-            self.curvature.add(self.sums, blocks, targets, valid)
+            self.curvature.add(self.sums, blocks, targets, valid, chance=chance)
+
+    @torch.no_grad()
+    def end_part(self) -> None:
+        """Adds the drawn tokens that wait, so that no sum depends on those of another part of the pass."""
+        if self.curvature is not None:
+            self.curvature.settle(self.sums)
 
     @torch.no_grad()
     def end_pass(self) -> None:
-        """A step of every probe that is not final, or its next penalty, from what the pass has summed."""
+        """A step of every probe that is not final, or its next penalty, from what the pass has summed on all ranks."""
+        self.end_part()
         sums, penalty = self.sums, self._penalty(self.level)
+        sums.add_other_ranks()
         if self.curvature is not None:
-            self.curvature.settle(sums)
             self.matrices = BlockMatrices(self.curvature, self.start, sums.n)
             self.curvature = None
         gradient = sums.gradient_ / self.start.scale / sums.n[:, None] + penalty * self.point

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from streamprobe.probes.nested import Blocks
-from streamprobe.solvers.curvature import Drawn, DrawnQueue, Features, draw
+from streamprobe.solvers.curvature import Chance, Drawn, DrawnQueue, Features, MatrixSums, draw
 from streamprobe.solvers.newton_sums import DRAWN, DRAWN_MOST, Slopes
+from streamprobe.system.distributed import add
 from streamprobe.system.hardware import coarse_float32, send
 
 
@@ -72,7 +73,11 @@ class NestedSums:
             own = torch.cat([from_control[rows], (slopes.gradient[rows] @ layers[i]).double()], 1)
             self.gradient_[i, columns] += own
             self.loss_[i, columns] += slopes.loss[rows]
-        self.n = self.n + valid.sum(1)
+        self.n += valid.sum(1)
+
+    def add_other_ranks(self) -> None:
+        """Adds what other ranks have summed."""
+        add(self.gradient_, self.loss_, self.n)
 
     def features(self, blocks: Blocks) -> tuple[Tensor, list[Tensor]]:
         """Centred features: the control's [N, P + 1] with a one behind them, and each layer's [N, D]."""
@@ -88,17 +93,23 @@ class NestedCurvature:
     curvature of its columns sums to.  All layers share A, and the tokens that are drawn.
     """
 
-    def __init__(self, shares: Tensor, expected: Tensor, raw: Tensor, *, seed: int):
-        """shares [G, K] of each group's matrix that is a column's, expected [K] sums of curvature, raw [K, P + 1]."""
+    def __init__(self, shares: Tensor, expected: Tensor, raw: Tensor, *, n_features: int, seed: int):
+        """shares [G, K] of each group's matrix that is a column's, expected [K] sums of curvature, raw [K, P + 1].
+
+        `n_features` D.
+        """
         self.shares, self.expected, self.raw = shares, expected, raw
-        self.chance = torch.Generator().manual_seed(seed)
-        self.of_control: dict[int, Tensor] = {}  # A [P + 1, P + 1] by group
-        self.of_both: dict[tuple[int, int], Tensor] = {}  # B [P + 1, D] by layer and group
-        self.of_layer: dict[tuple[int, int], Tensor] = {}  # C [D, D]
+        self.chance = Chance(seed)
+        size, device = raw.shape[1], raw.device
+        self.of_control = MatrixSums(size, device)  # A [P + 1, P + 1] by group
+        self.of_both = MatrixSums(size, device, n_features)  # B [P + 1, D] by layer and group
+        self.of_layer = MatrixSums(n_features, device)  # C [D, D]
         self.queue = DrawnQueue()
 
-    def add(self, sums: NestedSums, blocks: Blocks, targets: Tensor, valid: Tensor) -> None:
-        """Draws some of a chunk of tokens, as `NestedSums.add` takes them."""
+    def add(
+        self, sums: NestedSums, blocks: Blocks, targets: Tensor, valid: Tensor, *, chance: Tensor | None = None
+    ) -> None:
+        """Draws some of a chunk of tokens, as `NestedSums.add` takes them, by their chance [N]."""
         valid, positive = valid.mT, targets.mT.float()
         weight = (positive * sums.positive_weight[:, None] + (1 - positive)) * valid
         x, _ = sums.features(blocks)
@@ -106,8 +117,7 @@ class NestedCurvature:
         relative = self.shares @ (curvature / self.expected[:, None].float()).nan_to_num(0, 0, 0)
         size = self.raw.shape[1] + blocks.layers.shape[2]
         wanted = ((self.shares > 0).sum(1) * DRAWN).clamp(max=DRAWN_MOST) * size
-        chance = send(torch.rand(len(blocks.control), generator=self.chance), relative.device)
-        counts = draw(relative, wanted.float(), chance)
+        counts = draw(relative, wanted.float(), self.chance.of(blocks.control, chance))
         self.queue.put(tuple(blocks), counts)
         if self.queue.is_full:
             self._add_all(self.queue.take(), sums)
@@ -124,12 +134,8 @@ class NestedCurvature:
             root = drawn.counts[group, rows, None].sqrt()
             control = x[rows] * root
             with coarse_float32():
-                _accumulate(self.of_control, group, control.mT @ control)
+                self.of_control.add(group, control.mT @ control)
                 for i, layer in enumerate(layers):
                     scaled = layer[rows] * root
-                    _accumulate(self.of_both, (i, group), control.mT @ scaled)
-                    _accumulate(self.of_layer, (i, group), scaled.mT @ scaled)
-
-
-def _accumulate(sums: dict[Any, Tensor], key: Any, added: Tensor) -> None:
-    sums[key] = sums[key].add_(added) if key in sums else added
+                    self.of_both.add((i, group), control.mT @ scaled)
+                    self.of_layer.add((i, group), scaled.mT @ scaled)

@@ -21,6 +21,7 @@ from streamprobe.solvers.curvature import Place, factorise
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember, step_back
 from streamprobe.solvers.newton_sums import EXACT, LiveColumns, NewtonSums, Points
 from streamprobe.solvers.scaling import mapped_vector, shifted
+from streamprobe.system.distributed import add, owner, world
 from streamprobe.system.hardware import send
 
 MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
@@ -104,9 +105,10 @@ class NewtonSolver:
         self.effective = torch.zeros(probes, **wide)  # of how many tokens that is, when it is known
         self.passes = torch.zeros((), dtype=torch.int64)
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
-        self.factors: dict[Place, Tensor] = {}  # [E, E] float32, of features that are not divided by their scale
+        # [E, E] float32, of features that are not divided by their scale; None where it lies on another rank:
+        self.factors: dict[Place, Tensor | None] = {}
         self.size = torch.ones(probes, **wide)  # by which H is multiplied for each column
-        self.recent_loss_, self.recent_n = torch.zeros(2, *probes, **wide)
+        self.pass_loss = torch.full(probes, math.nan, **wide)  # of the tokens of the last pass
 
     def _penalty(self, size: int, n_hand_made: int) -> Tensor:
         """Of d J / d w for each of E weights, the bias last, float64."""
@@ -140,22 +142,43 @@ class NewtonSolver:
         return places
 
     @torch.no_grad()
-    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> None:
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass; fold [N] where there are several."""
-        loss, n = self.sums.add(acts, targets, valid, fold)
-        self.recent_loss_ += loss
-        self.recent_n += n * ~self.converged
+    def begin(self, acts: Tensor | None, source: int) -> None:
+        """Begins a pass, whose first tokens acts [N, L, D] are on the rank `source`; None: this rank has no token."""
+        self.sums.begin(acts, source)
+
+    @torch.no_grad()
+    def step(
+        self,
+        acts: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        fold: Tensor | None = None,
+        chance: Tensor | None = None,
+    ) -> None:
+        """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass; fold [N] where there are several.
+
+        Tokens are drawn by their chance [N], uniform in 0 .. 1.
+        """
+        self.sums.add(acts, targets, valid, fold=fold, chance=chance)
+
+    @torch.no_grad()
+    def end_part(self) -> None:
+        """Adds the tokens that wait."""
+        self.sums.end_part()
 
     @torch.no_grad()
     def end_pass(self) -> None:
-        """The step, from what the pass has summed."""
+        """The step, from what the pass has summed on all ranks."""
+        self.sums.end_part()
         sums, fed = self.sums, ~self.converged
         assert sums.centre is not None, "a pass without tokens"
+        sums.add_other_ranks()
         if sums.grams is not None and self.standardize:
             self.mean, self.scale = sums.grams.scaling()
             self.scale[..., self.n_scaled :] = 1
         scale, shift = self.scale[:, self.fold].double(), sums.centre.double() - self.mean
         gradient_ = mapped_vector(sums.gradient_, 1 / scale, shift[:, None] / scale)
+        self.pass_loss = (sums.loss_ / sums.n).where(fed, self.pass_loss)
         loss = sums.loss_ / sums.n + self._penalty_of(self.point)
         if sums.grams is not None:
             self._check_finite(loss)
@@ -219,22 +242,25 @@ class NewtonSolver:
     def _take_matrices(self, columns: dict[Place, Tensor], shift: Tensor) -> None:
         """H where tokens were drawn for it and a probe moves on from there: elsewhere it is of a point that is left."""
         assert self.sums.drawn is not None
-        self.sums.drawn.settle()
         wanted = [place for place in self.sums.drawn.places if place in columns]
-        for start in range(0, len(wanted), AT_ONCE):
-            some = wanted[start : start + AT_ONCE]
-            factors, missing = factorise([self._matrix(place, columns[place], shift) for place in some])
+        for start in range(0, len(wanted), AT_ONCE * world().size):
+            some = wanted[start : start + AT_ONCE * world().size]
+            matrices = [self._matrix(place, columns[place], shift, rank=owner(n)) for n, place in enumerate(some)]
+            own = {place: matrix for place, matrix in zip(some, matrices, strict=True) if matrix is not None}
+            factors, missing = factorise(list(own.values()))
             if missing is not None:
-                raise self._refusal(some[missing].layer)
-            self.factors.update(zip(some, factors, strict=True))
+                raise self._refusal(list(own)[missing].layer)
+            self.factors |= dict.fromkeys(some) | dict(zip(own, factors, strict=True))
 
-    def _matrix(self, place: Place, columns: Tensor, shift: Tensor) -> Tensor:
+    def _matrix(self, place: Place, columns: Tensor, shift: Tensor, rank: int) -> Tensor | None:
         """H [E, E] at a place, float32, in units of the size of its columns, of raw features less their mean.
 
-        The penalty is that of a weight times the scale of its feature.
+        The penalty is that of a weight times the scale of its feature.  None on other ranks than `rank`.
         """
         i = place.layer
-        matrix = self.sums.matrix(place)
+        matrix = self.sums.matrix(place, rank)
+        if matrix is None:
+            return None
         if self.sums.grams:
             matrix = shifted(matrix, shift[i])
         ridge = self.penalty.clamp_min(1e-6 * (self.l2 == 0))  # a constant feature has no curvature of its own
@@ -248,12 +274,15 @@ class NewtonSolver:
         return torch.cat([scale, torch.ones_like(scale[:, :1])], 1)
 
     def _solve(self, gradient: Tensor, columns: dict[Place, Tensor]) -> Tensor:
-        """H^-1 g for g [L, K, E] at the columns of places, else 0."""
+        """H^-1 g for g [L, K, E] at the columns of places, else 0; each place is solved for by the rank that has it."""
         solved = torch.zeros_like(gradient)
         for place, own in columns.items():
-            i, scale = place.layer, self._wide_scale(place.layer, own)
-            given = (gradient[i, own] * scale).float()
-            solved[i, own] = torch.cholesky_solve(given.mT, self.factors[place]).mT * scale / self.size[i, own, None]
+            factor = self.factors[place]
+            if factor is not None:
+                i, scale = place.layer, self._wide_scale(place.layer, own)
+                given = (gradient[i, own] * scale).float()
+                solved[i, own] = torch.cholesky_solve(given.mT, factor).mT * scale / self.size[i, own, None]
+        add(solved)
         return solved
 
     @property
@@ -276,14 +305,12 @@ class NewtonSolver:
         return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
 
     def loss(self) -> Tensor:
-        """Mean class-weighted loss [L, K] since the last call, without the penalty; NaN where no token was valid.
+        """Mean class-weighted loss [L, K] of the tokens of the last pass, without the penalty.
 
         That of a converged probe, which sees no more tokens, is what it was.
         """
         last = self.best_loss - self._penalty_of(self.best)
-        mean = (self.recent_loss_ / self.recent_n).where(~self.converged | (self.recent_n > 0), last)
-        self.recent_loss_, self.recent_n = torch.zeros(2, *mean.shape, dtype=mean.dtype, device=mean.device)
-        return mean
+        return self.pass_loss.where(~self.pass_loss.isnan() | ~self.converged, last)
 
     def state(self) -> dict[str, Tensor]:
         """Where every probe stands, without matrices and past steps: all that `load` needs where it is `resumable`."""

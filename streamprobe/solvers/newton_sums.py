@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from streamprobe.solvers.curvature import AllTokens, DrawnTokens, Features, Grams, Place, draw
+from streamprobe.solvers.curvature import AllTokens, Chance, DrawnTokens, Features, Grams, Place, draw
+from streamprobe.system.distributed import add, share
 from streamprobe.system.hardware import send
 
 DRAWN = 8  # tokens that are drawn for a matrix and each column that shares it, in units of its E rows
@@ -89,7 +90,7 @@ class NewtonSums:
     def __init__(self, live: list[LiveColumns], points: Points, *, seed: int):
         """`live`: of each layer; `seed`: of the draws."""
         self.live, self.points = live, points
-        self.chance = torch.Generator().manual_seed(seed)
+        self.chance = Chance(seed)
         wide: dict[str, Any] = {"dtype": torch.float64, "device": points.raw.device}
         self.gradient_ = torch.zeros(points.raw.shape, **wide)  # [L, K, E]
         self.loss_, self.curvature_, self.squares_ = torch.zeros(3, *points.expected.shape, **wide)  # [L, K]
@@ -99,27 +100,30 @@ class NewtonSums:
         self.grams: Grams | None = None  # in the first pass
         self.drawn: DrawnTokens | AllTokens | None = None
 
-    def _begin(self, acts: Tensor) -> DrawnTokens | AllTokens:
-        """What begins with the first tokens."""
+    def begin(self, acts: Tensor | None, source: int = 0) -> None:
+        """Begins with the first tokens, acts [N, L, D] on the rank `source`; in the first pass they give the centre."""
         if self.centre is None:
-            self.centre = acts.float().mean(0)
+            n_layers, _, size = self.gradient_.shape
+            own = acts.float().mean(0) if acts is not None else self.gradient_.new_zeros(n_layers, size - 1).float()
+            self.centre = share(own, source)
             self.grams = Grams(self.centre, self.points.n_folds)
-        kind = DrawnTokens if acts.shape[2] >= EXACT else AllTokens
-        return kind([place for own in self.live for place in own.places], self.centre)
+        kind = DrawnTokens if self.gradient_.shape[-1] > EXACT else AllTokens
+        self.drawn = kind([place for own in self.live for place in own.places], self.centre)
 
-    def add(self, acts: Tensor, targets: Tensor, valid: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K] of tokens of these folds [N].
-
-        Returns their part of the losses [L, K], 0 where a column is not live, and of the valid tokens [K].
-        """
-        self.drawn = drawn = self.drawn or self._begin(acts)
-        assert self.centre is not None
+    def add(
+        self, acts: Tensor, targets: Tensor, valid: Tensor, *, fold: Tensor | None = None, chance: Tensor | None = None
+    ) -> None:
+        """Adds acts [N, L, D], targets [N, K] and valid [N, K] of tokens of these folds [N] and chances [N]."""
+        if self.drawn is None:
+            self.begin(acts)
+        drawn = self.drawn
+        assert self.centre is not None and drawn is not None
         valid, positive = valid.mT, targets.mT.float()  # [K, N], as all that follows
         sign = 1 - 2 * positive
         weight = (positive * self.points.positive_weight[:, None] + (1 - positive)) * valid
-        chance = send(torch.rand(len(acts), generator=self.chance), acts.device)  # the same on every device
+        chance = self.chance.of(acts, chance)
         counts: list[Tensor] = []
-        losses, n = torch.zeros_like(self.loss_), valid.sum(1)
+        self.n += valid.sum(1)
         at_zero = Slopes.at_zero(weight, sign) if self.grams else None  # of every layer
         rows = self.grams.rows(fold) if self.grams else None
         for i, live in enumerate(self.live):
@@ -130,7 +134,7 @@ class NewtonSums:
                 self.grams.add(i, x, rows)
             own = weight[live.columns]
             slopes = at_zero or Slopes.at(self.points.raw[i, live.columns] @ x.mT, own, sign[live.columns])
-            losses[i, live.columns] = slopes.loss
+            self.loss_[i, live.columns] += slopes.loss
             self.gradient_[i, live.columns] += (slopes.gradient @ x).double()
             self.curvature_[i, live.columns] += slopes.curvature.sum(1)
             self.squares_[i, live.columns] += torch.linalg.vector_norm(slopes.curvature, dim=1).double().square()
@@ -138,8 +142,17 @@ class NewtonSums:
                 counts.append(counts[0] if at_zero and counts else self._draw(i, own, slopes.curvature, chance))
         if counts:
             drawn.add(acts, torch.cat(counts))
-        self.loss_, self.n = self.loss_ + losses, self.n + n
-        return losses, n
+
+    def end_part(self) -> None:
+        """Adds the drawn tokens that wait, so that no sum depends on those of another part."""
+        if self.drawn is not None:
+            self.drawn.settle()
+
+    def add_other_ranks(self) -> None:
+        """Adds what other ranks have summed, but for the matrices."""
+        add(self.gradient_, self.loss_, self.curvature_, self.squares_, self.n)
+        if self.grams is not None:
+            self.grams.add_other_ranks()
 
     def _draw(self, i: int, weight: Tensor, curvature: Tensor, chance: Tensor) -> Tensor:
         """What each token counts at the places of a layer, [P, N]; weight and curvature [k, N], chance [N]."""
@@ -155,13 +168,15 @@ class NewtonSums:
             return shares @ relative
         return draw(shares @ relative, wanted / (shares @ part), chance)
 
-    def matrix(self, place: Place) -> Tensor:
-        """The sum of curvature [E, E] at a place in units of what was expected, once `drawn` is settled; it is let go.
+    def matrix(self, place: Place, rank: int) -> Tensor | None:
+        """The sum of curvature [E, E] at a place in units of what was expected, float32, on one rank; it is let go.
 
-        Where columns share it, it is the mean of theirs.
+        Where columns share it, it is the mean of theirs.  None on the other ranks.
         """
         assert self.drawn is not None
-        matrix = self.drawn.take(place)
+        matrix = self.drawn.sums.take(place, rank)
+        if matrix is None:
+            return None
         if self.grams:
             i, columns, shares = place.layer, self.live[place.layer].columns, self._shares_of(place)
             fold = self.points.fold
@@ -169,7 +184,7 @@ class NewtonSums:
             of_expected = (base / self.points.expected[i])[columns] * shares  # [k]
             of_folds = torch.zeros_like(self.grams.n).index_add_(0, fold[columns], of_expected)
             matrix += self.grams.weighted(i, of_folds)
-        return matrix
+        return matrix.float()
 
     def _shares_of(self, place: Place) -> Tensor:
         """What of its matrix is that of each live column of the layer, [k]."""

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from streamprobe.errors import InputError, first_line, out_of_memory
+from streamprobe.system.distributed import Ended, is_main
 from streamprobe.system.wrapping import columns_of, wrapped
 
 PLAIN = {"▲": "^", "▼": "v", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "\ufffd": "?"}
@@ -57,8 +58,9 @@ def shows_colour() -> bool:
 
 
 def shows_progress() -> bool:
-    """Whether standard error is a terminal in which a bar can be drawn over itself."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether standard error is a terminal in which a bar can be drawn over itself, and this process the one to."""
+    drawn = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return drawn and is_main()
 
 
 def typed_at_terminal() -> bool:
@@ -114,6 +116,8 @@ def guard(work: Callable[[], object], smaller: str = "free some", interrupted: s
         except KeyboardInterrupt:
             warn(f"streamprobe: {interrupted}")
             status = 130
+        except Ended:
+            status = 2
         except Exception as error:
             reason = _reason(error, smaller)
             if reason is None:
