@@ -11,6 +11,13 @@ from torch import Tensor
 from streamprobe.system.hardware import send
 
 
+class Extras(NamedTuple):
+    """What sums over tokens may go by, beside features and labels."""
+
+    fold: Tensor  # [N] int64
+    chance: Tensor  # [N]
+
+
 class TokenBatch(NamedTuple):
     """The only thing that crosses from the model to the probes."""
 

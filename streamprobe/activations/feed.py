@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.batch import Extras, TokenBatch
 from streamprobe.probes.sites import Site
 
 
@@ -24,13 +24,13 @@ class Feed(NamedTuple):
     n_hand_made: int = 0  # so many features, the last ones, are made by hand: their size means something, as it is
     folds: Tensor | None = None  # [k] of each column, fold by fold; None in a run of one, where no fold is left out
 
-    def of(self, batch: TokenBatch) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
-        """Features, targets [N, k] and valid [N, k], and the folds [N] and chances [N] of the tokens.
+    def of(self, batch: TokenBatch) -> tuple[Any, Tensor, Tensor, Extras]:
+        """Features, targets [N, k] and valid [N, k], and what else is known of the tokens.
 
         Valid are tokens that train a column or choose among its probes: none of its own fold.
         """
         targets, valid = batch.targets.T[self.columns].T, self.valid(batch.valid, batch.fold)
-        return self.features(batch), targets, valid, batch.fold, batch.chance
+        return self.features(batch), targets, valid, Extras(batch.fold, batch.chance)
 
     def valid(self, asked: Tensor, fold: Tensor) -> Tensor:
         """Which of N tokens, asked [N, K] of the batch's columns, are for each column of the feed: [N, k]."""

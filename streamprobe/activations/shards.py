@@ -55,14 +55,17 @@ class Trip:
             if is_own(number):
                 yield number, self.read(shard)
 
-    def in_turn(self) -> Iterator[tuple[int, list[TokenBatch]]]:
-        """Every batch of the trip, by the rank that reads it, with its tokens where that is this one, else none.
-
-        The first batch of every shard, then the second ones, and so on.  A rank has read its next one before it learns
-        of those of others, so that all read at once.
-        """
+    def turns(self) -> list[tuple[int, list[int]]]:
+        """The first batch of every shard, then the second ones, and so on, each with the number of its shard."""
         longest = max(map(len, self.shards))
-        turns = [(s, shard[j]) for j in range(longest) for s, shard in enumerate(self.shards) if j < len(shard)]
+        return [(s, shard[j]) for j in range(longest) for s, shard in enumerate(self.shards) if j < len(shard)]
+
+    def in_turn(self) -> Iterator[tuple[int, list[TokenBatch]]]:
+        """The batches of the trip in turn, each by the rank that reads it: with its tokens on that one, else none.
+
+        A rank has read its next one before it learns of those of others, so that all read at once.
+        """
+        turns = self.turns()
         own = self._by_turn([batch for s, batch in turns if is_own(s)])
         ready = next(own, [])
         for s, _ in turns:

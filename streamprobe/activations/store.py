@@ -195,10 +195,10 @@ class ActivationMemory:
 
     def _received(self, trip: Trip) -> Iterator[TokenBatch]:
         """The batches of a trip in turn, each sent to all ranks by the one that has read it."""
+        if world().size == 1:
+            yield from trip.read([batch for _, batch in trip.turns()])
+            return
         for source, batches in trip.in_turn():
-            if world().size == 1:
-                yield from batches
-                continue
             n = share(torch.tensor([len(batches)]), source)
             sizes = share(torch.tensor([len(batch.chain) for batch in batches] or [0] * int(n)), source)
             for number, rows in enumerate(sizes.tolist()):

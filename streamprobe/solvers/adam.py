@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from streamprobe.activations.batch import Extras
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, to_raw
 from streamprobe.probes.sites import Site
@@ -82,14 +83,7 @@ class AdamSolver:
         """Nothing: every rank is given the same tokens."""
 
     @torch.no_grad()
-    def step(
-        self,
-        acts: Tensor,
-        targets: Tensor,
-        valid: Tensor,
-        fold: Tensor | None = None,
-        chance: Tensor | None = None,
-    ) -> None:
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, extras: Extras | None = None) -> None:
         """One Adam step for each `batch_size` tokens of acts [N, L, D], targets [N, K] and valid [N, K].
 
         Their folds do not matter here: those that do not train a column are not valid for it.

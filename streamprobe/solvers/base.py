@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from streamprobe.activations.batch import Extras
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.probes.sites import Site
@@ -25,17 +26,10 @@ class Solver(Protocol):
     def begin(self, acts: Tensor | None, source: int) -> None:
         """Begins a pass, whose first tokens acts [N, L, D] are on the rank `source`; None: this rank has no token."""
 
-    def step(
-        self,
-        acts: Tensor,
-        targets: Tensor,
-        valid: Tensor,
-        fold: Tensor | None = None,
-        chance: Tensor | None = None,
-    ) -> None:
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, extras: Extras | None = None) -> None:
         """Trains on acts [N, L, D], targets [N, K] bool and valid [N, K] bool.
 
-        fold [N] where there are several; chance [N], uniform in 0 .. 1, by which some tokens may be drawn.
+        extras: the fold of each where there are several, and its chance, by which some tokens may be drawn.
         """
 
     def end_part(self) -> None:

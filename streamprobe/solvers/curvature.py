@@ -65,10 +65,10 @@ class Grams:
         self.sum_ = torch.zeros(n_layers, n_folds, d + 1, d + 1, **wide)
         self.moments_ = torch.zeros(n_layers, n_folds, 2, d + 1, **wide)  # of x and x^2
 
-    def rows(self, fold: Tensor | None) -> list[Tensor] | None:
+    def rows(self, fold: Tensor) -> list[Tensor] | None:
         """Which tokens are of each fold, by the fold [N] of each; None where there is one.  The host waits for it."""
         n_folds = self.sum_.shape[1]
-        return None if fold is None or n_folds == 1 else [(fold == n).nonzero()[:, 0] for n in range(n_folds)]
+        return None if n_folds == 1 else [(fold == n).nonzero()[:, 0] for n in range(n_folds)]
 
     def add(self, layer: int, x: Tensor, rows: Sequence[Tensor] | None = None) -> None:
         """Adds x [N, E] = Features.of(acts, centre[layer]), of which `rows` are those of each fold."""

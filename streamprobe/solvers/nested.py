@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprobe.activations.batch import Extras
 from streamprobe.probes.nested import Blocks, NestedProbes
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
@@ -93,21 +94,11 @@ class NestedSolver:
         return NestedSums(Live.of(self.converged), raw, self.start.centres, self.start.positive_weight)
 
     @torch.no_grad()
-    def step(
-        self,
-        blocks: Blocks,
-        targets: Tensor,
-        valid: Tensor,
-        fold: Tensor | None = None,
-        chance: Tensor | None = None,
-    ) -> None:
-        """Adds tokens to the pass; targets [N, K] and valid [N, K], so that their folds [N] do not matter here.
-
-        Tokens are drawn by their chance [N], uniform in 0 .. 1.
-        """
+    def step(self, blocks: Blocks, targets: Tensor, valid: Tensor, extras: Extras | None = None) -> None:
+        """Adds tokens to the pass; targets [N, K] and valid [N, K], so that their folds do not matter here."""
         self.sums.add(blocks, targets, valid)
         if self.curvature is not None:
-            self.curvature.add(self.sums, blocks, targets, valid, chance=chance)
+            self.curvature.add(self.sums, blocks, targets, valid, chance=extras.chance if extras else None)
 
     @torch.no_grad()
     def end_part(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprobe.activations.batch import Extras
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, to_raw
@@ -147,19 +148,9 @@ class NewtonSolver:
         self.sums.begin(acts, source)
 
     @torch.no_grad()
-    def step(
-        self,
-        acts: Tensor,
-        targets: Tensor,
-        valid: Tensor,
-        fold: Tensor | None = None,
-        chance: Tensor | None = None,
-    ) -> None:
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass; fold [N] where there are several.
-
-        Tokens are drawn by their chance [N], uniform in 0 .. 1.
-        """
-        self.sums.add(acts, targets, valid, fold=fold, chance=chance)
+    def step(self, acts: Tensor, targets: Tensor, valid: Tensor, extras: Extras | None = None) -> None:
+        """Adds acts [N, L, D], targets [N, K] and valid [N, K] to the pass; extras where there are several folds."""
+        self.sums.add(acts, targets, valid, extras)
 
     @torch.no_grad()
     def end_part(self) -> None:

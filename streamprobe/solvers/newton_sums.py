@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from streamprobe.activations.batch import Extras
 from streamprobe.solvers.curvature import AllTokens, Chance, DrawnTokens, Features, Grams, Place, draw
 from streamprobe.system.distributed import add, share
 from streamprobe.system.hardware import send
@@ -110,10 +111,8 @@ class NewtonSums:
         kind = DrawnTokens if self.gradient_.shape[-1] > EXACT else AllTokens
         self.drawn = kind([place for own in self.live for place in own.places], self.centre)
 
-    def add(
-        self, acts: Tensor, targets: Tensor, valid: Tensor, *, fold: Tensor | None = None, chance: Tensor | None = None
-    ) -> None:
-        """Adds acts [N, L, D], targets [N, K] and valid [N, K] of tokens of these folds [N] and chances [N]."""
+    def add(self, acts: Tensor, targets: Tensor, valid: Tensor, extras: Extras | None = None) -> None:
+        """Adds acts [N, L, D], targets [N, K] and valid [N, K] of tokens; extras where there are several folds."""
         if self.drawn is None:
             self.begin(acts)
         drawn = self.drawn
@@ -121,11 +120,11 @@ class NewtonSums:
         valid, positive = valid.mT, targets.mT.float()  # [K, N], as all that follows
         sign = 1 - 2 * positive
         weight = (positive * self.points.positive_weight[:, None] + (1 - positive)) * valid
-        chance = self.chance.of(acts, chance)
+        chance = self.chance.of(acts, extras.chance if extras else None)
         counts: list[Tensor] = []
         self.n += valid.sum(1)
         at_zero = Slopes.at_zero(weight, sign) if self.grams else None  # of every layer
-        rows = self.grams.rows(fold) if self.grams else None
+        rows = self.grams.rows(extras.fold) if self.grams and extras else None
         for i, live in enumerate(self.live):
             if not len(live.columns):
                 continue

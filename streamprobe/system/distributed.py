@@ -10,23 +10,18 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamprobe.errors import InputError, first_line, out_of_memory
+from streamprobe.system.heartbeat import UNSPOKEN, Heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT = 1800.0  # seconds that a rank waits for the others
-BEAT = 1.0  # seconds between two signs of life of a rank
-SILENT = 40.0  # seconds without one after which a rank is taken for dead, though no connection has broken
-GRACE = 15.0  # seconds that a rank has to end by itself once another has ended the run
-UNSPOKEN = "the same command with --resume goes on from the last checkpoint"
 
 
 class World(NamedTuple):
@@ -46,6 +41,10 @@ class Terminated(BaseException):
     """The launcher, or the batch system, asks this process to end."""
 
 
+class _Lost(Exception):
+    """What all ranks do together has failed: one of them is gone, or late."""
+
+
 class Group:
     """This process among the others, while they work on a run."""
 
@@ -53,107 +52,41 @@ class Group:
         import torch
         from torch import distributed as dist
 
-        self.world, self.timeout = world, timeout
-        self.calls = self.moved = 0  # collective operations that this rank has entered, and bytes that it gave to them
-        self.last_words: Callable[[], None] = lambda: None  # what rank 0 still writes where no exception can end it
-        if torch.cuda.is_available():
+        self.world, self.timeout, self.moved = world, timeout, 0  # bytes that this rank has given to the others
+        cuda = torch.cuda.is_available()
+        if cuda:
             _take_devices(world, torch.cuda.device_count())
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a rank that is late is an exception
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # a line of its own
-        self.store: Any = dist.PrefixStore(f"streamprobe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.done = threading.Event()
-        self.store.set(f"host/{world.rank}", socket.gethostname())
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-        self.thread.start()
+        named = dist.PrefixStore(f"streamprobe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self.heart = Heartbeat(named, world.rank, world.size, socket.gethostname())
 
-    def leave(self) -> None:
-        """Ends the signs of life of a rank that needs the others no more."""
-        self.done.set()
+    def take_part(self, name: str, tensor: "Tensor", *arguments: Any, **options: Any) -> None:
+        """An operation of torch.distributed in which all ranks take part, to which this one gives a tensor."""
+        from torch import distributed as dist
 
-    def claim(self) -> bool:
-        """Whether this is the rank that says why the run ends: the first one that asks."""
+        self.heart.calls, self.moved = self.heart.calls + 1, self.moved + tensor.nbytes
         try:
-            return self.store.compare_set("ended", "", str(self.world.rank)).decode() == str(self.world.rank)
-        except Exception:  # the rank that holds the store is gone: all that are left may speak
-            return True
+            getattr(dist, name)(*arguments, **options)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise _Lost(first_line(error)) from error
 
-    def _beat(self) -> None:
-        """Gives signs of life and looks for those of others, until this rank needs them no more."""
-        watched = range(self.world.size) if self.world.rank == 0 else [0]
-        seen = {rank: ("", time.monotonic()) for rank in watched if rank != self.world.rank}
-        number, ended = 0, 0.0
-        while not self.done.wait(BEAT):
-            number, now = number + 1, time.monotonic()
-            try:
-                self.store.set(f"beat/{self.world.rank}", f"{number} {self.calls}")
-                ended = ended or (now if self.store.check(["ended"]) else 0.0)
-                for rank in list(seen):
-                    if self.store.check([f"left/{rank}"]):
-                        del seen[rank]
-                    elif (beat := self._last_beat(rank)) != seen[rank][0]:
-                        seen[rank] = beat, now
-            except Exception:  # the rank that holds the store is gone
-                ended = ended or now
-            silent = [rank for rank, (_, last) in seen.items() if now - last > SILENT]
-            if silent or (ended and now - ended > GRACE):
-                self._end_here(silent)
-
-    def _end_here(self, silent: list[int]) -> None:
-        """Ends this process, whose main thread may wait for ever for a rank that is gone."""
-        self.last_words()
-        if self.claim() and silent:
-            sys.stderr.write(f"streamprobe: {self.silence(silent)}\n")
-            sys.stderr.flush()
-        os._exit(2)
-
-    def _last_beat(self, rank: int) -> str:
-        return self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else ""
-
-    def _beats(self) -> dict[int, str]:
-        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
-        return {rank: self._last_beat(rank) for rank in others if not self.store.check([f"left/{rank}"])}
-
-    def why(self, error: BaseException) -> InputError:
-        """What is said where the others can be reached no more: which ranks are gone, or are late."""
-        try:
-            before = self._beats()
-            time.sleep(4 * BEAT)
-            after = self._beats()
-        except Exception:
-            return self.silence([0])
-        silent = [rank for rank in after if after[rank] == before.get(rank)]
-        late = [rank for rank, beat in after.items() if beat and int(beat.split()[1]) < self.calls]
-        if silent:
-            return self.silence(silent)
-        if isinstance(error, Terminated):
-            return InputError("SIGTERM, by which a launcher or a batch system ends a process", "no signal", UNSPOKEN)
-        who = self._named(late) if late else "the other ranks"
-        return InputError(
-            f"{who}, which did not come to what all ranks do together ({first_line(error)})",
-            f"every rank there within {self.timeout:g} s",
-            f"see what keeps it; {UNSPOKEN}",
-        )
-
-    def silence(self, ranks: list[int]) -> InputError:
-        """What is said of ranks that are gone."""
-        return InputError(
-            f"{self._named(ranks)}, which has ended without a word (killed, or its machine is gone)",
-            "every rank to the end of the run",
-            UNSPOKEN,
-        )
-
-    def _named(self, ranks: list[int]) -> str:
-        hosts = []
-        for rank in ranks[:4]:
-            try:
-                hosts.append(f"{rank} on {self.store.get(f'host/{rank}').decode()}")
-            except Exception:
-                hosts.append(str(rank))
-        more = ", ..." if len(ranks) > 4 else ""
-        return f"rank {', '.join(hosts)}{more} of {self.world.size}"
+    def reason(self, error: BaseException) -> BaseException:
+        """What is said of what went wrong here."""
+        if not isinstance(error, Terminated | _Lost):
+            return error
+        said = first_line(error)
+        found = self.heart.missing(said, self.timeout)
+        if found is not None:
+            return found
+        what = "SIGTERM, by which a launcher or a batch system ends a process"
+        if isinstance(error, _Lost):
+            what = f"what all ranks do together, which failed ({said})"
+        return InputError(what, "every rank to the end of the run", UNSPOKEN)
 
 
 _group: Group | None = None
@@ -200,33 +133,26 @@ def joined(timeout: float = TIMEOUT) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    out = sys.stdout
+    before, out, done = signal.signal(signal.SIGTERM, _terminate), sys.stdout, False
     _group = group = Group(world, timeout)
     try:
         if world.rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         yield
-        group.store.set(f"left/{world.rank}", "")
+        done = True
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what ends is not to be ended
-        if not group.claim():
+        if not group.heart.claim():
             raise Ended from error
-        if isinstance(error, Terminated | _Lost):
-            raise group.why(error) from error
-        raise
+        raise group.reason(error) from error
     finally:
-        group.leave()
+        group.heart.stop(left=done)
         sys.stdout, _group = out, None
         signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(*_: object) -> None:
     raise Terminated
-
-
-class _Lost(Exception):
-    """A collective operation that failed: a rank is gone, or late."""
 
 
 def world() -> World:
@@ -257,40 +183,26 @@ def moved_bytes() -> int:
 def before_dying(work: Callable[[], None]) -> None:
     """Has `work` done where this process must end while it waits for a rank that is gone."""
     if _group:
-        _group.last_words = work
-
-
-def _together(name: str, tensor: "Tensor", *arguments: Any, **options: Any) -> None:
-    """An operation of torch.distributed in which all ranks take part."""
-    from torch import distributed as dist
-
-    assert _group
-    _group.calls, _group.moved = _group.calls + 1, _group.moved + tensor.nbytes
-    try:
-        getattr(dist, name)(*arguments, **options)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        raise _Lost(first_line(error)) from error
+        _group.heart.last_words = work
 
 
 def add(*tensors: "Tensor") -> None:
     """Puts into each tensor the sum of all ranks'; contiguous ones of the same shape everywhere."""
-    for tensor in tensors if _group else ():
-        if tensor.numel():
-            _together("all_reduce", tensor, tensor)
+    for tensor in tensors:
+        if _group and tensor.numel():
+            _group.take_part("all_reduce", tensor, tensor)
 
 
 def add_at(tensor: "Tensor", rank: int) -> None:
     """Puts into the tensor of one rank the sum of all ranks'; what the others' hold then is not said."""
     if _group:
-        _together("reduce", tensor, tensor, rank)
+        _group.take_part("reduce", tensor, tensor, rank)
 
 
 def share(tensor: "Tensor", source: int = 0) -> "Tensor":
     """The tensor of the rank `source`, written into those of the others, of the same shape."""
     if _group and tensor.numel():
-        _together("broadcast", tensor, tensor, source)
+        _group.take_part("broadcast", tensor, tensor, source)
     return tensor
 
 
@@ -313,7 +225,7 @@ def least(number: int) -> int:
     if not _group:
         return number
     found = torch.tensor([number])
-    _together("all_reduce", found, found, op=torch.distributed.ReduceOp.MIN)
+    _group.take_part("all_reduce", found, found, op=torch.distributed.ReduceOp.MIN)
     return int(found)
 
 
@@ -345,9 +257,9 @@ def gather(tensors: Sequence["Tensor"], counts: Sequence[int], rank: int | None 
         if room.numel():
             raw, *received = [x.view(torch.uint8) for x in (room, *others)]  # bytes, whatever the numbers are
             if rank is None:
-                _together("all_gather", raw, received, raw)
+                _group.take_part("all_gather", raw, received, raw)
             else:
-                _together("gather", raw, raw, received or None, rank)
+                _group.take_part("gather", raw, raw, received or None, rank)
         found.append(torch.cat([other[:n] for other, n in zip(others, counts, strict=True)]) if to_here else room[:0])
     return found
 

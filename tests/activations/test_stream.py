@@ -1,7 +1,7 @@
 """Every token reaches the probes once a pass, beside its own activation and its own labels, however it is batched."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from builders import load_chains, make_rows
 from tiny_models import build
 from torch import Tensor, nn
 from transformers import DynamicCache
+from trips import chunks
 
 from streamprobe.activations import stream as module
 from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.shards import Trip, deal
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import make_batches, stream
 from streamprobe.data.census import count_tokens
@@ -98,8 +100,8 @@ def expected(chain: Chain) -> tuple[list[int], Tensor, Tensor]:
     return tokens, pairs[tokens][..., 1], pairs[tokens][..., 0]
 
 
-def run(chains: list[Chain], backbone: nn.Module, max_tokens: int = 128, seed: int | None = 0) -> list[TokenBatch]:
-    return list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=max_tokens, seed=seed))
+def run(chains: list[Chain], backbone: nn.Module, max_tokens: int = 128) -> list[TokenBatch]:
+    return list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=max_tokens))
 
 
 def joined(batches: list[TokenBatch]) -> TokenBatch:
@@ -110,41 +112,30 @@ def joined(batches: list[TokenBatch]) -> TokenBatch:
 # --- batches ---
 
 
-@pytest.mark.parametrize("seed", [None, 0, 1])
 @pytest.mark.parametrize("max_tokens", [1, 50, 300, 10_000])
-def test_batches_are_a_partition_within_the_budget(seed, max_tokens):
+def test_batches_are_a_partition_within_the_budget(max_tokens):
     lengths = np.random.default_rng(3).integers(1, 120, 80).tolist()
-    batches = make_batches(lengths, max_tokens, seed)
+    batches = make_batches(lengths, max_tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(80))
     for batch in batches:
         assert batch
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
     if max_tokens == 1:
         assert all(len(batch) == 1 for batch in batches)
-    if max_tokens == 10_000 and seed is None:
+    if max_tokens == 10_000:
         assert [lengths[i] for batch in batches for i in batch] == sorted(lengths)
 
 
 def test_batches_waste_little_and_no_room_for_another_chain():
     lengths = np.random.default_rng(4).integers(50, 700, 500).tolist()
-    batches = make_batches(lengths, 8192, 0)
+    batches = make_batches(lengths, 8192)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     assert sum(lengths) / padded > 0.95
     shuffled = np.random.default_rng(5).permutation(500)  # negative control: chains in any order
     groups = [shuffled[i : i + 16].tolist() for i in range(0, 500, 16)]
     assert sum(lengths) / sum(len(g) * max(lengths[i] for i in g) for g in groups) < 0.7
-    ordered = make_batches(lengths, 8192, None)
-    for batch, after in zip(ordered, ordered[1:], strict=False):
+    for batch, after in zip(batches, batches[1:], strict=False):
         assert (len(batch) + 1) * lengths[after[0]] > 8192
-
-
-def test_each_seed_has_its_own_batches_in_its_own_order():
-    lengths = np.random.default_rng(3).integers(1, 120, 80).tolist()
-    first, again, other = (make_batches(lengths, 300, seed) for seed in (0, 0, 1))
-    assert first == again and first != other
-    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in other}
-    longest = [max(lengths[i] for i in batch) for batch in first]
-    assert longest != sorted(longest)
 
 
 # --- the forward pass ---
@@ -198,7 +189,6 @@ def test_the_model_reads_padded_ids_alone_and_both_counts_are_reported(backbone)
                 COLUMNS,
                 labels=LABELS,
                 max_batch_tokens=100,
-                seed=0,
                 on_forward=lambda real, padded: counted.append((real, padded)),
             )
         )
@@ -243,23 +233,25 @@ def test_bit_equality_fails_without_causal_attention(model_dir):
     assert (masked - bare).abs().max() > 1e-3
 
 
-def make_batches_of(chains: list[Chain], max_tokens: int, seed: int | None = 0) -> list[list[int]]:
-    return make_batches([len(c.ids) for c in chains], max_tokens, seed)
+def make_batches_of(chains: list[Chain], max_tokens: int) -> list[list[int]]:
+    return make_batches([len(c.ids) for c in chains], max_tokens)
 
 
 # --- the stream ---
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
-@pytest.mark.parametrize("seed", [None, 0])
-def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, max_tokens, seed):
+def test_every_valid_token_once_with_its_own_row(backbone, full, real_chains, max_tokens):
     chains = make_chains(9, seed=2) + real_chains[:3]
-    batches = run(chains, backbone, max_tokens, seed)
-    order = make_batches_of(chains, max_tokens, seed)
+    batches = run(chains, backbone, max_tokens)
+    order = make_batches_of(chains, max_tokens)
     got = joined(batches)
     assert list(dict.fromkeys(got.chain.tolist())) == [i for batch in order for i in batch if expected(chains[i])[0]]
     longest = [max(len(chains[i].ids) for i in batch) for batch in order]
-    assert len(batches) == sum(-(-n // max_tokens) for n in longest)
+    parts = [
+        [t // max_tokens for i in batch for t in expected(chains[i])[0]] for batch in order
+    ]  # of long chains, that have tokens
+    assert len(batches) == sum(len(set(part)) for part in parts) <= sum(-(-n // max_tokens) for n in longest)
     assert got.acts.dtype == torch.float32 and got.chain.dtype == torch.int64
     assert got.targets.dtype == got.valid.dtype == torch.bool
     for i, chain in enumerate(chains):
@@ -293,7 +285,7 @@ def side(chain: Chain) -> Tensor:
 @pytest.mark.parametrize("max_tokens", [7, 10_000])
 def test_surface_and_side_stand_beside_the_activations_of_their_own_token(backbone, max_tokens):
     chains = make_chains(9, seed=2)
-    plain = joined(list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=max_tokens, seed=0)))
+    plain = joined(list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=max_tokens)))
     got = joined(
         list(
             stream(
@@ -303,7 +295,6 @@ def test_surface_and_side_stand_beside_the_activations_of_their_own_token(backbo
                 COLUMNS,
                 labels=LABELS,
                 max_batch_tokens=max_tokens,
-                seed=0,
                 embedded=Ids(),
                 side=side,
             )
@@ -399,7 +390,7 @@ def by_chain(batches: list[TokenBatch]) -> TokenBatch:
 @pytest.mark.parametrize("max_tokens", [1, 3, 7, 39])  # below and above the window and the longest lag
 def test_chunks_change_nothing(any_backbone, max_tokens):
     chains = long_chains(any_backbone)
-    whole, got = (by_chain(run(chains, any_backbone, n, None)) for n in (LONG, max_tokens))
+    whole, got = (by_chain(run(chains, any_backbone, n)) for n in (LONG, max_tokens))
     assert torch.equal(got.targets, whole.targets) and torch.equal(got.valid, whole.valid)
     assert torch.equal(got.chain, whole.chain)
     largest = float(whole.acts.abs().max())
@@ -409,9 +400,9 @@ def test_chunks_change_nothing(any_backbone, max_tokens):
 def test_chunks_without_what_came_before_are_seen(any_backbone, monkeypatch):
     """Negative control of the test above."""
     chains = long_chains(any_backbone)[-2:]
-    whole = by_chain(run(chains, any_backbone, LONG, None))
+    whole = by_chain(run(chains, any_backbone, LONG))
     monkeypatch.setattr(module, "make_cache", lambda config: None)
-    cut = by_chain(run(chains, any_backbone, 16, None))
+    cut = by_chain(run(chains, any_backbone, 16))
     assert torch.equal(cut.targets, whole.targets)
     tokens = torch.tensor(expected(chains[0])[0])
     distance = (cut.acts - whole.acts)[whole.chain == 0].abs().amax((1, 2)) / whole.acts.abs().max()
@@ -435,12 +426,10 @@ def test_no_chain_sets_the_memory(backbone, monkeypatch):
 
     monkeypatch.setattr(module, "make_cache", make)
     chains = long_chains(backbone)
-    batches = list(
-        stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=8, seed=0, on_forward=count)
-    )
+    batches = list(stream(chains, backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=8, on_forward=count))
     assert len(caches) == sum(len(c.ids) > 8 for c in chains) > 2
     assert max(alive) == 1 and all(ref() is None for ref in caches)
-    assert len(told) == len(batches) and sum(tokens for tokens, _ in told) == sum(len(c.ids) for c in chains)
+    assert len(told) >= len(batches) > 0 and sum(tokens for tokens, _ in told) == sum(len(c.ids) for c in chains)
     assert max(padded for _, padded in told) == 8
     assert max(len(b.chain) for b in batches) <= 8 + max(c.lag for c in COLUMNS)
 
@@ -477,11 +466,11 @@ def test_a_short_chain_keeps_its_frequencies_beside_a_long_one(tmp_path, monkeyp
     model = load_backbone(str(tmp_path), LAYERS, "float32", device_map="cpu")
     chains = [replace(c, ids=c.ids % 300) for c in make_chains(12, 3, LONG)]
     assert {len(c.ids) > 16 for c in chains} == {False, True}
-    got = by_chain(run(chains, model, 10_000, None))
-    each = [by_chain(run([c], model, 10_000, None)) for c in chains if expected(c)[0]]
+    got = by_chain(run(chains, model, 10_000))
+    each = [by_chain(run([c], model, 10_000)) for c in chains if expected(c)[0]]
     torch.testing.assert_close(got.acts, torch.cat([b.acts for b in each]), rtol=0, atol=1e-5)
     monkeypatch.setattr(module, "frequencies_change", lambda config: 10_000)
-    together = by_chain(run(chains, model, 10_000, None)).acts
+    together = by_chain(run(chains, model, 10_000)).acts
     assert (together - got.acts).abs().max() > 1e-2  # negative control
 
 
@@ -496,10 +485,10 @@ def test_a_running_state():
 def test_the_model_runs_once_if_the_split_is_kept(backbone, real_chains):
     """Stream and memory together: all passes hold the rows that the model gave, and only the first one runs it."""
     n = count_tokens(real_chains, COLUMNS, LABELS)[0]
-    store = ActivationMemory(n, True, Sizes(len(LAYERS), 32, len(COLUMNS), 0, torch.float32), CPU)
+    store = ActivationMemory(n, True, Sizes(len(LAYERS), 32, len(COLUMNS), 0, torch.float32), CPU, n_shards=3)
     forwards = []
 
-    def trip() -> Iterator[TokenBatch]:
+    def read(batches: Sequence[Sequence[int]]) -> Iterator[TokenBatch]:
         return stream(
             real_chains,
             backbone,
@@ -507,13 +496,16 @@ def test_the_model_runs_once_if_the_split_is_kept(backbone, real_chains):
             COLUMNS,
             labels=LABELS,
             max_batch_tokens=256,
-            seed=0,
+            batches=batches,
             on_forward=lambda *size: forwards.append(size),
         )
 
-    reference = torch.cat([b.acts for b in trip()]).flatten(1)
+    def trip() -> Trip:
+        return Trip(deal([len(chain.ids) for chain in real_chains], 3, 256), read)
+
+    reference = torch.cat([b.acts for _, batches in trip().own() for b in batches]).flatten(1)
     once = len(forwards)
     for seed in range(3):
-        rows = torch.cat([b.acts for b in store.shuffled(trip, 64, seed)]).flatten(1)
+        rows = torch.cat([b.acts for b in chunks(store.shuffled(trip, 64, seed))]).flatten(1)
         assert torch.equal(*(x[np.lexsort(x.T.numpy())] for x in (rows, reference)))
     assert len(forwards) == 2 * once > 2

@@ -28,7 +28,7 @@ def test_the_offline_way_trains_on_the_very_pairs_of_the_stream(workbench, tmp_p
     stored = {"dtype": torch.float32, "folder": tmp_path, "device": CPU}
     for chain in grid.train:
         acts, targets = offline.load([chain], 2, grid.columns[k], labels=grid.labels, **stored)
-        (batch,) = workbench.read(grid, [chain])
+        (batch,) = (batch for _, batches in workbench.trip(grid, [chain]).own() for batch in batches)
         valid = batch.valid[:, k]
         torch.testing.assert_close(acts, batch.acts[valid, 2])
         assert torch.equal(targets.bool(), batch.targets[valid, k])

@@ -216,7 +216,7 @@ def test_probes_read_the_layers_without_their_padding_and_then_what_is_made_by_h
     acts = torch.cat([torch.full((150, 1, HIDDEN), 7.0, dtype=dtype), rows], dim=1)
     side, none = controls.features(chain), torch.zeros(150, 0, dtype=torch.bool)
     at = torch.arange(150)
-    batch, reads = TokenBatch(acts, side, none, none, at, at, at), make_reads(controls, 1, WIDTH)
+    batch, reads = TokenBatch(acts, side, none, none, at, at, at, at.float()), make_reads(controls, 1, WIDTH)
     read = reads["joint+chain"](batch)
     assert read.dtype == torch.float32 and read.shape == (150, 1, 2 * WIDTH + controls.widths["joint+chain"])
     assert torch.equal(read[:, 0, :WIDTH], rows[:, 0, :WIDTH].float())

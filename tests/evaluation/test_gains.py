@@ -204,7 +204,7 @@ def test_scoring_hands_on_what_final_probes_read_and_their_penalties() -> None:
     grid, asked = torch.zeros(2, 1), torch.ones(6, 1, dtype=torch.bool)
     final = FinalProbes("newton", NESTED, bank, torch.zeros(1), grid, grid, grid + 0.1)
     at = torch.zeros(6, dtype=torch.int64)
-    batch = TokenBatch(torch.ones(6, 2, 4), torch.zeros(6, 0), asked, asked, at, at, at)
+    batch = TokenBatch(torch.ones(6, 2, 4), torch.zeros(6, 0), asked, asked, at, at, at, at.float())
     feeds = [Feed(name, sites, 4, lambda own: own.acts, torch.tensor([0])) for name in (NESTED, "layers")]
     nested, other = score([final, final._replace(feed="layers", penalty=None)], feeds, [batch])
     assert nested.is_nested and torch.equal(nested.penalty, grid + 0.1) and final.shared == []

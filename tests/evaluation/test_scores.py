@@ -62,6 +62,7 @@ def test_all_scores_are_on_the_grid() -> None:
         torch.zeros(30, dtype=torch.int64),
         torch.arange(30),
         torch.zeros(30, dtype=torch.int64),
+        torch.zeros(30),
     )
     feed = Feed("layers", bank.sites, 5, lambda own: own.acts, torch.tensor([0]))
     [own] = evaluate([(bank, feed)], [batch])

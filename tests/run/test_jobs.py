@@ -61,6 +61,6 @@ def test_joint_controls_are_given_layers_that_no_control_is_trained_on(
     assert batch.acts.shape[1] == 2 + len(found.inputs.controls.embedded)
     [of_whole] = [feed for feed in whole.feeds if feed.name == names[-1]]
     assert torch.equal(feeds[names[-1]].features(batch), of_whole.features(other))
-    plan = plan_run(found.config, found.inputs, found.backbone, found.feeds, before=None)
+    plan = plan_run(found.config, found.inputs, found.backbone, found.feeds, shards=found.reader.shards, before=None)
     assert plan.sizes.layers == batch.acts.shape[1] and plan.sizes.side == batch.side.shape[1]
     assert plan.sizes.side == found.inputs.controls.width < feeds[names[-1]].n_hand_made / 5

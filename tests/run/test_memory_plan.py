@@ -25,7 +25,8 @@ GB = 10**9
 def plan(monkeypatch: pytest.MonkeyPatch, cap: float | None, device: torch.device, free: dict[str, float], **n: int):
     """`plan_memory` for tokens of 1,000 bytes, with this many GB free, of which one is reserved everywhere."""
     monkeypatch.setattr(memory_plan, "free_bytes", lambda where: int(free[where.type] * GB))
-    tokens = Tokens(n.get("train", 800_000), n.get("validation", 100_000), 1000)
+    train = n.get("train", 800_000)
+    tokens = Tokens(train, n.get("validation", 100_000), 1000, train)
     reserve = Reserve(0, GB) if device.type == "cpu" else Reserve(GB, GB)
     about = {"device": device, "memory_gb": cap, "reserve": reserve, "batch_size": n.get("batch", 64), "before": None}
     return make_plan(tokens, None, **about)
@@ -77,7 +78,7 @@ def test_too_little_memory(monkeypatch, cap, free):
 
 def test_a_resumed_run_keeps_what_it_kept():
     """Whatever is free now: the pool decides the order of the tokens."""
-    tokens, rooms = Tokens(800_000, 100_000, 1000), {CPU: int(0.9 * GB)}
+    tokens, rooms = Tokens(800_000, 100_000, 1000, 800_000), {CPU: int(0.9 * GB)}
     before = Kept(20_000, False, True, True)
     assert plan_memory(tokens, rooms, batch_size=64, before=before) == Plan(before, CPU)
     assert plan_memory(tokens, rooms, batch_size=64) == Plan(Kept(800_000, True, True), CPU)  # negative control

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from streamprobe import trainer
 from streamprobe.activations.feed import Feed
+from streamprobe.activations.shards import Trip, deal
 from streamprobe.activations.store import ActivationMemory, Sizes
 from streamprobe.activations.stream import stream
 from streamprobe.cli import train as main
@@ -480,7 +481,7 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(pe
     layers, columns, labels = [0, 1], [Column("event", "token", lag) for lag in (-8, 0, 8, 16)], ["event"]
     splits = [planted_chains(n, seed, permuted) for seed, n in enumerate((150, 30, 150))]
     read = partial(stream, backbone=model, layers=layers, columns=columns, labels=labels, max_batch_tokens=3000)
-    census = count_tokens(splits[0], columns, labels)
+    shards, census = deal([100] * len(splits[0]), 1, 3000), count_tokens(splits[0], columns, labels)
     memory = ActivationMemory(census.tokens, True, Sizes(2, 32, 4, 0, torch.float32), torch.device("cpu"))
     weight = (census.valid - census.positive) / census.positive
     sites = layer_sites(layers)
@@ -491,7 +492,7 @@ def test_a_planted_direction_is_found_at_its_lag_and_its_permuted_twin_is_not(pe
     trainer.train(
         jobs,
         memory,
-        lambda number: read(splits[0], seed=number),
+        lambda number: Trip(shards, lambda batches: read(splits[0], batches=batches), number),
         lambda: read(splits[1]),
         tracker=Tracker([], [adam, newton]),
         save=lambda done: None,

@@ -37,7 +37,7 @@ def all_sums(x: Tensor, counts: Tensor, parts: int) -> list[Tensor]:
     for own, several in zip(x.chunk(parts), counts.chunk(parts, dim=1), strict=True):
         drawn.add(own, several)
     drawn.settle()
-    return [drawn.take(place) for place in PLACES]
+    return [drawn.sums.take(place) for place in PLACES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

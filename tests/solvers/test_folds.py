@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from streamprobe.activations.batch import Extras
 from streamprobe.activations.feed import Feed
 from streamprobe.lags import Column
 from streamprobe.probes.nested import Blocks, NestedProbes
@@ -88,7 +89,8 @@ def train(problem: Problem, held_out: Problem, *, folds: bool, shared: bool = Fa
             for start in range(0, len(problem.fold), 1500):
                 rows = slice(start, start + 1500)
                 part = problem.at(rows)
-                solver.step(take(part.blocks), targets[rows], valid[rows], part.fold)
+                chance = torch.rand(len(part.fold), generator=torch.Generator().manual_seed(start))
+                solver.step(take(part.blocks), targets[rows], valid[rows], Extras(part.fold, chance))
             solver.end_pass()
             if done():
                 return

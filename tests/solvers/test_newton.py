@@ -385,4 +385,4 @@ def test_activations_that_are_not_finite_are_refused(tokens, value) -> None:
 
 
 def test_what_the_matrices_take() -> None:
-    assert curvature_bytes(5, 14, 4096) == pytest.approx(70 * 67.1e6, rel=1e-3)
+    assert curvature_bytes(5, 14, 4096) == pytest.approx(70 * 134.3e6, rel=1e-3)

@@ -213,6 +213,7 @@ def batches(x, y):
             torch.zeros(len(part), dtype=torch.int64),
             part,
             torch.zeros(len(part), dtype=torch.int64),
+            torch.zeros(len(part)),
         )
 
 
