@@ -39,15 +39,17 @@ def nothing() -> None:
     """No preparation."""
 
 
-def forked(*argvs: Sequence[str], prepare: Callable[[], Any] = nothing) -> list[Done]:
-    """Runs the command lines at once, each in its own process, where `prepare` is called first.
+def forked(
+    *argvs: Sequence[str], prepare: Callable[[], Any] = nothing, each: Sequence[Callable[[], Any]] = ()
+) -> list[Done]:
+    """Runs the command lines at once, each in its own process, where `prepare` is called first, or its own of `each`.
 
     What they print must fit into a pipe (64 kB).
     """
     pipes = [(os.pipe(), os.pipe()) for _ in argvs]
     children = [
-        FORK.Process(target=_child, args=(argv, out[1], err[1], prepare))
-        for argv, (out, err) in zip(argvs, pipes, strict=True)
+        FORK.Process(target=_child, args=(argv, out[1], err[1], own))
+        for argv, own, (out, err) in zip(argvs, each or [prepare] * len(argvs), pipes, strict=True)
     ]
     for child in children:
         child.start()

@@ -71,14 +71,11 @@ def stream(
 
     `labels` names the C label arrays of the chains; `batches` which of the chains are read together, and in which order
     (None: all, see `make_batches`).  After each forward pass `on_forward` is given the tokens in it and those with
-    padding.  The layers of `embedded` stand behind the probed ones, and `side` gives numbers of a chain's tokens
-    [T, p].
+    padding.  The layers of `embedded` stand behind the probed ones; `side` gives numbers of a chain's tokens [T, p].
     A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
     float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
     a chain if the model cannot read one in chunks.
     """
-    if not chains:
-        raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
     if batches is None:
         batches = make_batches([len(chain.ids) for chain in chains], max_batch_tokens)
     blocks = decoder_layers(backbone)
@@ -96,9 +93,7 @@ def stream(
                 if on_forward:
                     on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
                 asked = asked or pairing.look_up(list(some.values()))  # while the device computes
-                laid = pairing.lay(asked, some, part, [taken[layer] for layer in layers])
-                if len(laid.chain):
-                    yield laid
+                yield from pairing.lay(asked, some, part, [taken[layer] for layer in layers])
 
 
 def stream_samples(
@@ -119,7 +114,12 @@ def stream_samples(
 def _of_like_frequencies(
     batches: Sequence[Sequence[int]], chains: Sequence[Chain], backbone: Any
 ) -> Iterator[list[int]]:
-    """The batches, each in two where some of its chains are so long that the model reads them in other frequencies."""
+    """The batches, each in two where some of its chains are so long that the model reads them in other frequencies.
+
+    Raises InputError where there is none.
+    """
+    if not chains:
+        raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
     limit = frequencies_change(backbone.config)
     for batch in batches:
         parts = [i for i in batch if len(chains[i].ids) <= limit], [i for i in batch if len(chains[i].ids) > limit]
@@ -164,9 +164,13 @@ class _Pairing(NamedTuple):
             found.append(_Asked(row, token, self.side(chain)[token], pairs.targets[at], pairs.valid[at], chance[token]))
         return _Asked(*(torch.cat(every) for every in zip(*found, strict=True)))
 
-    def lay(self, asked: _Asked, chains: Mapping[int, Chain], part: slice, acts: Sequence[Tensor]) -> TokenBatch:
-        """Those of the tokens that lie in a part of each of the chains, of which the layers are acts [B, T, D]."""
+    def lay(
+        self, asked: _Asked, chains: Mapping[int, Chain], part: slice, acts: Sequence[Tensor]
+    ) -> Iterator[TokenBatch]:
+        """Those of the tokens, if any, that lie in a part of each of the chains, whose layers are acts [B, T, D]."""
         inside = (asked.token >= part.start) & (asked.token < part.stop)
+        if not inside.any():
+            return
         if not inside.all():
             asked = _Asked(*(x[inside] for x in asked))
         place = asked.token - part.start  # [N] in this part
@@ -178,7 +182,7 @@ class _Pairing(NamedTuple):
             sources += [(layer, before[asked.row] + place) for layer in embedded.unbind(1)]
         numbers, folds = torch.tensor(list(chains)), torch.tensor([chain.fold for chain in chains.values()])
         taken, row, own = _gather(sources, acts[0].device), asked.row, asked
-        return TokenBatch(
+        yield TokenBatch(
             taken, own.side, own.targets, own.valid, numbers[row], own.token, folds[row], chance=own.chance
         )
 

@@ -51,8 +51,9 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     say(inputs.preflight)
     backbone = load_model(config, texts, inputs)
     facts = facts_of(config, inputs.fingerprint, backbone.model)
-    for name in ("config", "versions", "data_fingerprint", "model_fingerprint"):
-        agree(name.replace("_", " "), json.dumps(facts[name], sort_keys=True))
+    defining = {"keys": "config", "versions": "versions", "data": "data_fingerprint", "weights": "model_fingerprint"}
+    for what, name in defining.items():
+        agree(what, json.dumps(facts[name], sort_keys=True))
     if earlier.keys:
         check_same_run(facts["config"], earlier.keys)
     if earlier.checkpoint:

@@ -133,6 +133,7 @@ def joined(timeout: float = TIMEOUT) -> Iterator[None]:
     if world.size == 1:
         yield
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets would tell of each that is closed
     before, out, done = signal.signal(signal.SIGTERM, _terminate), sys.stdout, False
     _group = group = Group(world, timeout)
     try:
@@ -280,13 +281,13 @@ def local_main_first() -> Iterator[None]:
 
 
 def agree(what: str, value: str) -> None:
-    """Raises InputError unless `value` is the same on every rank."""
+    """Raises InputError unless `value`, of `what`, is the same on every rank."""
     theirs = share_bytes(value.encode()).decode()
     if least(int(theirs == value)):
         return
     rank = least(world().size if theirs == value else world().rank)
     raise InputError(
-        f"rank {rank} of {world().size} with another {what} than rank 0",
+        f"{what} on rank {rank} of {world().size} that differ from those on rank 0",
         "the same on every machine",
         "use the same versions, model and data everywhere",
     )

@@ -15,6 +15,7 @@ from streamprobe.errors import InputError
 
 BEAT = 1.0  # seconds between two signs of life of a member
 SILENT = 40.0  # seconds without one after which a member is taken for dead, though no connection has broken
+HEARD = 2.5 * BEAT  # seconds after which all members know that another has ended all
 GRACE = 15.0  # seconds that a member has to end by itself once another has ended all
 UNSPOKEN = "the same command with --resume goes on from the last checkpoint"
 
@@ -28,6 +29,8 @@ class Heartbeat:
         self.calls = 0  # how often this member has taken part in what all do together
         self.last_words: Callable[[], None] = lambda: None  # what is still to be done where no exception can end it
         self.done = threading.Event()
+        self.ended = 0.0  # when this member heard that another has ended all
+        self.hosts: dict[int, str] = {}  # of members whose signs of life were seen, for when the store is gone
         self.store.set(f"host/{member}", host)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -39,31 +42,37 @@ class Heartbeat:
             self.store.set(f"left/{self.member}", "")
 
     def claim(self) -> bool:
-        """Whether this is the member that says why all end: the first one that asks."""
+        """Whether this is the member that says why all end: the first one that asks.
+
+        It stays until the others have heard that, for the store may go with it.
+        """
         try:
-            return self.store.compare_set("ended", "", str(self.member)).decode() == str(self.member)
+            first = self.store.compare_set("ended", "", str(self.member)).decode() == str(self.member)
         except Exception:  # the process that holds the store is gone: all that are left may speak
-            return True
+            return not self.ended
+        if first:
+            time.sleep(HEARD)
+        return first
 
     def _run(self) -> None:
         """Gives signs of life and looks for those of others."""
         watched = range(1, self.size) if self.member == 0 else [0]
         seen = {member: ("", time.monotonic()) for member in watched}
-        number, ended = 0, 0.0
+        number = 0
         while not self.done.wait(BEAT):
             number, now = number + 1, time.monotonic()
             try:
                 self.store.set(f"beat/{self.member}", f"{number} {self.calls}")
-                ended = ended or now * self.store.check(["ended"])
+                self.ended = self.ended or now * self.store.check(["ended"])
                 for member in list(seen):
                     if self.store.check([f"left/{member}"]):
                         del seen[member]
                     elif (beat := self._last(member)) != seen[member][0]:
                         seen[member] = beat, now
             except Exception:  # the process that holds the store is gone
-                ended = ended or now
+                seen = seen or {0: ("", now)}
             silent = [member for member, (_, last) in seen.items() if now - last > SILENT]
-            if silent or (ended and now - ended > GRACE):
+            if silent or (self.ended and now - self.ended > GRACE):
                 self._end_here(silent)
 
     def _end_here(self, silent: list[int]) -> None:
@@ -76,7 +85,11 @@ class Heartbeat:
 
     def _last(self, member: int) -> str:
         """The last beat of another member; nothing where there is none."""
-        return self.store.get(f"beat/{member}").decode() if self.store.check([f"beat/{member}"]) else ""
+        if not self.store.check([f"beat/{member}"]):
+            return ""
+        if member not in self.hosts:
+            self.hosts[member] = self.store.get(f"host/{member}").decode()
+        return self.store.get(f"beat/{member}").decode()
 
     def _beats(self) -> dict[int, str]:
         """The last beats of the others that still have to do."""
@@ -117,11 +130,6 @@ class Heartbeat:
 
     def _named(self, members: list[int]) -> str:
         """Some of the members, with the machines that they run on."""
-        names = []
-        for member in members[:4]:
-            try:
-                names.append(f"{member} on {self.store.get(f'host/{member}').decode()}")
-            except Exception:
-                names.append(str(member))
+        names = [f"{member} on {self.hosts.get(member, 'an unknown machine')}" for member in members[:4]]
         more = ", ..." if len(members) > 4 else ""
         return f"rank {', '.join(names)}{more} of {self.size}"
