@@ -148,12 +148,16 @@ def test_a_run_over_two_devices_ends_as_on_the_cpu(
     assert all(each.calls["aten.mm.default"] for each in seen.devices)  # blocks of both have run
 
 
-@pytest.mark.parametrize(("place", "layers"), [("device", ["0", "2"]), ("two_devices", ["2", "3"])], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("device", []), ("two_devices", [*FEW, "--layers", "2", "3", "--max_chains", "40"])],
+    ids=["one", "two"],
+)
 def test_probes_of_a_run_are_used_on_devices(
-    config: str, place: str, layers: list[str], request: pytest.FixtureRequest
+    config: str, place: str, words: list[str], request: pytest.FixtureRequest
 ) -> None:
     """Evaluated on other chains, scoring, watching and steering, as on the CPU; of two no layer is on the model's."""
-    assert cli.train([config, "--output_dir", "run", "--solvers", "newton", "--layers", *layers]) == 0
+    assert cli.train([config, "--output_dir", "run", "--solvers", "newton", *words]) == 0
     Path("texts.jsonl").write_text(json.dumps({"text": "wait , so it is ."}) + "\n")
     data = yaml.safe_load(Path(config).read_text())["data"]
     commands = [
