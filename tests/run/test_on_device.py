@@ -156,7 +156,7 @@ def test_a_run_over_two_devices_ends_as_on_the_cpu(
 def test_probes_of_a_run_are_used_on_devices(
     config: str, place: str, words: list[str], request: pytest.FixtureRequest
 ) -> None:
-    """Evaluated on other chains, scoring, watching and steering, as on the CPU; of two no layer is on the model's."""
+    """Evaluated on other chains, scoring, watching and steering, as on the CPU; of two, all layers are on the second."""
     assert cli.train([config, "--output_dir", "run", "--solvers", "newton", *words]) == 0
     Path("texts.jsonl").write_text(json.dumps({"text": "wait , so it is ."}) + "\n")
     data = yaml.safe_load(Path(config).read_text())["data"]
