@@ -1,19 +1,22 @@
-"""A pretend CUDA device where there is none: its tensors say `cuda:0`, compute on the CPU and refuse what CUDA would.
+"""Pretend CUDA devices where there are none: their tensors say `cuda:0`, compute on the CPU and refuse what CUDA would.
 
     with fake_cuda() as fake:
-        x = torch.ones(3, device="cuda:0")      # always with the index: a bare "cuda" asks the driver
+        x = torch.ones(3, device="cuda:0")      # always so: a bare "cuda" and a bare 0 ask the driver
         x + torch.ones(3)                       # RuntimeError: two devices
         x.numpy()                               # RuntimeError
         with aside():                           # for what uses the device `meta` itself, such as `from_pretrained`
             model = load()
         model.to("cuda:0")
     fake.waits                                  # Counter of (file:line, operator): how often the host would have waited
-    fake.calls, fake.peak                       # operators run on the device, views among them; most bytes held
+    fake.calls                                  # operators run on the device, views among them
+    with fake_cuda(devices=2) as fake:          # `cuda:0` and `cuda:1`
+        torch.ones(3, device="cuda:0") + torch.ones(3, device="cuda:1")  # RuntimeError, but `to` and `copy_` cross
+    fake.devices[1].peak                        # most bytes held by one of them, which has waits and calls of its own
 
-Refused: operators over tensors of both devices, but for copies, index tensors on the CPU, and CPU tensors without
-dimensions in pointwise operators; CPU generators for numbers on the device; numpy; more than `memory` bytes
+Refused: operators over tensors of two devices, but for copies, index tensors on the CPU, and CPU tensors without
+dimensions in pointwise operators; CPU generators for numbers on a device; numpy; more than `memory` bytes on a device
 (torch.OutOfMemoryError).  Not seen: races, streams, what kernels cannot do or round otherwise, their own memory and
-waits (but for WAITS), and several devices.
+waits (but for WAITS), and which devices can reach each other's memory.
 """
 
 import sys
@@ -21,6 +24,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as aside  # noqa: F401
 
 DEVICE = torch.device("cuda:0")
-AWAY = ("cuda", "meta")  # torch's C++ takes DEVICE for `meta`: a build without CUDA cannot ask about another
+AWAY = ("cuda", "meta")  # torch's C++ takes `cuda:1` for `meta:1`: a build without CUDA cannot ask about another
 aten = torch.ops.aten
 COPIES = {aten.copy_, aten._foreach_copy_}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
@@ -40,27 +44,32 @@ current: "Seen | None" = None
 
 
 class OnDevice(Tensor):
-    """A tensor that says it lies on DEVICE; its numbers are in `near`, on the CPU."""
+    """A tensor that says it lies on a device, `cuda:{number}`; its numbers are in `near`, on the CPU."""
 
     near: Tensor
-    device, is_cuda, is_meta = DEVICE, True, False  # type: ignore[assignment]
+    number: int
+    is_cuda, is_meta = True, False  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     __repr__ = object.__repr__  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "OnDevice":
+    def __new__(cls, inner: Tensor, number: int) -> "OnDevice":
         made = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=torch.device("meta"), requires_grad=inner.requires_grad,
+            layout=inner.layout, device=torch.device("meta", number), requires_grad=inner.requires_grad,
         )  # fmt: skip
-        made.near = inner
+        made.near, made.number = inner, number
         if current:
-            current.hold(inner.untyped_storage(), 1)
+            current.devices[number].hold(inner.untyped_storage(), 1)
         return made
 
     def __del__(self) -> None:
-        if current and hasattr(self, "near"):
-            current.hold(self.near.untyped_storage(), -1)
+        if current and hasattr(self, "near") and self.number < len(current.devices):
+            current.devices[self.number].hold(self.near.untyped_storage(), -1)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", self.number)
 
     def tolist(self) -> Any:  # torch gives its own to no subclass
         return self.cpu().tolist()
@@ -103,25 +112,58 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     packet, given = func.overloadpacket, leaves((args, kwargs))
     far = [x for x in given if isinstance(x, OnDevice)]
     near = [x for x in given if isinstance(x, Tensor) and not isinstance(x, OnDevice)]
-    to_device = torch.device(kwargs["device"]).type in AWAY if kwargs.get("device") is not None else bool(far)
-    schema = enumerate(func._schema.arguments)
-    written = [kwargs.get(a.name, *args[i : i + 1]) for i, a in schema if a.alias_info and a.alias_info.is_write]
+    goal = _goal(kwargs.get("device"), far)
     assert not any(x.device.type == "meta" for x in near), f"{func} of a tensor that was made past the pretence"
-    if far and near and not _may_mix(func, args, near, leaves(written)):
-        kinds = [f"{x.device} {tuple(x.shape)}" for x in (*far, *near)]
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found two: {func} of {kinds}")
+    if not far and goal is None:
+        return func(*args, **kwargs)
+    written = [kwargs.get(name, *args[i : i + 1]) for i, name in _writes(func)]
+    _check(func, args, far, near, leaves(written))
     if far and any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in given):
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu': {func}")
-    if packet is aten._to_copy and far and to_device and kwargs.get("dtype", far[0].dtype) == far[0].dtype:
-        return far[0]  # it is there already
-    if current and (far or to_device):
-        current.note(func, args, kwargs, bool(far), bool(near), to_device)
+    there = packet is aten._to_copy and far and far[0].number == goal
+    if there and kwargs.get("dtype", far[0].dtype) == far[0].dtype:
+        return far[0]
+    if current:
+        own = current.devices[far[0].number if goal is None else goal]
+        own.note(func, args, kwargs, bool(far), bool(near), goal is not None)
     result = func(*mapped(_inside, args), **mapped(_inside, kwargs))
     if written:  # in place, or with out=
         for x in leaves(written):
             assert not isinstance(x, OnDevice) or x.shape == x.near.shape, f"{func} changed a shape in place"
         return None if not func._schema.returns else written[0] if len(written) == 1 else tuple(written)
-    return mapped(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result) if to_device else result
+    return result if goal is None else mapped(lambda x: OnDevice(x, goal) if isinstance(x, Tensor) else x, result)
+
+
+@cache
+def _writes(func: Any) -> list[tuple[int, str]]:
+    """The number and the name of each argument that an operator writes into."""
+    schema = enumerate(func._schema.arguments)
+    return [(i, each.name) for i, each in schema if each.alias_info and each.alias_info.is_write]
+
+
+def _goal(asked: Any, far: list[OnDevice]) -> int | None:
+    """The number of the device on which a result lies; None: the CPU."""
+    if asked is None:
+        return far[0].number if far else None
+    return numbered(asked) if torch.device(asked).type in AWAY else None
+
+
+def numbered(device: Any) -> int:
+    """The number of a device that is given as torch takes it; none is the current one."""
+    number = device if isinstance(device, int | None) else torch.device(device).index
+    if number is None:
+        return current.current if current else 0
+    if current and number >= len(current.devices):
+        raise RuntimeError(f"CUDA error: invalid device ordinal: {number}")
+    return number
+
+
+def _check(func: Any, args: Any, far: list[OnDevice], near: list[Tensor], written: list[Any]) -> None:
+    """Raises RuntimeError for tensors of two devices where CUDA would."""
+    crossing = len({x.number for x in far}) > 1 and func.overloadpacket not in COPIES
+    if crossing or far and near and not _may_mix(func, args, near, written):
+        kinds = [f"{x.device} {tuple(x.shape)}" for x in (*far, *near)]
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found two: {func} of {kinds}")
 
 
 def _with_tensors(index: Any) -> Any:
@@ -145,8 +187,8 @@ def _may_mix(func: Any, args: Any, near: list[Tensor], written: list[Any]) -> bo
     return packet in COPIES or scalars and not any(x.dim() for x in near)
 
 
-class Seen:
-    """What a device of so many bytes was asked to do."""
+class SeenOn:
+    """What one device of so many bytes was asked to do."""
 
     def __init__(self, memory: int):
         self.memory, self.held, self.peak = memory, 0, 0
@@ -177,6 +219,27 @@ class Seen:
         self.waits += Counter([(where(), str(func))] * waits)
 
 
+class Seen:
+    """What every device was asked to do, and all of them together."""
+
+    def __init__(self, memory: int, devices: int):
+        self.devices, self.current = [SeenOn(memory) for _ in range(devices)], 0
+
+    @property
+    def waits(self) -> Counter[Any]:
+        return sum((each.waits for each in self.devices), Counter())
+
+    @property
+    def calls(self) -> Counter[Any]:
+        return sum((each.calls for each in self.devices), Counter())
+
+    def exchange(self, number: int) -> int:
+        """Makes another device the current one, unless below 0; returns the one that was."""
+        before = self.current
+        self.current = before if number < 0 else numbered(number)
+        return before
+
+
 class Stream:
     """Of a device that is never late: an event in it has always happened."""
 
@@ -187,11 +250,29 @@ class Stream:
         pass
 
 
+def _about_cuda(seen: Seen) -> dict[str, Any]:
+    """What `torch.cuda` says of the devices."""
+
+    def of(device: Any) -> SeenOn:
+        return seen.devices[numbered(device)]
+
+    return {
+        "_lazy_init": lambda: None, "empty_cache": lambda: None, "synchronize": lambda device=None: None,
+        "device_count": lambda: len(seen.devices), "current_device": lambda: seen.current,
+        "set_device": lambda device: seen.exchange(numbered(device)),
+        "_exchange_device": seen.exchange, "_maybe_exchange_device": seen.exchange,
+        "current_stream": lambda device=None: Stream(),
+        "mem_get_info": lambda device=None: (of(device).memory - of(device).held, of(device).memory),
+        "max_memory_allocated": lambda device=None: of(device).peak,
+        "get_device_name": lambda device=None: f"fake CUDA {numbered(device)}",
+    }  # fmt: skip
+
+
 @contextmanager
-def fake_cuda(memory: int = 2**40) -> Iterator[Seen]:
-    """The device in this context, and what it is asked to do."""
+def fake_cuda(memory: int = 2**40, devices: int = 1) -> Iterator[Seen]:
+    """So many devices in this context, each of so many bytes, and what they are asked to do."""
     global current
-    current, run_thread, make = (seen := Seen(memory)), threading.Thread.run, torch.tensor
+    current, run_thread, make = (seen := Seen(memory, devices)), threading.Thread.run, torch.tensor
 
     def with_mode(thread: threading.Thread) -> None:
         with _Mode():
@@ -205,15 +286,10 @@ def fake_cuda(memory: int = 2**40) -> Iterator[Seen]:
     def tensor(data: Any, *, device: Any = None, **rest: Any) -> Tensor:  # torch's own asks the driver
         return make(data, device="cpu", **rest).to(device or torch.empty(0).device)
 
-    about: dict[str, Any] = {
-        "_lazy_init": lambda: None, "empty_cache": lambda: None, "synchronize": lambda device=None: None,
-        "mem_get_info": lambda device=None: (seen.memory - seen.held, seen.memory),
-        "current_stream": lambda device=None: Stream(),
-        "max_memory_allocated": lambda device=None: seen.peak, "get_device_name": lambda device=None: "fake CUDA",
-    }  # fmt: skip
     pinning, threads = patch.object(Tensor, "pin_memory", pin), patch.object(threading.Thread, "run", with_mode)
+    about, making = patch.multiple(torch.cuda, **_about_cuda(seen)), patch.object(torch, "tensor", tensor)
     try:
-        with patch.multiple(torch.cuda, **about), patch.object(torch, "tensor", tensor), pinning, threads, _Mode():
+        with about, making, pinning, threads, _Mode():
             yield seen
     finally:
         current = None

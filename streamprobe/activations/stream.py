@@ -5,7 +5,7 @@ Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns,
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ class LayersOfTokens(Protocol):
     before: int  # tokens that a token's row looks back on
 
     def rows(self, ids: Tensor, n: int) -> Tensor:
-        """Activations [n, S, D] at the last n of these tokens, which begin `before` earlier, or with the chain."""
+        """Activations [n, S, D] at the last n of these tokens, which begin `before` earlier, or with the chain.
+
+        They lie where the layers do, whatever the device of `ids`.
+        """
         ...
 
 
@@ -78,8 +81,8 @@ def stream(
     """
     if batches is None:
         batches = make_batches([len(chain.ids) for chain in chains], max_batch_tokens)
-    blocks = decoder_layers(backbone)
-    pairing = _Pairing(LagBuffer(columns, labels), embedded, side)
+    blocks, home = decoder_layers(backbone), cast(torch.device, backbone.device)
+    pairing = _Pairing(LagBuffer(columns, labels), embedded, side, home)
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in _of_like_frequencies(batches, chains, backbone):
             some, asked = {i: chains[i] for i in batch}, None
@@ -153,6 +156,7 @@ class _Pairing(NamedTuple):
     buffer: LagBuffer
     embedded: LayersOfTokens | None
     side: Callable[[Chain], Tensor]
+    device: torch.device  # where the activations of all layers are gathered: a model may lie on several
 
     def look_up(self, chains: Sequence[Chain]) -> _Asked:
         """What the whole of these chains is asked."""
@@ -176,22 +180,21 @@ class _Pairing(NamedTuple):
         place = asked.token - part.start  # [N] in this part
         sources = [(layer.flatten(0, 1), asked.row * layer.shape[1] + place) for layer in acts]
         if self.embedded is not None:
-            embedded = self._embed(self.embedded, list(chains.values()), part, acts[0])
+            embedded = self._embed(self.embedded, list(chains.values()), part, acts[0].dtype)
             lengths = torch.tensor([len(chain.ids[part]) for chain in chains.values()])
             before = lengths.cumsum(0) - lengths  # tokens of the chains before each
             sources += [(layer, before[asked.row] + place) for layer in embedded.unbind(1)]
         numbers, folds = torch.tensor(list(chains)), torch.tensor([chain.fold for chain in chains.values()])
-        taken, row, own = _gather(sources, acts[0].device), asked.row, asked
+        taken, row, own = _gather(sources, self.device), asked.row, asked
         yield TokenBatch(
             taken, own.side, own.targets, own.valid, numbers[row], own.token, folds[row], chance=own.chance
         )
 
-    def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, like: Tensor) -> Tensor:
+    def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, dtype: torch.dtype) -> Tensor:
         """The embedded layers [n, S, D] at the n tokens of a part of the chains, one chain behind the other."""
         starts = max(0, part.start - layers.before)
-        seen = [send(chain.ids[starts : part.stop], like.device) for chain in chains]
-        lengths = [len(chain.ids[part]) for chain in chains]
-        return torch.cat([layers.rows(ids, n).to(like) for ids, n in zip(seen, lengths, strict=True) if n])
+        parts = [(chain.ids[starts : part.stop], len(chain.ids[part])) for chain in chains]
+        return torch.cat([layers.rows(ids, n) for ids, n in parts if n]).to(dtype)
 
 
 def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:

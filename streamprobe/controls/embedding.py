@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError
+from streamprobe.system.hardware import send
 
 WINDOWS = (8, 32, 128)  # tokens that `text` averages
 PARTS = (2, 4, 8, 8)  # of its E directions `last_tokens` keeps one in so many: of this token, the one before it, ...
@@ -126,8 +127,8 @@ class EmbeddingLayers:
     def rows(self, ids: Tensor, n: int) -> Tensor:
         """The layers [n, S, D] of the last n of these tokens of a chain, in the dtype of the embedding.
 
-        ids [T] on the embedding's device begin `before` tokens earlier, or with the chain.
+        ids [T] begin `before` tokens earlier, or with the chain.
         """
-        embedded = self.embedding(ids)  # [T, E]
+        embedded = self.embedding(send(ids, self.mean.device))  # [T, E]
         layers = [layer(self, embedded, n) for layer in self.layers.values()]
         return nn.functional.pad(torch.stack(layers, dim=1), (0, self.missing))

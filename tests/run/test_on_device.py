@@ -1,9 +1,10 @@
-"""On a pretended CUDA device: a run crosses no devices, ends with the CPU's bytes, and hardly ever waits."""
+"""On pretended CUDA devices: a run crosses none but where it must, ends with the CPU's bytes, and hardly ever waits."""
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +12,14 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from fake_device import DEVICE, Seen, aside, fake_cuda
 
 from streamprobe import cli, trainer
+from streamprobe.errors import InputError
 from streamprobe.model.backbone import load_backbone
+from streamprobe.model.hooks import read, steer, tap
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.solvers.nested import NestedSolver
@@ -22,6 +27,8 @@ from streamprobe.solvers.nested import NestedSolver
 pytestmark = pytest.mark.usefixtures("undrawn")
 STORES = {"kept": "auto", "streamed": "0.0025"}  # by memory_gb
 WAITING = {"hooks.py"}  # transformers looks at the positions of every batch
+FEW = ("--targets", "token", "--lags", "0", "4", "--batch_size", "256")  # columns, and steps of Adam
+SECOND = torch.device("cuda:1")
 
 
 def load_on_device(name: str, layers: Any, **options: Any) -> Any:
@@ -30,11 +37,37 @@ def load_on_device(name: str, layers: Any, **options: Any) -> Any:
     return loaded.to(DEVICE)
 
 
+def load_on_two(name: str, layers: Any, **options: Any) -> Any:
+    """The model with blocks 0 and 1 on the first device and all behind them on the second, as `from_pretrained` does."""
+    with aside():
+        loaded: Any = load_backbone(name, layers, **options | {"device_map": "cpu"})
+    base = loaded.base_model
+    start = "" if base is loaded else f"{loaded.base_model_prefix}."
+    places = {f"{start}{part}": DEVICE for part in ("embed_tokens", "rotary_emb")}
+    places |= {f"{start}layers.{i}": DEVICE if i < 2 else SECOND for i in range(len(base.layers))}
+    places |= {f"{start}norm": SECOND} | ({"lm_head": SECOND} if start else {})
+    return dispatch_model(loaded, places, DEVICE, skip_keys=loaded._skip_keys_device_placement)
+
+
+@contextmanager
+def devices(n: int, load: Callable[..., Any]) -> Iterator[Seen]:
+    """So many devices, with every model on what `load` chooses of them."""
+    places = [patch(f"streamprobe.run.{module}.load_backbone", load) for module in ("reader", "opened")]
+    with fake_cuda(devices=n) as seen, places[0], places[1]:
+        yield seen
+
+
 @pytest.fixture
 def device() -> Iterator[Seen]:
     """The device, with every model that is loaded on it."""
-    places = [patch(f"streamprobe.run.{module}.load_backbone", load_on_device) for module in ("reader", "opened")]
-    with fake_cuda() as seen, places[0], places[1]:
+    with devices(1, load_on_device) as seen:
+        yield seen
+
+
+@pytest.fixture
+def two_devices() -> Iterator[Seen]:
+    """Two of them, with every model spread over both."""
+    with devices(2, load_on_two) as seen:
         yield seen
 
 
@@ -88,14 +121,48 @@ def test_a_run_whose_activations_lie_in_host_ram_ends_as_on_the_cpu(
     assert "tokens on cpu, kept" in Path("far/summary.json").read_text()
 
 
-def test_probes_of_a_run_are_used_on_the_device(config: str, request: pytest.FixtureRequest) -> None:
-    """Evaluated on other chains, scoring, watching and steering, as on the CPU."""
-    assert cli.train([config, "--output_dir", "run", "--solvers", "newton"]) == 0
+def test_a_run_of_several_folds_on_the_device_ends_as_on_the_cpu(config: str, request: pytest.FixtureRequest) -> None:
+    argv = [config, *FEW, "--folds", "3", "--max_chains", "30"]
+    assert cli.train([*argv, "--output_dir", "near"]) == 0
+    request.getfixturevalue("device")
+    assert cli.train([*argv, "--output_dir", "far"]) == 0
+    for name in ("results.csv", "probes.safetensors", "controls.safetensors"):
+        assert Path("near", name).read_bytes() == Path("far", name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [("kept", "--layers 0 2"), ("streamed", "--layers 1 3 --solvers newton --memory_gb 0.0018")],  # on both devices
+    ids=["kept", "streamed"],
+)
+def test_a_run_over_two_devices_ends_as_on_the_cpu(
+    config: str, store: str, words: str, request: pytest.FixtureRequest
+) -> None:
+    argv = [config, *FEW, *words.split(), "--max_chains", "40"]
+    assert cli.train([*argv, "--output_dir", "near"]) == 0
+    seen = request.getfixturevalue("two_devices")
+    assert cli.train([*argv, "--output_dir", "far"]) == 0
+    for name in ("results.csv", "controls.safetensors"):
+        assert Path("near", name).read_bytes() == Path("far", name).read_bytes()
+    assert store in json.loads(Path("far/summary.json").read_text())["run"]["activations"]
+    assert all(each.calls["aten.mm.default"] for each in seen.devices)  # blocks of both have run
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("device", []), ("two_devices", [*FEW, "--layers", "2", "3", "--max_chains", "40"])],
+    ids=["one", "two"],
+)
+def test_probes_of_a_run_are_used_on_devices(
+    config: str, place: str, words: list[str], request: pytest.FixtureRequest
+) -> None:
+    """Evaluated on other chains, scoring, watching and steering, as on the CPU; of two, all layers are on the second."""
+    assert cli.train([config, "--output_dir", "run", "--solvers", "newton", *words]) == 0
     Path("texts.jsonl").write_text(json.dumps({"text": "wait , so it is ."}) + "\n")
     data = yaml.safe_load(Path(config).read_text())["data"]
     commands = [
         ["evaluate", "run", "--data", data, "--out", "evaluated"],
-        ["score", "run", "texts.jsonl", "--out", "scores.csv"],
+        ["score", "run", "texts.jsonl", "--out", "scores.csv", "--max_batch_tokens", "3"],  # in chunks, with a cache
         ["watch", "run", "--prompt", "so it is", "--max_new_tokens", "4"],
         ["steer", "run", "--strengths", "0", "1", "--problems", "2", "--max_new_tokens", "4", "--json", "steered.json"],
     ]
@@ -104,7 +171,7 @@ def test_probes_of_a_run_are_used_on_the_device(config: str, request: pytest.Fix
     near = {name: Path(name).read_bytes() for name in ("evaluated/results.csv", "scores.csv", "steered.json")}
     shutil.rmtree("evaluated")
     Path("scores.csv").unlink()
-    request.getfixturevalue("device")
+    request.getfixturevalue(place)
     for words in commands:
         assert cli.main(words) == 0, words
     assert near == {name: Path(name).read_bytes() for name in near}
@@ -166,3 +233,35 @@ def test_a_mask_that_is_left_on_the_cpu_is_caught(device: Seen) -> None:
     best = BestProbes(bank, None)
     with pytest.raises(RuntimeError, match="same device"):
         best.bank.take(torch.ones(1, 2, dtype=torch.bool), bank)
+
+
+def test_each_device_has_memory_of_its_own() -> None:
+    with fake_cuda(memory=100, devices=2) as seen:
+        x = torch.ones(20, device=DEVICE)
+        y = x.to(SECOND)
+        assert x.copy_(y).device == DEVICE and [each.peak for each in seen.devices] == [80, 80]
+        assert torch.cuda.device_count() == 2 and torch.cuda.mem_get_info(SECOND) == (20, 100)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.ones(20, device=SECOND)
+        with pytest.raises(RuntimeError, match="same device"):  # negative control of the copies
+            x + y
+
+
+def test_a_model_over_two_devices_fails_without_what_moves_its_activations(two_devices: Seen, model_dir: str) -> None:
+    model, ids = load_on_two(model_dir, None, dtype="float32"), torch.tensor([[4, 5, 6]], device=DEVICE)
+    block = model.base_model.layers[2]
+    with tap({2: block}) as taken, steer(block, add=torch.ones(32, device=DEVICE)):
+        read(model, ids)
+        assert taken[2].device == SECOND
+        with pytest.raises(RuntimeError, match="same device"):
+            taken[2] + torch.ones(32, device=DEVICE)
+    remove_hook_from_module(model, recurse=True)
+    with pytest.raises(InputError, match="same device"):
+        read(model, ids)
+
+
+def test_layers_that_are_left_on_two_devices_are_caught(config: str, two_devices: Seen) -> None:
+    """Negative control: what gathers the layers must move them."""
+    with patch("streamprobe.activations.stream._gather", lambda sources, _device: torch.stack([x for x, _ in sources])):
+        with pytest.raises(RuntimeError, match="same device"):
+            cli.train([config])
