@@ -18,6 +18,7 @@ from streamprobe.lags import Column, LagBuffer
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.chunks import frequencies_change, make_cache
 from streamprobe.model.hooks import check_taken, read, tap
+from streamprobe.model.places import main_device
 from streamprobe.system.hardware import send
 
 
@@ -86,7 +87,7 @@ def stream(
     if not chains:
         raise InputError("an empty stream", "at least one chain", "use more chains or other shares")
     blocks = decoder_layers(backbone)
-    pairing = _Pairing(LagBuffer(columns, labels), embedded, side)
+    pairing = _Pairing(LagBuffer(columns, labels), embedded, side, main_device(backbone))
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in _plan_batches(chains, backbone, max_batch_tokens, seed):
             some, asked = {i: chains[i] for i in batch}, None
@@ -136,7 +137,7 @@ def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Mo
     Nothing behind the block `last` is computed.  Raises InputError for a model that leaves the cache empty.
     """
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: no token sees a later one
-    read(backbone, send(padded, backbone.device), last=last, cache=cache)
+    read(backbone, send(padded, main_device(backbone)), last=last, cache=cache)
 
 
 class _Asked(NamedTuple):
@@ -155,6 +156,7 @@ class _Pairing(NamedTuple):
     buffer: LagBuffer
     embedded: LayersOfTokens | None
     side: Callable[[Chain], Tensor]
+    device: torch.device  # on which the layers are gathered
 
     def look_up(self, chains: Sequence[Chain]) -> _Asked:
         """What the whole of these chains is asked."""
@@ -174,20 +176,22 @@ class _Pairing(NamedTuple):
         place = asked.token - part.start  # [N] in this part
         sources = [(layer.flatten(0, 1), asked.row * layer.shape[1] + place) for layer in acts]
         if self.embedded is not None:
-            embedded = self._embed(self.embedded, list(chains.values()), part, acts[0])
+            embedded = self._embed(self.embedded, list(chains.values()), part, acts[0].dtype)
             lengths = torch.tensor([len(chain.ids[part]) for chain in chains.values()])
             before = lengths.cumsum(0) - lengths  # tokens of the chains before each
             sources += [(layer, before[asked.row] + place) for layer in embedded.unbind(1)]
         numbers, folds = torch.tensor(list(chains)), torch.tensor([chain.fold for chain in chains.values()])
-        taken, row = _gather(sources, acts[0].device), asked.row
+        taken, row = _gather(sources, self.device), asked.row
         return TokenBatch(taken, asked.side, asked.targets, asked.valid, numbers[row], asked.token, folds[row])
 
-    def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, like: Tensor) -> Tensor:
+    def _embed(self, layers: LayersOfTokens, chains: Sequence[Chain], part: slice, dtype: torch.dtype) -> Tensor:
         """The embedded layers [n, S, D] at the n tokens of a part of the chains, one chain behind the other."""
         starts = max(0, part.start - layers.before)
-        seen = [send(chain.ids[starts : part.stop], like.device) for chain in chains]
+        seen = [send(chain.ids[starts : part.stop], self.device) for chain in chains]
         lengths = [len(chain.ids[part]) for chain in chains]
-        return torch.cat([layers.rows(ids, n).to(like) for ids, n in zip(seen, lengths, strict=True) if n])
+        return torch.cat(
+            [layers.rows(ids, n).to(self.device, dtype) for ids, n in zip(seen, lengths, strict=True) if n]
+        )
 
 
 def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
@@ -195,5 +199,8 @@ def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> T
     (first, rows), *_ = sources
     taken = torch.empty(len(rows), len(sources), first.shape[1], dtype=first.dtype, device=device)
     for i, (layer, rows) in enumerate(sources):
-        torch.index_select(layer.to(device), 0, send(rows, device), out=taken[:, i])
+        if layer.device == device:
+            torch.index_select(layer, 0, send(rows, device), out=taken[:, i])
+        else:
+            taken[:, i] = layer[send(rows, layer.device)]
     return taken
