@@ -144,10 +144,11 @@ def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -
     needed = sum(p.nbytes for p in kept)
     if options.get("gguf_file"):
         needed += sum(4 * p.numel() for p in kept)
-    cuda = torch.cuda.is_available() and options["device_map"] != "cpu"
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if cuda else []
+    on_host = options["device_map"] == "cpu" or not torch.cuda.is_available()
+    spread = not on_host and options["device_map"] in SPREADING
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if spread else []
     free = sum(map(free_bytes, [torch.device("cpu"), *devices]))
-    if (not cuda or options["device_map"] in SPREADING) and "quantization_config" not in options and needed > free:
+    if (on_host or spread) and "quantization_config" not in options and needed > free:
         raise InputError(
             f"model {model}, whose first {n} blocks take {needed / 1e9:.2f} GB while they are read",
             f"at most the {free / 1e9:.2f} GB of memory that are free",

@@ -57,10 +57,15 @@ def _check_kind(tokenizer: Any, whose: str) -> None:
             "use a model with a tokenizer.json",
         )
     backend = tokenizer.backend_tokenizer
-    of_bytes = (
-        backend.token_to_id("\u0120") is not None and backend.token_to_id("\u2581") is None
-    )  # how a blank is written
-    if of_bytes and backend.pre_tokenizer is not None and b"Metaspace" in backend.pre_tokenizer.__getstate__():
+    of_bytes, of_letters = (
+        backend.token_to_id(blank) is not None for blank in ("\u0120", "\u2581")
+    )  # how they write it
+    if (
+        of_bytes
+        and not of_letters
+        and backend.pre_tokenizer is not None
+        and b"Metaspace" in backend.pre_tokenizer.__getstate__()
+    ):
         raise InputError(
             f"{whose} {type(tokenizer).__name__}, of which the blanks of a text are in no token",
             "byte-level tokens, as its tokenizer.json describes them",
