@@ -57,15 +57,9 @@ def _check_kind(tokenizer: Any, whose: str) -> None:
             "use a model with a tokenizer.json",
         )
     backend = tokenizer.backend_tokenizer
-    of_bytes, of_letters = (
-        backend.token_to_id(blank) is not None for blank in ("\u0120", "\u2581")
-    )  # how they write it
-    if (
-        of_bytes
-        and not of_letters
-        and backend.pre_tokenizer is not None
-        and b"Metaspace" in backend.pre_tokenizer.__getstate__()
-    ):
+    written = [backend.token_to_id(blank) is not None for blank in ("\u0120", "\u2581")]  # by bytes, by letters
+    divider = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    if written == [True, False] and b"Metaspace" in divider:
         raise InputError(
             f"{whose} {type(tokenizer).__name__}, of which the blanks of a text are in no token",
             "byte-level tokens, as its tokenizer.json describes them",
