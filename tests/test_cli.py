@@ -122,7 +122,7 @@ def test_the_demo_is_the_shipped_config_whatever_lies_here(ran, capsys):
 def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, capsys):
     listed = printed(capsys, ["configs"], 0)
     paths = sorted((ROOT / "configs").glob("*.yaml"))
-    assert len(paths) >= 4
+    assert len(paths) >= 8
     for path in paths:
         name, about, launch, where = listed[listed.index(f"{path.stem}\n") :].splitlines()[:4]
         assert where.strip() == str(path) and len(about.strip()) > 20

@@ -53,6 +53,7 @@ def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
     assert Path(shipped_path("streamprobe/demo/chains.json")) == CHAINS.resolve() and CHAINS.is_file()
     assert shipped_path("streamprobe/other") == "streamprobe/other" and shipped_path("user/name") == "user/name"
     assert shipped_configs()["demo"] == ROOT / "configs/demo.yaml"
+    assert shipped_configs().keys() >= {"deepseek-r1-distill-llama-8b", "gemma-3-4b", "llama-3.1-70b-4bit", "qwen3-8b"}
 
 
 def test_a_run_of_the_demo_is_launched_watched_and_steered_in_any_folder(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns,
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from streamprobe.lags import Column, LagBuffer
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.chunks import frequencies_change, make_cache
 from streamprobe.model.hooks import check_taken, read, tap
+from streamprobe.model.places import main_device
 from streamprobe.system.hardware import send
 
 
@@ -81,8 +82,8 @@ def stream(
     """
     if batches is None:
         batches = make_batches([len(chain.ids) for chain in chains], max_batch_tokens)
-    blocks, home = decoder_layers(backbone), cast(torch.device, backbone.device)
-    pairing = _Pairing(LagBuffer(columns, labels), embedded, side, home)
+    blocks = decoder_layers(backbone)
+    pairing = _Pairing(LagBuffer(columns, labels), embedded, side, main_device(backbone))
     with tap({layer: blocks[layer] for layer in layers}) as taken:
         for batch in _of_like_frequencies(batches, chains, backbone):
             some, asked = {i: chains[i] for i in batch}, None
@@ -136,7 +137,7 @@ def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Mo
     Nothing behind the block `last` is computed.  Raises InputError for a model that leaves the cache empty.
     """
     padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)  # any id does: no token sees a later one
-    read(backbone, send(padded, backbone.device), last=last, cache=cache)
+    read(backbone, send(padded, main_device(backbone)), last=last, cache=cache)
 
 
 class _Asked(NamedTuple):
@@ -194,7 +195,7 @@ class _Pairing(NamedTuple):
         """The embedded layers [n, S, D] at the n tokens of a part of the chains, one chain behind the other."""
         starts = max(0, part.start - layers.before)
         parts = [(chain.ids[starts : part.stop], len(chain.ids[part])) for chain in chains]
-        return torch.cat([layers.rows(ids, n) for ids, n in parts if n]).to(dtype)
+        return torch.cat([layers.rows(ids, n).to(self.device, dtype) for ids, n in parts if n])
 
 
 def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
@@ -202,5 +203,8 @@ def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> T
     (first, rows), *_ = sources
     taken = torch.empty(len(rows), len(sources), first.shape[1], dtype=first.dtype, device=device)
     for i, (layer, rows) in enumerate(sources):
-        torch.index_select(layer.to(device), 0, send(rows, device), out=taken[:, i])
+        if layer.device == device:
+            torch.index_select(layer, 0, send(rows, device), out=taken[:, i])
+        else:
+            taken[:, i] = layer[send(rows, layer.device)]
     return taken

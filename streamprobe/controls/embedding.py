@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError
+from streamprobe.model.places import main_device
 from streamprobe.system.hardware import send
 
 WINDOWS = (8, 32, 128)  # tokens that `text` averages
@@ -97,7 +98,7 @@ class EmbeddingLayers:
         """
         kinds, counts = ids.unique(return_counts=True)
         with torch.no_grad():
-            table = embedding(kinds.to(next(embedding.parameters()).device)).float()  # [V, E]
+            table = embedding(kinds.to(main_device(embedding))).float()  # [V, E]
         if not table.isfinite().all():
             raise InputError(
                 "embeddings that are infinite or not a number",

@@ -19,7 +19,7 @@ from torch import nn
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import block_list, check_layers, drop_blocks
 from streamprobe.model.gguf_file import parsed_once
-from streamprobe.model.loading import build_empty, check_device, read_config, readable_errors
+from streamprobe.model.loading import SPREADING, build_empty, check_device, read_config, readable_errors
 from streamprobe.system.hardware import free_bytes
 from streamprobe.system.shipped import shipped_path
 
@@ -132,10 +132,11 @@ def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple
 
 
 def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -> None:
-    """Raises InputError where the host has no room for the weights, before they are read; a container may be killed.
+    """Raises InputError where there is no room for the weights, before they are read; a container may be killed.
 
-    What is kept of a GGUF file is turned into float32 first.  Of a device accelerate says what does not fit, and what
-    quantized weights take is known when they are there.
+    Where accelerate spreads the model they may lie on every device and on the host.  What is kept of a GGUF file is
+    turned into float32 first.  Of one device torch says what does not fit, and what quantized weights take is known
+    when they are there.
     """
 
     dropped = {id(p) for p in nn.ModuleList(list(block_list(empty))[n:]).parameters()}
@@ -144,8 +145,10 @@ def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -
     if options.get("gguf_file"):
         needed += sum(4 * p.numel() for p in kept)
     on_host = options["device_map"] == "cpu" or not torch.cuda.is_available()
-    free = free_bytes(torch.device("cpu"))
-    if on_host and "quantization_config" not in options and needed > free:
+    spread = not on_host and options["device_map"] in SPREADING
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if spread else []
+    free = sum(map(free_bytes, [torch.device("cpu"), *devices]))
+    if (on_host or spread) and "quantization_config" not in options and needed > free:
         raise InputError(
             f"model {model}, whose first {n} blocks take {needed / 1e9:.2f} GB while they are read",
             f"at most the {free / 1e9:.2f} GB of memory that are free",
@@ -154,7 +157,10 @@ def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -
 
 
 def _check_loaded(model: str, backbone: nn.Module, info: dict[str, Any]) -> None:
-    """Raises InputError for weights that are missing or of another size, and for a model that is not all in memory."""
+    """Raises InputError for weights that are missing or of another size, and for a model that is not all in memory.
+
+    What accelerate leaves in RAM is sent to a device in each forward pass, which memory is fast enough for.
+    """
     if info["missing_keys"]:
         raise InputError(
             f"model {model} without the weights {', '.join(sorted(info['missing_keys'])[:3])}",
@@ -168,10 +174,9 @@ def _check_loaded(model: str, backbone: nn.Module, info: dict[str, Any]) -> None
             f"{list(expected)}, as its config says",
             "check the files of --model",
         )
-    places = set((getattr(backbone, "hf_device_map", None) or {}).values())
-    if "disk" in places or ("cpu" in places and len(places) > 1):
+    if "disk" in (getattr(backbone, "hf_device_map", None) or {}).values():
         raise InputError(
-            f"model {model}, which does not fit into memory",
+            f"model {model}, part of which does not fit into memory: each forward pass would read it from the disk",
             "room for its blocks in device memory and RAM",
             "use --quantization 4bit, lower layers, or a larger device",
         )

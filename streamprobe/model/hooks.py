@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line, out_of_memory
+from streamprobe.model.places import put_back, waits_in_ram
 
 # What a model's code raises for a text, a config or weights that it was not made for.
 FOREIGN = (
@@ -114,7 +115,7 @@ def check_taken(taken: Mapping[int, Tensor], layers: Sequence[int], batch: int, 
 
 
 @contextmanager
-def _until(last: nn.Module | None) -> Iterator[None]:
+def _until(model: nn.Module, last: nn.Module | None) -> Iterator[None]:
     """Ends a forward pass, and with it this context, behind the block `last`: nothing after it is computed."""
 
     def stop(*_: object) -> None:
@@ -124,7 +125,7 @@ def _until(last: nn.Module | None) -> Iterator[None]:
     try:
         yield
     except _Reached:
-        pass
+        put_back(model, last)
     finally:
         if handle is not None:
             handle.remove()
@@ -146,18 +147,19 @@ def read(model: nn.Module, ids: Tensor, *, last: nn.Module | None = None, cache:
     known = inspect.signature(type(model).forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
     try:
-        with _until(last):
+        with _until(model, last):
             model(input_ids=ids, **{name: value for name, value in options.items() if anything or name in known})
     except InputError:
         raise
     except FOREIGN as error:
         if out_of_memory(error):
             raise
+        waiting = waits_in_ram(model)
         raise InputError(
             f"a {type(model).__name__}, which cannot read a text of {length} tokens alone "
             f"({type(error).__name__}: {first_line(error)})",
-            "a causal decoder",
-            "choose another --model",
+            "a causal decoder" + " that can be sent to a device block by block, or all of it on devices" * waiting,
+            "choose another --model" + ", lower layers, or a larger device" * waiting,
         ) from error
     if cache is not None and cache.get_seq_length() != length:
         raise InputError(

@@ -17,6 +17,8 @@ from streamprobe.model.hooks import FOREIGN
 from streamprobe.system.network import look_for_hub
 from streamprobe.system.shipped import shipped_path
 
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes itself
+
 # What a model's files make a loader raise, beside what its code does.
 LOADING = (*FOREIGN, EOFError, OSError, SafetensorError, pickle.UnpicklingError)
 
@@ -74,6 +76,12 @@ def readable_errors(model: str) -> Iterator[None]:
                 "access to the model",
                 "ask for access on its hub page, then `hf auth login` or set HF_TOKEN",
             ) from error
+        if "dispatched on the CPU or the disk" in str(error):
+            raise InputError(
+                f"model {model}, whose quantized blocks do not all fit into device memory",
+                "room for every one there: quantized blocks cannot wait in RAM",
+                "probe lower layers, use a larger device or more of them, or --quantization none",
+            ) from error
         expected = "a folder with a model or the id of one on the hub that this transformers can load"
         fix = (
             "check --model, --revision, --gguf_file and --device_map; for a private model set HF_TOKEN; without network"
@@ -116,7 +124,7 @@ def check_device(device_map: str, attn_implementation: str | None = None) -> Non
             "sdpa or eager",
             "drop --attn_implementation",
         )
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if device_map in SPREADING:
         return
     try:
         usable = torch.empty(0, device=device_map).device.type != "meta"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from streamprobe.model.blocks import drop_blocks
 from streamprobe.model.loading import build_empty, readable_errors
+from streamprobe.model.places import every_tensor
 
 
 def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, int]:
@@ -41,5 +42,5 @@ def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, 
 
 def loaded_bytes(model: nn.Module) -> int:
     """Bytes of the model's parameters, buffers and scales of quantized weights, shared ones counted once."""
-    tensors = [*model.state_dict().values(), *model.buffers()]
+    tensors = [*every_tensor(model).values(), *model.buffers()]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

@@ -28,14 +28,14 @@ def load_tokenizer(model: str, **where: Any) -> Any:
                 "the tokenizer's files as they were saved",
                 "check tokenizer.json and tokenizer_config.json",
             ) from error
-    _check_offsets(tokenizer, f"model {model} with the tokenizer")
+    _check_kind(tokenizer, f"model {model} with the tokenizer")
     keep_white_space(tokenizer.backend_tokenizer)
     return tokenizer
 
 
 def with_white_space(tokenizer: Any) -> Any:
     """A tokenizer that someone else has loaded, or a copy of it, as `load_tokenizer` would give it."""
-    _check_offsets(tokenizer, "the tokenizer")
+    _check_kind(tokenizer, "the tokenizer")
     behind = tokenizer.backend_tokenizer.post_processor
     if behind is None or b'"trim_offsets":true' not in behind.__getstate__():
         return tokenizer
@@ -44,12 +44,26 @@ def with_white_space(tokenizer: Any) -> Any:
     return own
 
 
-def _check_offsets(tokenizer: Any, whose: str) -> None:
+def _check_kind(tokenizer: Any, whose: str) -> None:
+    """Raises InputError for a tokenizer without offsets, and for one of bytes that is taken for one of letters.
+
+    Some versions of transformers go by the class that the settings name (`LlamaTokenizerFast`), whatever the files
+    describe; then the blanks of a text are in no token.
+    """
     if not tokenizer.is_fast:
         raise InputError(
             f"{whose} {type(tokenizer).__name__}, which has no offset mapping",
             "a fast tokenizer (it says which characters each token covers)",
             "use a model with a tokenizer.json",
+        )
+    backend = tokenizer.backend_tokenizer
+    written = [backend.token_to_id(blank) is not None for blank in ("\u0120", "\u2581")]  # by bytes, by letters
+    divider = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    if written == [True, False] and b"Metaspace" in divider:
+        raise InputError(
+            f"{whose} {type(tokenizer).__name__}, of which the blanks of a text are in no token",
+            "byte-level tokens, as its tokenizer.json describes them",
+            'update transformers, or write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json',
         )
 
 

@@ -3,7 +3,7 @@
 Shapes: B chains, T tokens, D hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from streamprobe.model.blocks import (
 from streamprobe.model.chunks import make_cache, unchunked
 from streamprobe.model.hooks import check_taken, count_runs, read, tap
 from streamprobe.model.loading import quiet
+from streamprobe.model.places import main_device, place_of
 
 # By how much of its length rounding may change an activation whose token is computed beside others: an expert takes the
 # tokens that chose it, however many, and sums of another size may be added in another order (on a CPU they are not).
@@ -44,8 +45,8 @@ def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], c
     """Reads a short text twice, with other tokens in its second half; returns the width D of the blocks' outputs.
 
     `ids` are two or more token ids that the model knows; `chunked` says that texts will be read in chunks.  Raises
-    InputError where a layer's block does not run once and return [B, T, D], where what it returns for a token depends
-    on later ones, and where chunks give something else than the whole.
+    InputError where a layer's block does not run once and return [B, T, D], where that is not what a text can give,
+    where what it returns for a token depends on later ones, and where chunks give something else than the whole.
     """
     config: Any = model.config
     text = _test_text(config, ids)
@@ -55,6 +56,7 @@ def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], c
     after[:, half:] = kinds[(torch.searchsorted(kinds, text)[:, half:] + 1) % len(kinds)]  # each another
     with _without_outliers(model):
         acts, changed = (_states(model, layers, [x]) for x in (text, after))
+        _check_numbers(model, acts)
         for layer in layers:
             far = _distance(acts[layer], changed[layer], half - 1)
             if far > _tolerance(model, acts[layer]):
@@ -80,20 +82,47 @@ def _test_text(config: Any, ids: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _states(model: Any, layers: Sequence[int], chunks: Sequence[Tensor], cache: Any = None) -> dict[int, Tensor]:
-    """What the layers' blocks return [B, T, D], on the host, for a text in one chunk, or in several with a cache."""
-    blocks, config = decoder_layers(model), model.config
+    """What the layers' blocks return [B, T, D], on the host, for a text in one chunk, or in several with a cache.
+
+    It takes the way of a run's activations, over the model's main device.
+    """
+    blocks, config, device = decoder_layers(model), model.config, main_device(model)
     last = blocks[max(layers)] if isinstance(block_list(model), Kept) else None
     by_chunk: list[dict[int, Tensor]] = []
     with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
         for chunk in chunks:
             with quiet():
-                read(model, chunk.to(model.device), last=last, cache=cache)
+                read(model, chunk.to(device), last=last, cache=cache)
             check_taken(taken, layers, *chunk.shape)
             for layer in layers:
                 if runs[layer] > len(by_chunk) + 1:
                     raise unfit(config, f"whose block of layer {layer} runs {runs[layer]} times in a forward pass")
-            by_chunk.append({layer: acts.cpu() for layer, acts in taken.items()})
+            by_chunk.append({layer: acts.to(device).cpu() for layer, acts in taken.items()})
     return {layer: torch.cat([acts[layer] for acts in by_chunk], 1) for layer in layers}
+
+
+def _check_numbers(model: nn.Module, acts: Mapping[int, Tensor]) -> None:
+    """Raises InputError for a layer whose activations [B, T, D] of a text cannot be right.
+
+    Where a copy between devices fails, what comes behind it may be all 0, or what was in memory before.
+    """
+    blocks = decoder_layers(model)
+    for layer, x in acts.items():
+        tokens = x.flatten(0, 1)
+        if not tokens.isfinite().all():
+            wrong = "infinite or not numbers"
+        elif not tokens.any():
+            wrong = "all 0"
+        elif (tokens == tokens[0]).all():
+            wrong = "the same at every token"
+        else:
+            continue
+        place = place_of(blocks[layer])
+        raise InputError(
+            f"activations of a short text that are {wrong}: layer {layer}, whose block lies on {place}",
+            "finite numbers that differ from token to token",
+            "use another --device_map, such as a single device, or --dtype float32 or bfloat16",
+        )
 
 
 def _distance(a: Tensor, b: Tensor, t: int) -> float:

@@ -19,6 +19,7 @@ from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.rows import Row
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
+from streamprobe.model.places import main_device
 from streamprobe.probes.kept import KeptProbes
 from streamprobe.probes.storage import find_probes, read_about
 from streamprobe.reporting import terminal
@@ -150,7 +151,7 @@ def restore_embedded(kept: KeptProbes, inputs: Inputs, backbone: Backbone) -> Em
     if not controls:
         return None
     embedding = backbone.model.get_input_embeddings()
-    device = next(embedding.parameters()).device
+    device = main_device(embedding)
     with torch.no_grad():
         width = embedding(torch.zeros(1, dtype=torch.int64, device=device)).shape[1]
     if width != len(kept.words.get("mean", ())):

@@ -18,6 +18,7 @@ from streamprobe.config.load import RunConfig
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError, first_line
 from streamprobe.model.backbone import pick_dtype
+from streamprobe.model.places import every_tensor, main_device
 from streamprobe.probes.storage import raw_bytes
 from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import without_secrets
@@ -38,7 +39,7 @@ def facts_of(config: RunConfig, data_fingerprint: str, model: Any) -> dict[str, 
         "git_commit": git_commit(),
         "data_fingerprint": data_fingerprint,
         "model_fingerprint": model_fingerprint(model),
-        "device": device_name(model.device),
+        "device": device_name(main_device(model)),
         "dtype": str(pick_dtype(config.model.dtype)),
     }
 
@@ -69,7 +70,7 @@ def git_commit() -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over name, shape, dtype and the first 1,024 values of every tensor of the truncated model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(every_tensor(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(raw_bytes(tensor.flatten()[:1024]))
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.model import trial
 from streamprobe.model.backbone import load_backbone
+from streamprobe.model.places import describe_places, main_device
 from streamprobe.probes.sites import Site, control_sites, layer_sites
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import Inputs, Texts, make_inputs, must_chunk
@@ -39,9 +40,11 @@ def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
     """Puts the model into memory and lets it read a short text.  Raises InputError for one that cannot be probed."""
     c, layers = config.model, config.probes.layer_numbers
     model: Any = load_backbone(c.model, layers, **c.loading)
+    if places := describe_places(model):
+        say(f"model     {places}")
     tokens = trial.some_tokens(texts.tokenizer, texts.model_config)
     width = trial.check_reading(model, layers, tokens, must_chunk(config, inputs.dataset))
-    return Backbone(model, layers, width, model.device)
+    return Backbone(model, layers, width, main_device(model))
 
 
 def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: Backbone, *, cost: Cost) -> Inputs:

@@ -19,6 +19,7 @@ from streamprobe.data.tokenize import Chain, TextOptions, render, text_options, 
 from streamprobe.errors import InputError
 from streamprobe.model import trial
 from streamprobe.model.blocks import check_vocabulary, context, decoder_layers
+from streamprobe.model.places import main_device
 from streamprobe.model.tokenizer import with_white_space
 from streamprobe.probes.base import Probes
 
@@ -144,7 +145,7 @@ def score_encoded(
         return []
     chains = [text.chain for text in texts]
     _check_model(model, probes, chains, max_batch_tokens)
-    bank = probes.to(model.device)
+    bank = probes.to(main_device(model))
     parts: list[list[Tensor]] = [[] for _ in texts]
     left = [len(text.tokens) for text in texts]
     for batch in stream_samples(chains, model, probes.layers, max_batch_tokens):

@@ -27,6 +27,7 @@ from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.model.blocks import context, decoder_layers
 from streamprobe.model.hooks import steer
+from streamprobe.model.places import main_device
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.sites import layer_sites
 from streamprobe.system.console import say
@@ -82,13 +83,14 @@ def respond(
 ) -> list[str]:
     """The model's responses to prompts of token ids [T], steered at `block` by vectors [P, D] or [1, D], if any."""
     texts: list[str] = []
+    device = main_device(model)
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         longest = max(map(len, batch))
         ids = torch.stack([nn.functional.pad(p, (longest - len(p), 0), value=pad) for p in batch])
         mask = torch.arange(longest) >= longest - torch.tensor([[len(p)] for p in batch])
-        asked = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+        asked = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
         added, ablated = (v if v is None or len(v) == 1 else v[start : start + batch_size, None] for v in (add, ablate))
         with steer(block, added, ablated, newest=True):
             out = model.generate(**asked, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
@@ -175,7 +177,7 @@ def experiment(
     i, k = place
     layer, column = bank.layers[i], bank.columns[k]
     prompts = [prompt_of(chain, tokenizer) for chain in examples.test]
-    probe = nn.functional.normalize(bank.weight[place].to(model.device), dim=0)
+    probe = nn.functional.normalize(bank.weight[place].to(main_device(model)), dim=0)
     plain = Column(column.label, column.target, column.lag)
     options: dict[str, Any] = {"labels": examples.labels, "max_batch_tokens": max_batch_tokens}
     batches = stream(examples.train, model.base_model, [layer], [plain], **options)

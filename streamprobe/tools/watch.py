@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.hooks import tap
+from streamprobe.model.places import main_device
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.tools.generation import Pieces
 
@@ -38,13 +39,14 @@ def watch(
     writes the next; the one that ends a text before `max_new_tokens` is never read: its probabilities are NaN.  The
     model runs in a thread of its own, a few tokens ahead of the consumer; a consumer that leaves stops it.
     """
-    ids = torch.atleast_2d(input_ids).to(model.device)
-    options = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    device = main_device(model)
+    ids = torch.atleast_2d(input_ids).to(device)
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     options |= {
         "max_new_tokens": max_new_tokens + 1,
         "return_dict_in_generate": False,
     }  # one more, to read the last one
-    bank, found, left = probes.to(model.device), Found(), Event()
+    bank, found, left = probes.to(device), Found(), Event()
 
     def alone(token: Tensor, given: Tensor) -> tuple[Any, Tensor]:
         return (token, given) if input_ids.dim() == 2 else (int(token), given[0])

@@ -20,6 +20,7 @@ from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.load import load_config
 from streamprobe.errors import InputError
 from streamprobe.run import pipeline
+from streamprobe.system.shipped import shipped_configs
 
 ROOT = Path(__file__).parents[2]
 
@@ -343,7 +344,7 @@ def test_keys_of_a_configs_data_stay_without_other_data(base, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.1-8b", "llama-3.1-8b-as-published"])
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name != "demo"])
 def test_shipped_configs_take_own_data(name, capsys):
     assert load_config([name]).data.data_sha256  # negative control
     capsys.readouterr()

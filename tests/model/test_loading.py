@@ -3,14 +3,17 @@
 import json
 import os
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sent_weights import accelerate_plans
 from tiny_models import build, cut_model, outputs
 
 from streamprobe.errors import InputError
+from streamprobe.model import backbone
 from streamprobe.model.backbone import load_backbone
 
 
@@ -136,3 +139,59 @@ def test_damaged_weights(tmp_path, damage):
 def test_a_device_that_computes_nothing(model_dir, device):
     with pytest.raises(InputError, match="--device_map"):
         load_backbone(model_dir, [1], "float32", device_map=device)
+
+
+# --- where accelerate lays a model ---
+
+PLACES = ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.1")
+
+
+def test_blocks_on_the_disk_are_refused(tmp_path):
+    build("Llama", tmp_path)
+    in_ram = dict.fromkeys(PLACES, "cpu:0") | {"layers.1": "cpu"}
+    with accelerate_plans(in_ram):
+        assert load_backbone(str(tmp_path), [1], "float32").hf_device_map == in_ram  # negative control
+    with (
+        accelerate_plans(in_ram | {"layers.1": "disk"}),
+        pytest.raises(InputError, match="each forward pass would read it from the disk; expected .*larger device$"),
+    ):
+        load_backbone(str(tmp_path), [1], "float32")
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_blocks_are_not_left_in_ram(tmp_path, monkeypatch, bits):
+    pytest.importorskip("bitsandbytes")
+    build("Llama", tmp_path, hidden_size=64, intermediate_size=128, head_dim=16)
+    planned = dict.fromkeys(PLACES, "cpu")
+    monkeypatch.setattr("transformers.integrations.accelerate.infer_auto_device_map", lambda *_, **__: planned)
+    load_backbone(str(tmp_path), [1], "float32", quantization=bits)  # negative control: a machine without a device
+    planned |= {"embed_tokens": 0, "layers.0": 0}
+    with pytest.raises(
+        InputError, match="whose quantized blocks do not all fit into device memory; .*--quantization none$"
+    ):
+        load_backbone(str(tmp_path), [1], "float32", quantization=bits)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "cuda", "free", "refused"),
+    [
+        ("cpu", 1000, 10, True),
+        ("cpu", 0, 1000, False),
+        ("auto", 0, 10, True),
+        ("auto", 10, 10, True),
+        ("auto", 1000, 10, False),  # the devices have room
+        ("balanced", 10, 1000, False),  # the host has it
+        ("cuda:0", 10, 10, False),  # torch says so itself
+    ],
+)
+def test_room_for_the_weights_is_looked_for_wherever_they_may_lie(
+    tmp_path, monkeypatch, device_map, cuda, free, refused
+):
+    """In kB; the blocks take 187."""
+    build("Llama", tmp_path)
+    empty = backbone.build_empty(backbone.read_config(str(tmp_path)), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backbone, "free_bytes", lambda device: 1000 * (cuda if device.type == "cuda" else free))
+    with pytest.raises(InputError, match="0.00 GB of memory that are free") if refused else nullcontext():
+        backbone._check_room("tiny", empty, 4, {"device_map": device_map})

@@ -1,11 +1,13 @@
 """A tokenizer that is loaded says which characters each token covers."""
 
 import pytest
-from builders import make_tokenizer
+import transformers
+from builders import make_letters, make_tokenizer
+from hub_models import save_like
 from tiny_models import SIZES
 
 from streamprobe.errors import InputError
-from streamprobe.model.tokenizer import load_tokenizer
+from streamprobe.model.tokenizer import load_tokenizer, with_white_space
 
 
 def test_slow_tokenizer(tmp_path):
@@ -27,3 +29,25 @@ def test_fast_tokenizer(model_dir, tokenizer):
     assert loaded(text, **names)["offset_mapping"] == tokenizer(text, **names)["offset_mapping"]
     assert loaded.bos_token_id == 0
     assert make_tokenizer()(text)["input_ids"] == tokenizer(text)["input_ids"]  # training it is deterministic
+
+
+def test_a_tokenizer_that_loses_blanks_is_refused(tmp_path, monkeypatch):
+    """Of another class than its files describe, which their own settings name."""
+    folder = save_like("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", tmp_path)
+    text = "one two"
+    right = load_tokenizer(folder)  # negative control
+    assert right.decode(right(text)["input_ids"], skip_special_tokens=True) == text
+    wrong = transformers.LlamaTokenizer.from_pretrained(folder)
+    assert wrong.decode(wrong(text)["input_ids"], skip_special_tokens=True) == "onetwo"
+    with pytest.raises(
+        InputError, match="^the tokenizer LlamaTokenizer, of which the blanks of a text are in no token;"
+    ):
+        with_white_space(wrong)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: wrong)
+    with pytest.raises(InputError, match="LlamaTokenizer, of which the blanks .* fix: update transformers"):
+        load_tokenizer(folder)
+
+
+def test_the_refusal_fails_without_a_vocabulary_of_bytes():
+    """One of letters has its blanks in tokens."""
+    assert with_white_space(make_letters()) is not None

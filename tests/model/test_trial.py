@@ -1,13 +1,16 @@
 """The text that a model is tried with; what it finds is in test_models.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from builders import make_tokenizer
+from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from streamprobe.errors import InputError
+from streamprobe.model import trial
 from streamprobe.model.trial import CHAINS, TOKENS, check_reading, some_tokens
 
 
@@ -74,3 +77,45 @@ def test_hooks_are_gone_whatever_was_found():
         except InputError:
             assert not causal
         assert not any(m._forward_hooks for m in model.modules())
+
+
+def zeros(x: Tensor) -> Tensor:
+    return x * 0
+
+
+def one_nan(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[0, 3, 5] = torch.nan
+    return x
+
+
+def alike(x: Tensor) -> Tensor:
+    return x[:1, :1].expand_as(x)
+
+
+WRONG = {"all 0": zeros, "infinite or not numbers": one_nan, "the same at every token": alike}
+
+
+def broken_model(change: Callable[[Tensor], Tensor], block: int = 1) -> LlamaModel:
+    """A model of which one block, as after a copy that failed, returns something else."""
+    model = make_model()
+    model.layers[block].register_forward_hook(lambda _module, _inputs, output: change(output))
+    return model
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_layer_that_no_text_can_give_is_refused(said):
+    with pytest.raises(InputError) as error:
+        check_reading(broken_model(WRONG[said]), [0, 1], range(3, 60))
+    told = str(error.value)
+    assert told.startswith(f"activations of a short text that are {said}: layer 1, whose block lies on cpu; expected ")
+    assert "--device_map" in told and "--dtype" in told and "\n" not in told
+    assert check_reading(broken_model(WRONG[said], block=2), [0, 1], range(3, 60)) == 32  # behind the probed layers
+    assert check_reading(broken_model(lambda x: x), [0, 1], range(3, 60)) == 32  # negative control
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_the_refusal_of_a_layer_fails_without_a_look_at_its_numbers(said, monkeypatch):
+    """What is seen of later tokens sees nothing there."""
+    monkeypatch.setattr(trial, "_check_numbers", lambda *_: None)
+    assert check_reading(broken_model(WRONG[said]), [0, 1], range(3, 60)) == 32

@@ -102,6 +102,29 @@ def test_a_bad_activation_passes_without_the_check(overflowing, places, tmp_path
     assert "chain '" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["", "fails without the check"])
+def test_a_layer_that_a_device_loses_is_named_before_it_is_trained_on(
+    checked, model_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    """It was there when the model read its first text."""
+
+    def losing(*args: Any) -> int:
+        width = check_reading(*args)
+        args[0].layers[2].register_forward_hook(lambda _module, _inputs, output: output * 0)
+        return width
+
+    check_reading = reader.trial.check_reading
+    monkeypatch.setattr(reader.trial, "check_reading", losing)
+    if not checked:
+        monkeypatch.setattr(reader, "check_finite", lambda batches, chains, layers: batches)
+    status, told = launch(model_dir, data_with(tmp_path, 0, " "), tmp_path / "run"), capsys.readouterr().err
+    if checked:
+        assert status == 2 and told.count("\n") == 1 and "--device_map" in told
+        assert "activations that are 0 at all " in told and " tokens of a batch: layer 2; " in told
+    else:
+        assert "activations that are 0" not in told
+
+
 def test_scores_that_overflow_are_told(overflowing, tmp_path, monkeypatch, capsys) -> None:
     """Finite activations and weights may still give an infinite logit."""
     from streamprobe.probes.linear import ProbeBank
