@@ -78,6 +78,7 @@ def load_backbone(
             loaded = _load_cut(folder, config, blocks, options)
     backbone, info = loaded
     _check_loaded(model, backbone, info)
+    _keep_packing(backbone)
     return backbone.eval().requires_grad_(False)
 
 
@@ -103,6 +104,18 @@ def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         return {"dtype": compute, "quantization_config": four}
     return {"dtype": compute}
+
+
+def _keep_packing(backbone: nn.Module) -> None:
+    """Leaves 4-bit weights on a CPU packed as they were read.
+
+    bitsandbytes would pack them anew for a kernel of its own in the first forward pass, and unpack them wrongly where
+    `state_dict` is asked for (0.50.2), so that later passes compute something else.  That kernel rounds to bfloat16
+    whatever the dtype, and reads a text in several times the time.
+    """
+    for module in backbone.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _whole_kind(config: Any) -> Any:
