@@ -95,12 +95,12 @@ def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     compute = pick_dtype(dtype)
+    if quantization != "none":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels there are, what is cast to what
     if quantization == "8bit":
         warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call, in one way or the other
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if quantization == "4bit":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels a CPU has not
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         return {"dtype": compute, "quantization_config": four}
     return {"dtype": compute}
