@@ -113,9 +113,9 @@ def _keep_packing(backbone: nn.Module) -> None:
     `state_dict` is asked for (0.50.2), so that later passes compute something else.  That kernel rounds to bfloat16
     whatever the dtype, and reads a text in several times the time.
     """
-    for module in backbone.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    packed: list[Any] = [m for m in backbone.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for module in packed:
+        module.support_avx512bf16_for_cpu = False
 
 
 def _whole_kind(config: Any) -> Any:
