@@ -78,6 +78,7 @@ def load_backbone(
             loaded = _load_cut(folder, config, blocks, options)
     backbone, info = loaded
     _check_loaded(model, backbone, info)
+    _keep_packing(backbone)
     return backbone.eval().requires_grad_(False)
 
 
@@ -94,15 +95,27 @@ def _numbers(dtype: str, quantization: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     compute = pick_dtype(dtype)
+    if quantization != "none":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels there are, what is cast to what
     if quantization == "8bit":
         warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said at every call, in one way or the other
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if quantization == "4bit":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels a CPU has not
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         return {"dtype": compute, "quantization_config": four}
     return {"dtype": compute}
+
+
+def _keep_packing(backbone: nn.Module) -> None:
+    """Leaves 4-bit weights on a CPU packed as they were read.
+
+    bitsandbytes would pack them anew for a kernel of its own in the first forward pass, and unpack them wrongly where
+    `state_dict` is asked for (0.50.2), so that later passes compute something else.  That kernel rounds to bfloat16
+    whatever the dtype, and reads a text in several times the time.
+    """
+    packed: list[Any] = [m for m in backbone.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for module in packed:
+        module.support_avx512bf16_for_cpu = False
 
 
 def _whole_kind(config: Any) -> Any:
