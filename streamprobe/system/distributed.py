@@ -53,9 +53,10 @@ class Group:
         from torch import distributed as dist
 
         self.world, self.timeout, self.moved = world, timeout, 0  # bytes that this rank has given to the others
-        cuda = torch.cuda.is_available()
+        n_devices = torch.cuda.device_count()  # which no driver is started for, that would not see what is left then
+        cuda = n_devices > 0
         if cuda:
-            _take_devices(world, torch.cuda.device_count())
+            os.environ["CUDA_VISIBLE_DEVICES"] = own_devices(world, n_devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a rank that is late is an exception
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -113,12 +114,15 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _take_devices(world: World, n: int) -> None:
-    """Leaves this process its own part of the machine's GPUs, before any is used."""
+def own_devices(world: World, n: int, visible: str | None) -> str:
+    """The part of the machine's n GPUs that is this process's, as CUDA_VISIBLE_DEVICES names them.
+
+    `visible` is what that says of all; where there are more processes than GPUs these are shared.
+    """
+    names = visible.split(",")[:n] if visible else [str(number) for number in range(n)]
     each = max(1, n // world.local_size)
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n)))).split(",")
-    first = world.local_rank * each % len(names)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + each])
+    first = world.local_rank * each % n
+    return ",".join(names[first : first + each])
 
 
 @contextmanager
