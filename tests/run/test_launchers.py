@@ -35,14 +35,17 @@ def config(tmp_path: Path, model_dir: str, chains_file: Path, monkeypatch: pytes
     return "tiny.yaml"
 
 
-def start(*words: object, script: object = ROOT / "run.py", before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """A launcher of this environment at work on a script."""
+def start(
+    *words: object, script: object = ROOT / "run.py", before: tuple[str, ...] = (), folder: str = "."
+) -> "subprocess.Popen[str]":
+    """A launcher of this environment at work on a script, in a folder."""
     launcher, *options = map(str, words)
     at = options.index("SCRIPT")
     options[at] = str(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*before, str(BIN / launcher), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=environment, cwd=folder)
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -125,18 +128,18 @@ def nodes() -> Iterator[list[tuple[str, str]]]:
 
 
 def test_two_nodes_work_on_one_run(config: str, straight: list[dict[str, str]], nodes: list[tuple[str, str]]) -> None:
-    (first, address), _ = nodes
-    runs = [
-        start(
-            *["torchrun", "--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1],
-            *["--master-addr", address, "--master-port", 29_511, "SCRIPT", config, "--output_dir", f"node{number}"],
-            before=("env", f"GLOO_SOCKET_IFNAME={name}", "ip", "netns", "exec", name),
-        )
-        for number, (name, _) in enumerate(nodes)
-    ]
+    (_, address), _ = nodes
+    runs = []
+    for number, (name, _) in enumerate(nodes):
+        disk = Path(f"disk{number}")  # each node has one of its own
+        disk.mkdir()
+        (disk / config).write_bytes(Path(config).read_bytes())
+        words = ["torchrun", "--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1, "--master-addr", address]
+        words += ["--master-port", 29_511, "SCRIPT", config, "--output_dir", "run"]
+        before = ("env", f"GLOO_SOCKET_IFNAME={name}", "ip", "netns", "exec", name)
+        runs.append(start(*words, before=before, folder=str(disk)))
     for process in runs:
         status, _, err = ended(process)
         assert status == 0, err
-    assert results("node0") == straight
-    assert not Path("node1").exists()  # rank 0 alone writes
-    assert first
+    assert results("disk0/run") == straight
+    assert os.listdir("disk1") == [config]  # rank 0 alone writes
