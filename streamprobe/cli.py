@@ -15,6 +15,7 @@ import streamprobe
 from streamprobe.commands import bench, compare, evaluate, folders, preview, score, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
+from streamprobe.system.distributed import joined, was_launched
 
 RESUME = "interrupted; the same command with --resume goes on from its last checkpoint"
 SMALLER = "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit"
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is None:
         return guard(lambda: _answer(words))
     command = COMMANDS[name]
+    if was_launched():
+        return guard(lambda: _refuse_launcher(name))
     return guard(lambda: _run(name, words[len(name.split()) :]), command.smaller, command.interrupted)
 
 
@@ -98,6 +101,12 @@ def parse(name: str, argv: Sequence[str]) -> Namespace:
 def _run(name: str, argv: Sequence[str]) -> None:
     _quiet_libraries()
     COMMANDS[name].work(parse(name, argv))
+
+
+def _refuse_launcher(name: str) -> None:
+    """Raises InputError, once, for a command that several processes cannot share."""
+    with joined():
+        raise InputError(f"several processes of streamprobe {name}", "one", "start it without a launcher")
 
 
 def _answer(words: Sequence[str]) -> None:
@@ -201,6 +210,13 @@ COMMANDS = {
         "--shape tiny --rounds 9 --tokens 300",
         bench.watching_options,
         bench.watching,
+    ),
+    "bench processes": Command(
+        "measure what it costs to share a pass among processes of this machine",
+        "--shape tiny --chains 20 --repeats 1",
+        bench.processes_options,
+        bench.processes,
+        "lower --chains",
     ),
     "configs": Command("list the configs that come with the package", "", folders.no_options, folders.configs),
 }

@@ -1,4 +1,4 @@
-"""`streamprobe bench` and `bench watching`: what training and watching cost."""
+"""`streamprobe bench`, `bench watching` and `bench processes`: what training, watching and sharing the work cost."""
 
 import json
 from argparse import ArgumentParser, Namespace
@@ -42,6 +42,16 @@ def watching_options(parser: ArgumentParser) -> None:
     add("--cpu_time", action="store_true", help="seconds of this process on the CPU, of all its threads")
 
 
+def processes_options(parser: ArgumentParser) -> None:
+    """The options of `bench processes`."""
+    _add_shape(parser)
+    add = parser.add_argument
+    add("--processes", type=int, nargs="+", default=[1, 2], help="how many, each in turn (1 2)")
+    add("--chains", type=int, default=60, help="synthetic chains, a tenth of them for validation (%(default)s)")
+    add("--repeats", type=int, default=3, help="of each, of which the median counts (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="where to write every number")
+
+
 def bench(given: Namespace) -> None:
     """Measures what training costs, and writes the numbers that --json asks for."""
     import torch
@@ -68,3 +78,15 @@ def watching(given: Namespace) -> None:
     cuda = torch.cuda.is_available()
     shape, device = given.shape or default_shape(cuda), torch.device("cuda" if cuda else "cpu")
     say(measure_watching(shape, device, tokens=given.tokens, rounds=given.rounds, cpu_time=given.cpu_time))
+
+
+def processes(given: Namespace) -> None:
+    """Measures what it costs to share a pass among processes."""
+    from streamprobe.bench.processes import measure_processes, table
+
+    check_file(given.json, "json")
+    shape = given.shape or default_shape(cuda=False)
+    result = measure_processes(shape, given.chains, given.processes, given.repeats)
+    if given.json:
+        write_output(given.json, (json.dumps(result, indent=1) + "\n").encode(), "json")
+    say(table(result))
