@@ -10,6 +10,7 @@ from streamprobe.activations.feed import Feed
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.solvers.block_matrices import PENALTIES
 from streamprobe.solvers.lbfgs import PAIRS
+from streamprobe.solvers.matrix_sums import kept_numbers
 
 
 class NestedSize(NamedTuple):
@@ -41,9 +42,9 @@ class NestedSize(NamedTuple):
         """
         groups, factors = (min(1, self.columns), min(len(PENALTIES), self.columns)) if shared else (self.columns, 1)
         width = self.control + 1
-        sums = 8 * (width * self.hidden + self.hidden**2)
+        sums = 8 * (width * self.hidden + kept_numbers(self.hidden))
         of_layer = max(sums, 4 * (width * self.hidden + (1 + factors) * self.hidden**2))
-        return groups * (8 * width**2 + self.layers * of_layer)
+        return groups * (8 * kept_numbers(width) + self.layers * of_layer)
 
     def state_bytes(self) -> int:
         """What a checkpoint holds of them once they are final."""

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamprobe.system.distributed import add, add_at, world
-from streamprobe.system.hardware import Arriving, coarse_float32, send
+from streamprobe.solvers.matrix_sums import SquareSums, kept_numbers
+from streamprobe.system.distributed import add
+from streamprobe.system.hardware import Arriving, send
 
 HELD = 2**14  # drawn tokens that wait before they are added: an addition costs as much as some E of them
 HELD_BYTES = 2**29  # that they take at most
@@ -19,8 +20,10 @@ WIDTH = 8  # rows of features are padded to a multiple of it, which keeps produc
 
 
 def curvature_bytes(n_layers: int, n_columns: int, hidden_size: int) -> int:
-    """What the sums behind the matrices of all columns take: 8 (D + 1)^2 bytes each, 134 MB at D = 4,096."""
-    return n_layers * n_columns * (hidden_size + 1) ** 2 * 8
+    """What the sums behind the matrices of all columns take: 8 (D + 1)^2 bytes each, or about half of that where D is
+    large, 75 MB at D = 4,096; a factor takes 4 (D + 1)^2.
+    """
+    return n_layers * n_columns * max(8 * kept_numbers(hidden_size + 1), 4 * (hidden_size + 1) ** 2)
 
 
 class Place(NamedTuple):
@@ -61,27 +64,26 @@ class Grams:
     def __init__(self, centre: Tensor, n_folds: int = 1):
         """centre [L, D] is what features are centred by, near their mean: it keeps the sums precise."""
         self.centre, (n_layers, d) = centre, centre.shape
+        self.sums = SquareSums(d + 1, centre.device)  # by layer and fold
         wide: dict[str, Any] = {"dtype": torch.float64, "device": centre.device}
-        self.sum_ = torch.zeros(n_layers, n_folds, d + 1, d + 1, **wide)
         self.moments_ = torch.zeros(n_layers, n_folds, 2, d + 1, **wide)  # of x and x^2
 
     def rows(self, fold: Tensor) -> list[Tensor] | None:
         """Which tokens are of each fold, by the fold [N] of each; None where there is one.  The host waits for it."""
-        n_folds = self.sum_.shape[1]
+        n_folds = self.moments_.shape[1]
         return None if n_folds == 1 else [(fold == n).nonzero()[:, 0] for n in range(n_folds)]
 
     def add(self, layer: int, x: Tensor, rows: Sequence[Tensor] | None = None) -> None:
         """Adds x [N, E] = Features.of(acts, centre[layer]), of which `rows` are those of each fold."""
         for number, own in enumerate([x] if rows is None else [x[each] for each in rows]):
-            with coarse_float32():
-                added = own.mT @ own
-            self.sum_[layer, number] += added
+            self.sums.add((layer, number), own)
             self.moments_[layer, number, 0] += own.sum(0)
             self.moments_[layer, number, 1] += own.square().sum(0)
 
     def add_other_ranks(self) -> None:
         """Adds what other ranks have summed."""
-        add(self.sum_, self.moments_)
+        n_layers, n_folds = self.moments_.shape[:2]
+        add(self.moments_, *(self.sums.of((i, number)) for i in range(n_layers) for number in range(n_folds)))
 
     @property
     def n(self) -> Tensor:
@@ -90,7 +92,8 @@ class Grams:
 
     def weighted(self, layer: int, of_folds: Tensor) -> Tensor:
         """What the tokens that train the probes of each fold sum to, times of_folds [F], summed over folds: [E, E]."""
-        return torch.tensordot(_without_each(of_folds), self.sum_[layer], 1)  # each part counts for the others
+        parts = enumerate(_without_each(of_folds).unbind())  # each part counts for the others
+        return self.sums.whole(sum((self.sums.of((layer, number)) * n for number, n in parts), start=torch.zeros(())))
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Mean [L, D] of all tokens' raw features, and standard deviation [L, F, D] of those that train each fold's
@@ -180,30 +183,6 @@ class DrawnQueue:
         return Drawn(parts, counts, each)
 
 
-class MatrixSums:
-    """Sums of matrices by what they are for, float64: so they do not depend on the order in which tokens came."""
-
-    def __init__(self, rows: int, device: torch.device, columns: int | None = None):
-        """Of [rows, columns] each, by default square."""
-        self.shape, self.device = (rows, columns or rows), device
-        self.sums: dict[Any, Tensor] = {}
-
-    def add(self, key: Any, matrix: Tensor) -> None:
-        """Adds one to the sum of `key`."""
-        self.sums[key] = self.sums[key].add_(matrix) if key in self.sums else matrix.double()
-
-    def take(self, key: Any, rank: int | None = None) -> Tensor | None:
-        """The sum of `key` over all ranks, which is then let go; None where it is only for another `rank`."""
-        found = self.sums.pop(key, None)
-        if found is None:
-            found = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
-        if rank is None:
-            add(found)
-        else:
-            add_at(found, rank)
-        return found if rank is None or rank == world().rank else None
-
-
 class DrawnTokens:
     """Sums over some of a pass's tokens, drawn in proportion to how much each bends the objective of a place.
 
@@ -215,7 +194,7 @@ class DrawnTokens:
     def __init__(self, places: Sequence[Place], mean: Tensor):
         """For these P places; features are centred by mean [L, D]."""
         self.places, self.mean = list(places), mean
-        self.sums = MatrixSums(mean.shape[1] + 1, mean.device)
+        self.sums = SquareSums(mean.shape[1] + 1, mean.device)
         self.queue = DrawnQueue()
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
@@ -240,10 +219,7 @@ class DrawnTokens:
 
     def _add(self, place: Place, x: Tensor, counts: Tensor) -> None:
         """Adds tokens x [n, E], which are changed, that count so much [n], to the sum of a place."""
-        x = x.mul_(counts[:, None].sqrt())  # both factors alike: rounded, their product is definite, too
-        with coarse_float32():
-            added = x.mT @ x
-        self.sums.add(place, added)
+        self.sums.add(place, x.mul_(counts[:, None].sqrt()))  # both factors alike: rounded, too, it is definite
 
 
 class AllTokens:
@@ -252,7 +228,7 @@ class AllTokens:
     def __init__(self, places: Sequence[Place], mean: Tensor):
         """As DrawnTokens."""
         self.places, self.mean, self.features = list(places), mean, Features()
-        self.sums = MatrixSums(mean.shape[1] + 1, mean.device)
+        self.sums = SquareSums(mean.shape[1] + 1, mean.device)
 
     def add(self, acts: Tensor, counts: Tensor) -> None:
         """Adds acts [N, L, D] that count so much [P, N]."""
@@ -261,7 +237,7 @@ class AllTokens:
             x = self.features.of(acts[:, layer], self.mean[layer])  # [N, E]
             added = (x.mT * counts[own[0] : own[-1] + 1, None]) @ x
             for number, each in zip(own, added, strict=True):
-                self.sums.add(self.places[number], each)
+                self.sums.add_matrix(self.places[number], each)
 
     def settle(self) -> None:
         """Nothing: no token waits."""

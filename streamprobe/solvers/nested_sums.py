@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from streamprobe.probes.nested import Blocks
-from streamprobe.solvers.curvature import Chance, Drawn, DrawnQueue, Features, MatrixSums, draw
+from streamprobe.solvers.curvature import Chance, Drawn, DrawnQueue, Features, draw
+from streamprobe.solvers.matrix_sums import MatrixSums, SquareSums
 from streamprobe.solvers.newton_sums import DRAWN, DRAWN_MOST, Slopes
 from streamprobe.system.distributed import add
 from streamprobe.system.hardware import coarse_float32, send
@@ -101,9 +102,9 @@ class NestedCurvature:
         self.shares, self.expected, self.raw = shares, expected, raw
         self.chance = Chance(seed)
         size, device = raw.shape[1], raw.device
-        self.of_control = MatrixSums(size, device)  # A [P + 1, P + 1] by group
-        self.of_both = MatrixSums(size, device, n_features)  # B [P + 1, D] by layer and group
-        self.of_layer = MatrixSums(n_features, device)  # C [D, D]
+        self.of_control = SquareSums(size, device)  # A [P + 1, P + 1] by group
+        self.of_both = MatrixSums((size, n_features), device)  # B [P + 1, D] by layer and group
+        self.of_layer = SquareSums(n_features, device)  # C [D, D]
         self.queue = DrawnQueue()
 
     def add(
@@ -133,9 +134,10 @@ class NestedCurvature:
         for group, rows in enumerate(drawn.rows()):
             root = drawn.counts[group, rows, None].sqrt()
             control = x[rows] * root
-            with coarse_float32():
-                self.of_control.add(group, control.mT @ control)
-                for i, layer in enumerate(layers):
-                    scaled = layer[rows] * root
-                    self.of_both.add((i, group), control.mT @ scaled)
-                    self.of_layer.add((i, group), scaled.mT @ scaled)
+            self.of_control.add(group, control)
+            for i, layer in enumerate(layers):
+                scaled = layer[rows] * root
+                with coarse_float32():
+                    both = control.mT @ scaled
+                self.of_both.add((i, group), both)
+                self.of_layer.add((i, group), scaled)
