@@ -21,7 +21,8 @@ CHAINS: list[Any] = [Chain("x", torch.zeros(1), torch.zeros(1, 1), torch.ones(1)
 def make_batch(acts: Tensor) -> TokenBatch:
     n = len(acts)
     none = torch.empty(n, 0)
-    return TokenBatch(acts, none, none.bool(), none.bool(), *torch.zeros(3, n, dtype=torch.int64))
+    chain, token, fold = torch.zeros(3, n, dtype=torch.int64)
+    return TokenBatch(acts, none, none.bool(), none.bool(), chain, token, fold, torch.zeros(n))
 
 
 def acts(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

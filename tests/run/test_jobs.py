@@ -32,8 +32,8 @@ def test_every_feed_says_how_many_of_its_features_are_made_by_hand(model_dir: st
     for name, feed in feeds.items():
         layers = 2 * width if name.startswith("joint") else 0
         assert feed.n_features == (by_hand[name] + layers if name in by_hand else 32)
-        acts, targets, valid, fold = feed.of(batch)
-        assert fold is batch.fold
+        acts, targets, valid, extras = feed.of(batch)
+        assert extras.fold is batch.fold and extras.chance is batch.chance
         assert acts.shape == (len(batch.chain), len(feed.sites), feed.n_features)
         assert targets.shape == valid.shape == (len(batch.chain), len(feed.columns))
     assert [found.inputs.columns[k].lag for k in feeds["joint"].columns] == [4]

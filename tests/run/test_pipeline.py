@@ -543,7 +543,7 @@ def test_data_by_url_checked_against_its_digest(config, chains_file, monkeypatch
 
 
 def test_memory_that_is_not_there_leaves_no_run_behind(config, monkeypatch, capsys):
-    def fail(plan):
+    def fail(*_):
         raise MemoryError
 
     before = files()

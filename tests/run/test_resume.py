@@ -134,7 +134,7 @@ def test_a_finished_run_is_replaced_without_the_check(
     """Negative control: nothing else stands between it and another run."""
     before = untouched(run)
     (run / STATE).unlink()
-    monkeypatch.setattr(pipeline, "find_earlier", lambda config, folder: (pipeline.NOTHING, config))
+    monkeypatch.setattr(pipeline, "find_shared_earlier", lambda config, folder: (pipeline.NOTHING, config))
     assert main(["tiny.yaml", "--resume", "--layers", "1"]) == 0
     assert (run / "results.csv").read_bytes() != before["results.csv"]
 

@@ -19,7 +19,7 @@ KEYS = {
     "max_chains": 40,
     "max_batch_tokens": 512,
     "bootstrap": 10,
-    "memory_gb": 0.0025,  # the model reads in every pass
+    "memory_gb": 0.0034,  # the model reads in every pass
 }
 
 
