@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.model.places import put_back, waits_in_ram
+from streamprobe.model.sharded import plain
 
 # What a model's code raises for a text, a config or weights that it was not made for.
 FOREIGN = (
@@ -43,7 +44,7 @@ def residual(output: Output) -> Tensor:
             "a tensor, or a tuple or list that starts with one",
             "choose another --model",
         )
-    return first
+    return plain(first)
 
 
 def _replace(output: Output, x: Tensor) -> Output:

@@ -26,7 +26,7 @@ class Heartbeat:
     def __init__(self, store: Any, member: int, size: int, host: str):
         """`member` of `size`, on the machine `host`; member 0 looks for all others, and these for it."""
         self.store, self.member, self.size = store, member, size
-        self.calls = 0  # how often this member has taken part in what all do together
+        self.calls: float = 0  # how often this member has taken part in what all do together; not a number: it does not
         self.last_words: Callable[[], None] = lambda: None  # what is still to be done where no exception can end it
         self.done = threading.Event()
         self.ended = 0.0  # when this member heard that another has ended all
@@ -110,7 +110,7 @@ class Heartbeat:
         silent = [member for member in after if after[member] == before.get(member)]
         if silent:
             return self._silence(silent)
-        late = [member for member, beat in after.items() if beat and int(beat.split()[1]) < self.calls]
+        late = [member for member, beat in after.items() if beat and float(beat.split()[1]) < self.calls]
         if not late:
             return None
         expected = f"every rank there within {seconds:g} s"
