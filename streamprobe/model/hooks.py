@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.model.places import put_back, waits_in_ram
 from streamprobe.model.sharded import plain
+from streamprobe.system.workers import worker
 
 # What a model's code raises for a text, a config or weights that it was not made for.
 FOREIGN = (
@@ -160,7 +161,9 @@ def read(model: nn.Module, ids: Tensor, *, last: nn.Module | None = None, cache:
             f"a {type(model).__name__}, which cannot read a text of {length} tokens alone "
             f"({type(error).__name__}: {first_line(error)})",
             "a causal decoder" + " that can be sent to a device block by block, or all of it on devices" * waiting,
-            "choose another --model" + ", lower layers, or a larger device" * waiting,
+            "choose another --model"
+            + ", lower layers, or a larger device" * waiting
+            + ", or drop --tp_size" * (worker() is not None),
         ) from error
     if cache is not None and cache.get_seq_length() != length:
         raise InputError(

@@ -14,6 +14,7 @@ import torch
 import yaml
 from forked import Done, forked
 from launched import launched
+from tiny_models import save_tiny
 from torch import Tensor, nn
 
 from streamprobe.errors import InputError
@@ -168,6 +169,18 @@ def test_activations_are_those_of_the_whole_model_from_half_of_its_matrices(conf
         assert torch.Size(size).numel() * shards == whole[name].numel(), name
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gemma3_text", "gpt_neox", "phi3", "qwen3_moe"])
+def test_other_types_of_model(config: str, kind: str, tmp_path: Path) -> None:
+    """Latent attention, windows, keys and values in one matrix, packed matrices, experts."""
+    folder = str(tmp_path / kind)
+    save_tiny(kind, folder)
+    argv = [config, "--tp_size", "2", "--model", folder]
+    assert [done.status for done in launched(argv, 2, prepare=kept_activations)] == [0, 0]
+    plain = activations(load_backbone(folder, LAYERS, "float32", device_map="cpu"))
+    for ours, theirs in zip(torch.load("found.pt")["acts"], plain, strict=True):
+        assert (ours - theirs).abs().max() < ACTIVATIONS * theirs.abs().max()
+
+
 REFUSED = {
     "no launcher": (1, [], "tp_size 2 with 1 process; expected a launcher"),
     "a process too many": (3, [], "tp_size 2 with 3 processes; expected a launcher that starts 2"),
@@ -220,6 +233,18 @@ def test_a_follower_that_is_killed_ends_all_and_is_named(config: str, size: int,
     assert time.monotonic() - started < 60
     assert [done.status for done in every] == [-signal.SIGKILL if r == rank else 2 for r in range(size)], every
     assert said(every).startswith(f"streamprobe: rank {rank} on ") and "ended without a word" in said(every)
+
+
+def test_what_is_wrong_on_a_follower_ends_all(config: str) -> None:
+    def breaks() -> None:
+        def broken(*_: Any) -> None:
+            raise torch.OutOfMemoryError("a card that is full")
+
+        served._read_along = broken
+
+    every = launched([config, "--tp_size", "2"], 2, prepare=breaks, only=1)
+    assert [done.status for done in every] == [2, 2], every
+    assert "memory" in said(every)
 
 
 def test_a_first_rank_that_is_killed_ends_its_follower(config: str) -> None:
