@@ -8,6 +8,7 @@ from streamprobe.errors import InputError
 from streamprobe.system.distributed import joined, was_restarted
 from streamprobe.system.shipped import shipped_configs
 from streamprobe.system.start import no_collections
+from streamprobe.system.workers import in_workers
 
 
 def train(argv: Sequence[str], command: str) -> None:
@@ -27,8 +28,10 @@ def _train(argv: Sequence[str], command: str) -> None:
     with joined():
         with no_collections():
             config = load_config(argv, command)
+            from streamprobe.model.served import follow
             from streamprobe.run.pipeline import run
 
         if was_restarted():
             config = replace(config, output=replace(config.output, resume=True))
-        run(config)
+        with in_workers(config.model.tp_size) as leads:
+            run(config) if leads else follow()

@@ -10,7 +10,9 @@ from streamprobe.controls.table import CONTROLS
 from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
-LAUNCH_KEYS = tuple("output_dir resume dry_run report_to log_probes max_passes memory_gb bootstrap bad_chains".split())
+LAUNCH_KEYS = tuple(
+    "output_dir resume dry_run report_to log_probes max_passes memory_gb bootstrap bad_chains tp_size".split()
+)
 TRACKERS = ("tensorboard", "wandb")  # opened by reporting/tracking/opened.py
 
 
@@ -33,6 +35,7 @@ class ModelConfig:
         "none", "Weights in 8 or 4 bits (bitsandbytes), for small cards."
     )
     device_map: str = key("auto", "Where the blocks lie (accelerate): auto, cpu, cuda, cuda:1, balanced, ...")
+    tp_size: int = key(1, "Processes that share one copy of the model, by transformers' own plan (tensor parallelism).")
     trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
     max_batch_tokens: int = key(
         8192, "Most tokens in one forward pass, padding included; a longer chain goes through in chunks of so many."
@@ -44,6 +47,19 @@ class ModelConfig:
             f"max_batch_tokens {self.max_batch_tokens}",
             "at least 1, less than 2**31",
             "try 8192",
+        )
+        require(0 < self.tp_size < 2**16, f"tp_size {self.tp_size}", "at least 1", "try the number of GPUs")
+        self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        """Raises InputError for what transformers cannot shard, or cannot place."""
+        usual = {"device_map": "auto", "quantization": "none", "gguf_file": None}
+        other = [name for name, value in usual.items() if getattr(self, name) != value]
+        require(
+            self.tp_size == 1 or not other,
+            f"tp_size {self.tp_size} with {' and '.join(f'{name} {getattr(self, name)}' for name in other)}",
+            "one of them: each process holds its shard of plain weights on a device of its own",
+            f"drop --tp_size, or {' and '.join(f'--{name}' for name in other)}",
         )
 
     @property

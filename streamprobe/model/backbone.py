@@ -20,6 +20,7 @@ from streamprobe.errors import InputError
 from streamprobe.model.blocks import block_list, check_layers, drop_blocks
 from streamprobe.model.gguf_file import parsed_once
 from streamprobe.model.loading import SPREADING, build_empty, check_device, read_config, readable_errors
+from streamprobe.model.sharded import check_plan, on_mesh, sharding
 from streamprobe.system.hardware import free_bytes
 from streamprobe.system.shipped import shipped_path
 
@@ -54,14 +55,15 @@ def load_backbone(
     attn_implementation: str | None = None,
     quantization: str = "none",
     device_map: str = "auto",
+    mesh: Any = None,
     **where: Any,
 ) -> nn.Module:
     """The model to probe: its blocks 0 .. max(layers), frozen, in eval mode, without an LM head; all with it if None.
 
     The blocks' outputs are bit-equal to those of the full model.  dtype: see `pick_dtype`.  quantization: `none`,
     `8bit` or `4bit` (bitsandbytes: LLM.int8, or NF4 that computes in `dtype`).  device_map, attn_implementation and
-    `where` (revision, gguf_file, trust_remote_code) are transformers'.  Raises InputError where the model cannot be
-    loaded or does not fit.
+    `where` (revision, gguf_file, trust_remote_code) are transformers'.  With a mesh (see `Worker`) this process loads
+    its shard alone.  Raises InputError where the model cannot be loaded or does not fit.
     """
     check_device(device_map, attn_implementation)
     config, folder = read_config(model, **where), shipped_path(model)
@@ -75,7 +77,7 @@ def load_backbone(
         if blocks is None:
             loaded = _whole_kind(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
         else:
-            loaded = _load_cut(folder, config, blocks, options)
+            loaded = _load_cut(folder, config, blocks, options, mesh=mesh)
     backbone, info = loaded
     _check_loaded(model, backbone, info)
     _keep_packing(backbone)
@@ -128,37 +130,42 @@ def _whole_kind(config: Any) -> Any:
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def _load_cut(model: str, config: Any, n: int, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_cut(model: str, config: Any, n: int, options: dict[str, Any], *, mesh: Any = None) -> tuple[Any, Any]:
     """The model's first n blocks and what transformers says about its loading; dropped blocks' weights are not read."""
     config = deepcopy(config)
     where = {name: options[name] for name in ("trust_remote_code", "revision") if options.get(name)}
     empty = build_empty(config, options["dtype"], **where)
-    whole = type(empty)
-    _check_room(model, empty, n, options)
+    whole, shards = type(empty), mesh["tp"].size() if mesh else 1
+    if shards > 1:
+        check_plan(empty, shards)
+    _check_room(model, empty, n, options, shards=shards)
     if not isinstance(empty.config, type(config)):  # AutoModel takes the text part of this config
         quantized, config = getattr(config, "quantization_config", None), config.get_text_config()
         if quantized is not None:
             config.quantization_config = quantized
-    backbone, info = _cut_class(whole, n).from_pretrained(model, config=config, output_loading_info=True, **options)
+    cut = _cut_class(whole, n)
+    if shards > 1:
+        cut, options = on_mesh(cut, mesh), {**options, "device_map": None, **sharding(empty, shards)}
+    backbone, info = cut.from_pretrained(model, config=config, output_loading_info=True, **options)
     backbone.__class__ = whole
     return backbone, info
 
 
-def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any]) -> None:
+def _check_room(model: str, empty: nn.Module, n: int, options: dict[str, Any], *, shards: int = 1) -> None:
     """Raises InputError where there is no room for the weights, before they are read; a container may be killed.
 
     Where accelerate spreads the model they may lie on every device and on the host.  What is kept of a GGUF file is
     turned into float32 first.  Of one device torch says what does not fit, and what quantized weights take is known
-    when they are there.
+    when they are there.  Of `shards` this process reads one.
     """
 
     dropped = {id(p) for p in nn.ModuleList(list(block_list(empty))[n:]).parameters()}
     kept = [p for p in empty.parameters() if id(p) not in dropped]
-    needed = sum(p.nbytes for p in kept)
+    needed = sum(p.nbytes for p in kept) // shards
     if options.get("gguf_file"):
         needed += sum(4 * p.numel() for p in kept)
     on_host = options["device_map"] == "cpu" or not torch.cuda.is_available()
-    spread = not on_host and options["device_map"] in SPREADING
+    spread = not on_host and options["device_map"] in SPREADING and shards == 1
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if spread else []
     free = sum(map(free_bytes, [torch.device("cpu"), *devices]))
     if (on_host or spread) and "quantization_config" not in options and needed > free:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.model.places import put_back, waits_in_ram
+from streamprobe.model.sharded import plain
+from streamprobe.system.workers import worker
 
 # What a model's code raises for a text, a config or weights that it was not made for.
 FOREIGN = (
@@ -43,7 +45,7 @@ def residual(output: Output) -> Tensor:
             "a tensor, or a tuple or list that starts with one",
             "choose another --model",
         )
-    return first
+    return plain(first)
 
 
 def _replace(output: Output, x: Tensor) -> Output:
@@ -159,7 +161,9 @@ def read(model: nn.Module, ids: Tensor, *, last: nn.Module | None = None, cache:
             f"a {type(model).__name__}, which cannot read a text of {length} tokens alone "
             f"({type(error).__name__}: {first_line(error)})",
             "a causal decoder" + " that can be sent to a device block by block, or all of it on devices" * waiting,
-            "choose another --model" + ", lower layers, or a larger device" * waiting,
+            "choose another --model"
+            + ", lower layers, or a larger device" * waiting
+            + ", or drop --tp_size" * (worker() is not None),
         ) from error
     if cache is not None and cache.get_seq_length() != length:
         raise InputError(

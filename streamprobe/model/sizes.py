@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from streamprobe.model.blocks import drop_blocks
 from streamprobe.model.loading import build_empty, readable_errors
 from streamprobe.model.places import every_tensor
+from streamprobe.model.sharded import own_part
 
 
 def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, int]:
@@ -41,6 +42,9 @@ def weight_bytes(config: Any, layers: Sequence[int], **where: Any) -> dict[str, 
 
 
 def loaded_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters, buffers and scales of quantized weights, shared ones counted once."""
-    tensors = [*every_tensor(model).values(), *model.buffers()]
+    """Bytes of the model's parameters, buffers and scales of quantized weights, shared ones counted once.
+
+    Of a model that several processes share, this one's.
+    """
+    tensors = [own_part(t) for t in (*every_tensor(model).values(), *model.buffers())]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

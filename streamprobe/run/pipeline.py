@@ -50,8 +50,7 @@ def run(config: RunConfig) -> Path | None:
     """
     check_backends(config.output.report_to)
     if config.output.dry_run:
-        if is_main():
-            describe_run(config)
+        describe_run(config)
         return None
     output = config.output
     with claim_shared_folder(output.output_dir, config.name, output.resume) as folder:

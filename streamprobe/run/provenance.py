@@ -18,7 +18,8 @@ from streamprobe.config.load import RunConfig
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError, first_line
 from streamprobe.model.backbone import pick_dtype
-from streamprobe.model.places import every_tensor, main_device
+from streamprobe.model.places import main_device
+from streamprobe.model.served import whole_tensors
 from streamprobe.probes.storage import raw_bytes
 from streamprobe.system.files import write_atomic
 from streamprobe.system.privacy import without_secrets
@@ -70,7 +71,7 @@ def git_commit() -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over name, shape, dtype and the first 1,024 values of every tensor of the truncated model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(every_tensor(model).items()):
+    for name, tensor in whole_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(raw_bytes(tensor.flatten()[:1024]))
     return digest.hexdigest()

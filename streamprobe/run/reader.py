@@ -18,13 +18,14 @@ from streamprobe.controls.embedding import EmbeddingLayers
 from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.model import trial
-from streamprobe.model.backbone import load_backbone
 from streamprobe.model.places import describe_places, main_device
+from streamprobe.model.served import load_shared
 from streamprobe.probes.sites import Site, control_sites, layer_sites
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import Inputs, Texts, make_inputs, must_chunk
 from streamprobe.system.console import say, shows_progress
 from streamprobe.system.distributed import add, is_own, share
+from streamprobe.system.workers import worker
 
 
 class Backbone(NamedTuple):
@@ -39,7 +40,9 @@ class Backbone(NamedTuple):
 def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
     """Puts the model into memory and lets it read a short text.  Raises InputError for one that cannot be probed."""
     c, layers = config.model, config.probes.layer_numbers
-    model: Any = load_backbone(c.model, layers, **c.loading)
+    model: Any = load_shared(c.model, layers, c.loading)
+    if among := worker():
+        say(f"model     {among.describe()}")
     if places := describe_places(model):
         say(f"model     {places}")
     tokens = trial.some_tokens(texts.tokenizer, texts.model_config)

@@ -1,9 +1,10 @@
-"""The processes that share the work of a run, on one machine or on many: the only file that knows of ranks.
+"""The processes that share the work of a run, on one machine or on many: this file and workers.py alone know of ranks.
 
 `accelerate launch`, `torchrun` and Slurm start W processes of the same command line, each with a rank of 0 .. W - 1.
 Chains lie in shards, and the shards s of a rank are those with s mod W equal to it: what a rank does is a part of what
 one process does alone, and sums over all ranks differ from its sums by the order of float64 additions.  Rank 0 writes
 and prints.  In one process alone every function here is a plain identity.  Nothing needs torch before it is asked for.
+Where several processes share one copy of the model, only the first of each such worker is meant (see workers.py).
 """
 
 import os
@@ -53,6 +54,7 @@ class Group:
         from torch import distributed as dist
 
         self.world, self.timeout, self.moved = world, timeout, 0  # bytes that this rank has given to the others
+        self.ranks_each, self.peers = 1, None  # of a worker, and the process group of their first ranks (None: of all)
         n_devices = torch.cuda.device_count()  # which no driver is started for, that would not see what is left then
         cuda = n_devices > 0
         if cuda:
@@ -66,9 +68,13 @@ class Group:
 
     def take_part(self, name: str, tensor: "Tensor", *arguments: Any, **options: Any) -> None:
         """An operation of torch.distributed in which all ranks take part, to which this one gives a tensor."""
+        self.heart.calls, self.moved = self.heart.calls + 1, self.moved + tensor.nbytes
+        self.call(name, *arguments, group=self.peers, **options)
+
+    def call(self, name: str, *arguments: Any, **options: Any) -> None:
+        """An operation of torch.distributed, whose failure says that another rank is gone, or late."""
         from torch import distributed as dist
 
-        self.heart.calls, self.moved = self.heart.calls + 1, self.moved + tensor.nbytes
         try:
             getattr(dist, name)(*arguments, **options)
         except RuntimeError as error:
@@ -78,12 +84,14 @@ class Group:
 
     def reason(self, error: BaseException) -> BaseException:
         """What is said of what went wrong here."""
-        if not isinstance(error, Terminated | _Lost):
+        cause = error.__cause__ if isinstance(error, InputError) else error
+        in_model = self.ranks_each > 1 and isinstance(cause, RuntimeError)  # where ranks wait for each other too
+        if not in_model and not isinstance(error, Terminated | _Lost):
             return error
-        said = first_line(error)
+        said = first_line(cause or error)
         found = self.heart.missing(said, self.timeout)
-        if found is not None:
-            return found
+        if found is not None or in_model:
+            return found or error
         what = "SIGTERM, by which a launcher or a batch system ends a process"
         if isinstance(error, _Lost):
             what = f"what all ranks do together, which failed ({said})"
@@ -160,6 +168,11 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
+def group() -> Group | None:
+    """This process among the others, where there are some."""
+    return _group
+
+
 def world() -> World:
     """Which process this is, of how many."""
     return _group.world if _group else World()
@@ -167,7 +180,7 @@ def world() -> World:
 
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
-    return world().rank == 0
+    return not _group or _group.heart.member == 0
 
 
 def owner(number: int) -> int:
@@ -201,13 +214,13 @@ def add(*tensors: "Tensor") -> None:
 def add_at(tensor: "Tensor", rank: int) -> None:
     """Puts into the tensor of one rank the sum of all ranks'; what the others' hold then is not said."""
     if _group:
-        _group.take_part("reduce", tensor, tensor, rank)
+        _group.take_part("reduce", tensor, tensor, group_dst=rank)
 
 
 def share(tensor: "Tensor", source: int = 0) -> "Tensor":
     """The tensor of the rank `source`, written into those of the others, of the same shape."""
     if _group and tensor.numel():
-        _group.take_part("broadcast", tensor, tensor, source)
+        _group.take_part("broadcast", tensor, tensor, group_src=source)
     return tensor
 
 
@@ -264,7 +277,7 @@ def gather(tensors: Sequence["Tensor"], counts: Sequence[int], rank: int | None 
             if rank is None:
                 _group.take_part("all_gather", raw, received, raw)
             else:
-                _group.take_part("gather", raw, raw, received or None, rank)
+                _group.take_part("gather", raw, raw, received or None, group_dst=rank)
         found.append(torch.cat([other[:n] for other, n in zip(others, counts, strict=True)]) if to_here else room[:0])
     return found
 
@@ -287,11 +300,11 @@ def local_main_first() -> Iterator[None]:
 def agree(what: str, value: str) -> None:
     """Raises InputError unless `value`, of `what`, is the same on every rank."""
     theirs = share_bytes(value.encode()).decode()
-    if least(int(theirs == value)):
+    if not _group or least(int(theirs == value)):
         return
-    rank = least(world().size if theirs == value else world().rank)
+    rank, each = least(world().size if theirs == value else world().rank), _group.ranks_each
     raise InputError(
-        f"{what} on rank {rank} of {world().size} that differ from those on rank 0",
+        f"{what} on rank {rank * each} of {world().size * each} that differ from those on rank 0",
         "the same on every machine",
         "use the same versions, model and data everywhere",
     )

@@ -26,7 +26,7 @@ class Heartbeat:
     def __init__(self, store: Any, member: int, size: int, host: str):
         """`member` of `size`, on the machine `host`; member 0 looks for all others, and these for it."""
         self.store, self.member, self.size = store, member, size
-        self.calls = 0  # how often this member has taken part in what all do together
+        self.calls: float = 0  # how often this member has taken part in what all do together; not a number: it does not
         self.last_words: Callable[[], None] = lambda: None  # what is still to be done where no exception can end it
         self.done = threading.Event()
         self.ended = 0.0  # when this member heard that another has ended all
@@ -44,13 +44,13 @@ class Heartbeat:
     def claim(self) -> bool:
         """Whether this is the member that says why all end: the first one that asks.
 
-        It stays until the others have heard that, for the store may go with it.
+        It stays until the others have heard that, and so does member 0, for the store may go with it.
         """
         try:
             first = self.store.compare_set("ended", "", str(self.member)).decode() == str(self.member)
         except Exception:  # the process that holds the store is gone: all that are left may speak
             return not self.ended
-        if first:
+        if first or self.member == 0:
             time.sleep(HEARD)
         return first
 
@@ -110,7 +110,7 @@ class Heartbeat:
         silent = [member for member in after if after[member] == before.get(member)]
         if silent:
             return self._silence(silent)
-        late = [member for member, beat in after.items() if beat and int(beat.split()[1]) < self.calls]
+        late = [member for member, beat in after.items() if beat and float(beat.split()[1]) < self.calls]
         if not late:
             return None
         expected = f"every rank there within {seconds:g} s"

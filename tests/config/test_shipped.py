@@ -15,11 +15,11 @@ from streamprobe.cli import train as main
 from streamprobe.config.load import load_config
 from streamprobe.data.prompts import special_ids
 from streamprobe.data.tokenize import render, tokenize
+from streamprobe.model import served
 from streamprobe.model.backbone import load_backbone
 from streamprobe.model.blocks import decoder_layers, depth
 from streamprobe.model.loading import read_config
 from streamprobe.model.tokenizer import load_tokenizer
-from streamprobe.run import reader
 from streamprobe.system.shipped import shipped_configs
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -88,7 +88,7 @@ def test_a_run_of_the_config_reads_its_layers(name, model, data, tmp_path, monke
         loaded.append(load_backbone(*given, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(reader, "load_backbone", load)
+    monkeypatch.setattr(served, "load_backbone", load)
     assert main([*argv_of(name, model, data), "--output_dir", str(tmp_path / "run")]) == 0
     layers = [int(layer) for layer in yaml.safe_load(shipped_configs()[name].read_text(encoding="utf-8"))["layers"]]
     rows = list(csv.DictReader((tmp_path / "run/results.csv").open()))

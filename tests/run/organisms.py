@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamprobe.data.dataset import Dataset
 from streamprobe.lags import ONSET
-from streamprobe.run import reader
+from streamprobe.model import served
 
 # A token each, so that no token tells where a word ends, and nothing of the next one
 PLAIN = "the a of to is in and each one two three four five six box stone door card number side row then".split()
@@ -76,7 +76,7 @@ def planted(rates: list[float] | None = None, *, ahead: float = 0.0) -> Iterator
     Yields what it adds to each chain [T, 3], by its first tokens: all chains, once the data are read.
     """
     told: dict[tuple[int, ...], Tensor] = {}
-    load, take = reader.load_backbone, Dataset.take_census
+    load, take = served.load_backbone, Dataset.take_census
     directions = nn.functional.normalize(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5)))
 
     def load_planted(*args: Any, **where: Any) -> nn.Module:
@@ -108,5 +108,5 @@ def planted(rates: list[float] | None = None, *, ahead: float = 0.0) -> Iterator
             told[tuple(chain.ids[:FIRST].tolist())] = added
         return take(dataset, columns)
 
-    with patch.object(reader, "load_backbone", load_planted), patch.object(Dataset, "take_census", take_note):
+    with patch.object(served, "load_backbone", load_planted), patch.object(Dataset, "take_census", take_note):
         yield told

@@ -52,7 +52,7 @@ def load_on_two(name: str, layers: Any, **options: Any) -> Any:
 @contextmanager
 def devices(n: int, load: Callable[..., Any]) -> Iterator[Seen]:
     """So many devices, with every model on what `load` chooses of them."""
-    places = [patch(f"streamprobe.run.{module}.load_backbone", load) for module in ("reader", "opened")]
+    places = [patch(f"streamprobe.{module}.load_backbone", load) for module in ("model.served", "run.opened")]
     with fake_cuda(devices=n) as seen, places[0], places[1]:
         yield seen
 
