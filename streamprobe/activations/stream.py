@@ -24,7 +24,7 @@ from streamprobe.system.hardware import send
 
 def chances(chain: Chain) -> Tensor:
     """A uniform number [T] in 0 .. 1 for every token of a chain, the same whenever and wherever it is read."""
-    return torch.rand(len(chain.ids), generator=torch.Generator().manual_seed(chain.row))
+    return torch.from_numpy(np.random.default_rng(chain.row).random(len(chain.ids), np.float32))
 
 
 class LayersOfTokens(Protocol):
