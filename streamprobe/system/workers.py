@@ -104,9 +104,7 @@ def _form(found: Group, size: int) -> Worker:
     rank, n, *local = found.world
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(
-            0
-        )  # of those that are left to this process; else the mesh takes the one of its local rank
+        torch.cuda.set_device(0)  # of those left to this process: else the mesh would take that of its local rank
         torch.cuda.init()
     mesh = init_device_mesh("cuda" if cuda else "cpu", (n // size, 1, 1, size), mesh_dim_names=DIMENSIONS)
     every = [range(first, first + size) for first in range(0, n, size)]
