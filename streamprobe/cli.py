@@ -15,7 +15,8 @@ import streamprobe
 from streamprobe.commands import bench, compare, evaluate, folders, preview, score, shared, steer, training, watch
 from streamprobe.errors import InputError
 from streamprobe.system.console import guard, say, shows_progress
-from streamprobe.system.distributed import joined, was_launched
+from streamprobe.system.distributed import joined
+from streamprobe.system.launch import was_launched
 
 RESUME = "interrupted; the same command with --resume goes on from its last checkpoint"
 SMALLER = "lower --max_batch_tokens or --memory_gb, or use --quantization 8bit or 4bit"

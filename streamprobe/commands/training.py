@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from streamprobe.config.load import load_config
 from streamprobe.errors import InputError
-from streamprobe.system.distributed import joined, was_restarted
+from streamprobe.system.distributed import joined
+from streamprobe.system.launch import was_restarted
 from streamprobe.system.shipped import shipped_configs
 from streamprobe.system.start import no_collections
 from streamprobe.system.workers import in_workers

@@ -167,7 +167,8 @@ class TrainingConfig:
     patience: int = key(3, "Passes without a better validation F1 after which a probe of Adam's is stopped.")
     memory_gb: str = key(
         "auto",
-        "Most GB (10^9 bytes) of activations and of Newton's matrices; auto is what is free, less a reserve.",
+        "Most GB (10^9 bytes) of activations and of Newton's matrices, in each process; auto is what is free, less a "
+        "reserve.",
     )
     bootstrap: int = key(1000, "Resamples of the test chains behind each 95% interval; 0 for no intervals.")
     seed: int = key(0, "Seed of weights, of the order of tokens, of those that Newton draws, and of permuted labels.")

@@ -15,6 +15,7 @@ from streamprobe.run.jobs import make_feeds
 from streamprobe.run.memory_plan import Kept, plan_run
 from streamprobe.run.reader import embed_controls, load_model, make_reader, skip_bad_chains
 from streamprobe.system.console import say
+from streamprobe.system.distributed import local_main_first
 
 
 class Timed(NamedTuple):
@@ -82,7 +83,8 @@ def padded_size(chains: Sequence[Chain], batch: Sequence[int]) -> int:
 def describe_run(config: RunConfig) -> None:
     """Reads the data, loads the model, times one batch, and prints what the run would need; trains nothing."""
     cost, model = Cost(), config.model
-    texts, config = read_texts(config)
+    with local_main_first():
+        texts, config = read_texts(config)
     inputs = make_inputs(config, texts)
     layers = config.probes.layer_numbers
     sizes = weight_bytes(texts.model_config, layers, **model.code)

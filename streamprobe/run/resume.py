@@ -15,7 +15,7 @@ from streamprobe.run.folder import holds_results
 from streamprobe.run.provenance import read_config
 from streamprobe.system.console import say
 from streamprobe.system.distributed import is_main, share_bytes, world
-from streamprobe.system.files import write_atomic
+from streamprobe.system.files import reason, write_atomic
 from streamprobe.system.privacy import without_secrets
 
 FREE = (*LAUNCH_KEYS, "config", "git_commit", "device")  # facts that may differ; the config's keys are compared first
@@ -38,10 +38,20 @@ def find_shared_earlier(config: RunConfig, folder: Path) -> tuple[Earlier, RunCo
     with TemporaryDirectory() as copy:
         for name in (STATE, "config.yaml"):
             path = folder / name
-            content = share_bytes(path.read_bytes() if is_main() and path.is_file() else b"")
+            content = share_bytes(_read(path) if is_main() and path.is_file() else b"")
             if content and not is_main():
                 write_atomic(Path(copy, name), content)
         return find_earlier(config, folder if is_main() else Path(copy))
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file of the earlier run.  Raises InputError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}, which cannot be read ({reason(error)})", "a file of the run that is to go on", "put it back"
+        ) from error
 
 
 def find_earlier(config: RunConfig, folder: Path) -> tuple[Earlier, RunConfig]:

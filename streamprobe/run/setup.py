@@ -51,6 +51,7 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     say(inputs.preflight)
     backbone = load_model(config, texts, inputs)
     facts = facts_of(config, inputs.fingerprint, backbone.model)
+    agree("device", backbone.device.type)
     defining = {"keys": "config", "versions": "versions", "data": "data_fingerprint", "weights": "model_fingerprint"}
     for what, name in defining.items():
         agree(what, json.dumps(facts[name], sort_keys=True))

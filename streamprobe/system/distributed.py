@@ -1,9 +1,10 @@
-"""The processes that share the work of a run, on one machine or on many: this file and workers.py alone know of ranks.
+"""The processes that share the work of a run, on one machine or on many: only this folder knows of ranks.
 
-`accelerate launch`, `torchrun` and Slurm start W processes of the same command line, each with a rank of 0 .. W - 1.
-Chains lie in shards, and the shards s of a rank are those with s mod W equal to it: what a rank does is a part of what
-one process does alone, and sums over all ranks differ from its sums by the order of float64 additions.  Rank 0 writes
-and prints.  In one process alone every function here is a plain identity.  Nothing needs torch before it is asked for.
+`accelerate launch` and `torchrun` (under Slurm, too) start W processes of the same command line, each with a rank of
+0 .. W - 1.  Chains lie in shards, and the shards s of a rank are those with s mod W equal to it: what a rank does is a
+part of what one process does alone, and sums over all ranks differ from its sums by the order of float64 additions.
+Rank 0 writes and prints.  In one process alone every function here is a plain identity.  Nothing needs torch before it
+is asked for.
 Where several processes share one copy of the model, only the first of each such worker is meant (see workers.py).
 """
 
@@ -14,24 +15,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.system.heartbeat import UNSPOKEN, Heartbeat
+from streamprobe.system.launch import World, launched, own_devices
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT = 1800.0  # seconds that a rank waits for the others
-
-
-class World(NamedTuple):
-    """Which process this is, of how many; and of those on this machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
 
 
 class Ended(Exception):
@@ -57,6 +50,12 @@ class Group:
         self.ranks_each, self.peers = 1, None  # of a worker, and the process group of their first ranks (None: of all)
         n_devices = torch.cuda.device_count()  # which no driver is started for, that would not see what is left then
         cuda = n_devices > 0
+        if cuda and world.local_size > n_devices:
+            raise InputError(
+                f"{world.local_size} processes on a machine with {n_devices} GPUs",
+                "a GPU for each",
+                "start as many as there are GPUs, or none but one",
+            )
         if cuda:
             os.environ["CUDA_VISIBLE_DEVICES"] = own_devices(world, n_devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a rank that is late is an exception
@@ -101,38 +100,6 @@ class Group:
 _group: Group | None = None
 
 
-def _launched() -> World:
-    """What a launcher says of this process, in its environment."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-        int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"]
-    except (KeyError, ValueError):
-        return World()
-    return World(rank, size, local_rank, local_size) if 0 <= rank < size else World()
-
-
-def was_launched() -> bool:
-    """Whether a launcher has started several processes of this command line."""
-    return _launched().size > 1
-
-
-def was_restarted() -> bool:
-    """Whether a launcher has started this process anew, after one of the ranks had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def own_devices(world: World, n: int, visible: str | None) -> str:
-    """The part of the machine's n GPUs that is this process's, as CUDA_VISIBLE_DEVICES names them.
-
-    `visible` is what that says of all; where there are more processes than GPUs these are shared.
-    """
-    names = visible.split(",")[:n] if visible else [str(number) for number in range(n)]
-    each = max(1, n // world.local_size)
-    first = world.local_rank * each % n
-    return ",".join(names[first : first + each])
-
-
 @contextmanager
 def joined(timeout: float = TIMEOUT) -> Iterator[None]:
     """This process works with the others that a launcher has started, in this context; alone it works alone.
@@ -141,18 +108,21 @@ def joined(timeout: float = TIMEOUT) -> Iterator[None]:
     the others end without a word, by Ended.
     """
     global _group
-    world = _launched()
+    world = launched()
     if world.size == 1:
         yield
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets would tell of each that is closed
+    _group = group = _join(world, timeout)
     before, out, done = signal.signal(signal.SIGTERM, _terminate), sys.stdout, False
-    _group = group = Group(world, timeout)
     try:
         if world.rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         yield
         done = True
+    except SystemExit as end:  # of --help
+        done = not end.code
+        raise
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what ends is not to be ended
         if not group.heart.claim():
@@ -162,6 +132,21 @@ def joined(timeout: float = TIMEOUT) -> Iterator[None]:
         group.heart.stop(left=done)
         sys.stdout, _group = out, None
         signal.signal(signal.SIGTERM, before)
+
+
+def _join(world: World, timeout: float) -> Group:
+    """Meets the other processes.  Raises InputError where they cannot be reached."""
+    try:
+        return Group(world, timeout)
+    except InputError:
+        raise
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"rank {world.rank} of {world.size}, which cannot meet the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({first_line(error)})",
+            "an address that all reach, and a port that is free",
+            "give the launcher another one",
+        ) from error
 
 
 def _terminate(*_: object) -> None:

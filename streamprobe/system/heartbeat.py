@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from streamprobe.errors import InputError
@@ -39,7 +40,10 @@ class Heartbeat:
         """Ends the signs of life; `left`: this member's part is done, and nobody is to wait for it."""
         self.done.set()
         if left:
-            self.store.set(f"left/{self.member}", "")
+            with suppress(Exception):  # the process that holds the store may be gone: it was done, too
+                self.store.set(f"left/{self.member}", "")
+        if self.thread is not threading.current_thread():
+            self.thread.join(5 * BEAT)  # which is in the library, and must not be as the interpreter ends
 
     def claim(self) -> bool:
         """Whether this is the member that says why all end: the first one that asks.
@@ -77,11 +81,13 @@ class Heartbeat:
 
     def _end_here(self, silent: list[int]) -> None:
         """Ends this process, whose main thread may wait for ever for one that is gone."""
-        self.last_words()
-        if silent and self.claim():
-            sys.stderr.write(f"streamprobe: {self._silence(silent)}\n")
-            sys.stderr.flush()
-        os._exit(2)
+        try:
+            if silent and self.claim():
+                sys.stderr.write(f"streamprobe: {self._silence(silent)}\n")
+                sys.stderr.flush()
+            self.last_words()
+        finally:
+            os._exit(2)
 
     def _last(self, member: int) -> str:
         """The last beat of another member; nothing where there is none."""

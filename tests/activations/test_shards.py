@@ -9,6 +9,7 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.shards import Trip, deal
 from streamprobe.activations.stream import make_batches
 from streamprobe.system import distributed
+from streamprobe.system.launch import World
 
 LENGTHS = np.random.default_rng(0).integers(20, 700, 900).tolist()
 
@@ -76,7 +77,7 @@ def test_batches_in_turn_are_those_of_the_trip(monkeypatch: pytest.MonkeyPatch) 
     whole = [int(batch.chain[0]) for batch in read([batch for _, batch in trip.turns()])]  # type: ignore[attr-defined]
     found: dict[int, list[list[int]]] = {}
     for rank in range(3):
-        monkeypatch.setattr(distributed, "world", lambda rank=rank: distributed.World(rank, 3))
+        monkeypatch.setattr(distributed, "world", lambda rank=rank: World(rank, 3))
         turns = list(trip.in_turn())
         assert [source for source, _ in turns] == [s % 3 for s, _ in trip.turns()]
         assert all(not batches for source, batches in turns if source != rank)
@@ -89,7 +90,7 @@ def test_a_batch_without_a_token_is_a_turn_without_one(monkeypatch: pytest.Monke
     def reading(batches: object) -> object:
         return (batch for batch in read(batches) if int(batch.chain[0]) != 1)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2))
+    monkeypatch.setattr(distributed, "world", lambda: World(0, 2))
     trip = Trip([[[0], [1], [2]], []], reading)  # type: ignore[arg-type]
     assert [[int(batch.chain[0]) for batch in batches] for _, batches in trip.in_turn()] == [[0], [], [2]]
     assert len(list(trip_of([batch_of(0)]).in_turn())) == 1
