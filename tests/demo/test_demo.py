@@ -131,6 +131,6 @@ def peak_gb(folder: Path, copies: int, memory_gb: str) -> float:
 
 def test_memory_hardly_grows_with_the_chains_where_they_are_not_kept(tmp_path):
     """From 1,000 chains on: with fewer the library still sees new shapes of batches, and keeps plans for each."""
-    few, many = (peak_gb(tmp_path / str(copies), copies, "0.004") for copies in (2, 8))
+    few, many = (peak_gb(tmp_path / str(copies), copies, "0.004") for copies in (2, 4))
     assert many < 1.2 * few  # texts and labels are kept
-    assert peak_gb(tmp_path / "kept", 8, "1") > 1.3 * few  # negative control: activations that are
+    assert peak_gb(tmp_path / "kept", 4, "1") > 1.3 * few  # negative control: activations that are

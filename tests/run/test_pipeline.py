@@ -153,7 +153,7 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
-    assert main([config, "--dry_run", "--memory_gb", "0.003", *SINGLE]) == 0
+    assert main([config, "--dry_run", "--memory_gb", "0.0028", *SINGLE]) == 0
     printed = capsys.readouterr().out
     assert "training tokens in each of at most 3 passes, validation tokens once, test tokens once" in printed
     assert main([config, "--dry_run", "--memory_gb", "0.005"]) == 0
