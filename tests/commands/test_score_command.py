@@ -82,7 +82,9 @@ def test_the_chosen_probes_are_those_of_the_library(ran, texts, run_folder, mode
 
 def test_the_model_is_cut_off_above_the_deepest_chosen_layer(ran, monkeypatch):
     seen, real = [], backbone._load_cut
-    monkeypatch.setattr(backbone, "_load_cut", lambda m, c, n, *rest, **more: seen.append(n) or real(m, c, n, *rest, **more))
+    monkeypatch.setattr(
+        backbone, "_load_cut", lambda m, c, n, *rest, **more: seen.append(n) or real(m, c, n, *rest, **more)
+    )
     ran("--layer", "0", "--lag", "4")
     ran("--probes", "all", "--out", "s.csv")
     assert seen == [1, 3]
