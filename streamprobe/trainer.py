@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import TokenBatch
@@ -19,7 +18,7 @@ from streamprobe.evaluation.scores import evaluate
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.solvers.base import Solver
-from streamprobe.system.distributed import add, least, owner
+from streamprobe.system.distributed import each, least, owner
 
 NO_PART = 2**31  # the number of the first part of a rank that has none
 LOG_TOKENS = 65_536  # training tokens between two points of a loss curve; a pass ends with one too
@@ -95,7 +94,8 @@ def train_pass(jobs: Sequence[Job], parts: Iterable[Part], tracker: Tracker, tok
         fed = jobs if part.is_own else stepping
         for batch in part.chunks:
             if not begun:
-                begun = begin(jobs, batch, part.number)
+                begin(jobs, batch, part.number)
+                begun = True
             for job in fed:
                 job.solver.step(*job.feed.of(batch))
             seen += len(batch.chain)
@@ -105,14 +105,14 @@ def train_pass(jobs: Sequence[Job], parts: Iterable[Part], tracker: Tracker, tok
             job.solver.end_part()
     if not begun:
         begin(jobs, None, NO_PART)
-    tokens += seen if stepping else total(seen)
+    tokens += seen if stepping else sum(each(seen))
     for job in jobs:
         job.solver.end_pass()
     log_losses(tracker, jobs, tokens)
     return tokens
 
 
-def begin(jobs: Sequence[Job], batch: TokenBatch | None, part: int) -> bool:
+def begin(jobs: Sequence[Job], batch: TokenBatch | None, part: int) -> None:
     """Tells every solver of the first tokens of a pass, which are those of one rank; `batch` and `part` are this one's.
 
     All ranks take part, also one without a token.
@@ -120,7 +120,6 @@ def begin(jobs: Sequence[Job], batch: TokenBatch | None, part: int) -> bool:
     source = owner(least(part))
     for job in jobs:
         job.solver.begin(None if batch is None else job.feed.features(batch), source)
-    return True
 
 
 def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Tracker) -> None:
@@ -147,13 +146,6 @@ def judge(jobs: Sequence[Job], validation: Source, *, done: Done, tracker: Track
 def is_looked_at(job: Job, done: Done) -> bool:
     """Whether the validation scores of a job are looked at after this pass."""
     return job.best.patience is not None or done.passes & (done.passes - 1) == 0
-
-
-def total(n: int) -> int:
-    """The sum of all ranks' n."""
-    found = torch.tensor([n])
-    add(found)
-    return int(found)
 
 
 def log_metrics(tracker: Tracker, job: Job, metrics: Mapping[str, Tensor], tokens: int) -> None:

@@ -1,11 +1,20 @@
 """One command line in several processes that work together, as a launcher starts them."""
 
+import csv
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from forked import Done, forked, nothing
+
+from streamprobe.run import memory_plan
+from streamprobe.run.memory_plan import Kept, Plan
+
+# What torch's own sockets say when one is closed:
+NOISE = re.compile(r"\[rank|\[W|frame #|Exception raised from|<omitting|\s*$")
 
 
 def free_port() -> int:
@@ -32,3 +41,18 @@ def launched(
         return prepared
 
     return forked(*[argv] * size, each=[of(rank) for rank in range(size)])
+
+
+def said(done: Done) -> str:
+    """What a process has said on standard error."""
+    return "".join(line for line in done.err.splitlines(keepends=True) if not NOISE.match(line))
+
+
+def pooled() -> None:
+    """Lets nothing be kept, whatever there is room for: the model reads in every pass."""
+    memory_plan.plan_memory = lambda tokens, rooms, **_: Plan(Kept(1_100, False, False), next(iter(rooms)))  # type: ignore[assignment]
+
+
+def rows_of(folder: str) -> list[dict[str, str]]:
+    """The rows of a run's results.csv."""
+    return list(csv.DictReader(Path(folder, "results.csv").open()))

@@ -40,7 +40,7 @@ class Heartbeat:
         """Ends the signs of life; `left`: this member's part is done, and nobody is to wait for it."""
         self.done.set()
         if left:
-            with suppress(Exception):  # the process that holds the store may be gone: it was done, too
+            with suppress(RuntimeError):  # the process that holds the store may be gone: it was done, too
                 self.store.set(f"left/{self.member}", "")
         if self.thread is not threading.current_thread():
             self.thread.join(5 * BEAT)  # which is in the library, and must not be as the interpreter ends
@@ -52,7 +52,7 @@ class Heartbeat:
         """
         try:
             first = self.store.compare_set("ended", "", str(self.member)).decode() == str(self.member)
-        except Exception:  # the process that holds the store is gone: all that are left may speak
+        except RuntimeError:  # the process that holds the store is gone: all that are left may speak
             return not self.ended
         if first or self.member == 0:
             time.sleep(HEARD)
@@ -73,7 +73,7 @@ class Heartbeat:
                         del seen[member]
                     elif (beat := self._last(member)) != seen[member][0]:
                         seen[member] = beat, now
-            except Exception:  # the process that holds the store is gone
+            except RuntimeError:  # the process that holds the store is gone
                 seen = seen or {0: ("", now)}
             silent = [member for member, (_, last) in seen.items() if now - last > SILENT]
             if silent or (self.ended and now - self.ended > GRACE):
@@ -111,7 +111,7 @@ class Heartbeat:
             before = self._beats()
             time.sleep(4 * BEAT)
             after = self._beats()
-        except Exception:
+        except RuntimeError:
             return self._silence([0])
         silent = [member for member in after if after[member] == before.get(member)]
         if silent:

@@ -1,8 +1,6 @@
 """Several processes that share the work of a run: the same numbers as one, and an end that says why, whoever is gone."""
 
-import csv
 import os
-import re
 import signal
 import threading
 import time
@@ -16,13 +14,12 @@ import pytest
 import yaml
 from forked import Done, forked
 from killed import killed_after
-from launched import launched
+from launched import launched, pooled, rows_of, said
 from safetensors.torch import load_file
 
 from streamprobe.errors import InputError
 from streamprobe.run import memory_plan, pipeline
 from streamprobe.run.checkpoint import load_run
-from streamprobe.run.memory_plan import Kept, Plan
 from streamprobe.system import distributed, heartbeat
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -50,15 +47,6 @@ def config(tmp_path: Path, model_dir: str, chains_file: Path, monkeypatch: pytes
     return "tiny.yaml"
 
 
-def pooled() -> None:
-    """Lets nothing be kept, whatever there is room for."""
-    memory_plan.plan_memory = lambda tokens, rooms, **_: Plan(Kept(1_100, False, False), next(iter(rooms)))  # type: ignore[assignment]
-
-
-def rows_of(folder: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(Path(folder, "results.csv").open()))
-
-
 def distance(one: str, other: str) -> float:
     """The largest difference between any two numbers of two runs; fails where they have not the same ones."""
     worst = 0.0
@@ -74,16 +62,6 @@ def distance(one: str, other: str) -> float:
             if value != theirs[key]:
                 worst = max(worst, abs(float(value) - float(theirs[key])))
     return worst
-
-
-NOISE = re.compile(
-    r"\[rank|\[W|frame #|Exception raised from|<omitting|\s*$"
-)  # torch's own sockets, when one is closed
-
-
-def said(done: Done) -> str:
-    """What a process has said on standard error."""
-    return "".join(line for line in done.err.splitlines(keepends=True) if not NOISE.match(line))
 
 
 def alone(*argv: str, prepare: Callable[[], Any] = lambda: None) -> Done:

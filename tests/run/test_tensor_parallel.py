@@ -1,8 +1,6 @@
 """Processes that share one copy of a model: the numbers of one process with all of it, and an end that says why."""
 
-import csv
 import os
-import re
 import signal
 import time
 from functools import partial
@@ -13,7 +11,7 @@ import pytest
 import torch
 import yaml
 from forked import Done, forked
-from launched import launched
+from launched import launched, pooled, rows_of, said
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
@@ -25,8 +23,7 @@ from streamprobe.model.chunks import make_cache
 from streamprobe.model.hooks import read, tap
 from streamprobe.model.served import load_shared
 from streamprobe.model.sharded import own_part
-from streamprobe.run import memory_plan, pipeline
-from streamprobe.run.memory_plan import Kept, Plan
+from streamprobe.run import pipeline
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 LAYERS = [0, 2]
@@ -61,15 +58,6 @@ def config(tmp_path: Path, model_dir: str, chains_file: Path, monkeypatch: pytes
     return "tiny.yaml"
 
 
-def pooled() -> None:
-    """Lets nothing be kept, so that the model reads in every pass."""
-    memory_plan.plan_memory = lambda tokens, rooms, **_: Plan(Kept(1_100, False, False), next(iter(rooms)))  # type: ignore[assignment]
-
-
-def rows_of(folder: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(Path(folder, "results.csv").open()))
-
-
 def far(one: str, other: str) -> list[str]:
     """The columns of two tables whose numbers differ by more than rounding may; fails for rows that are not the same."""
     found = set()
@@ -85,14 +73,9 @@ def fingerprint(folder: str) -> str:
     return next(line for line in Path(folder, "config.yaml").read_text().splitlines() if "model_fingerprint" in line)
 
 
-NOISE = re.compile(
-    r"\[rank|\[W|frame #|Exception raised from|<omitting|\s*$"
-)  # torch's own sockets, when one is closed
-
-
-def said(every: list[Done]) -> str:
+def only_line(every: list[Done]) -> str:
     """What the processes have said on standard error; fails unless one of them has said one line."""
-    lines = [line for done in every for line in done.err.splitlines() if not NOISE.match(line)]
+    lines = [line for done in every for line in said(done).splitlines()]
     assert len(lines) == 1 and lines[0].startswith("streamprobe: "), every
     return lines[0]
 
@@ -197,7 +180,7 @@ REFUSED = {
 def test_what_cannot_be_shared_is_said_once(config: str, size: int, argv: list[str], line: str) -> None:
     every = launched([config, "--tp_size", "2", *argv], size)
     assert [done.status for done in every] == [2] * size
-    assert said(every).startswith(f"streamprobe: {line}")
+    assert only_line(every).startswith(f"streamprobe: {line}")
 
 
 def test_a_model_without_a_plan_is_refused(config: str, model_dir: str, tmp_path: Path) -> None:
@@ -208,7 +191,7 @@ def test_a_model_without_a_plan_is_refused(config: str, model_dir: str, tmp_path
     tokenizer.save_pretrained(tmp_path / "gpt2")
     every = launched([config, "--tp_size", "2", "--model", str(tmp_path / "gpt2")], 2)
     assert [done.status for done in every] == [2, 2]
-    assert "tp_size 2 with a gpt2 model, which transformers has no plan to shard; " in said(every)
+    assert "tp_size 2 with a gpt2 model, which transformers has no plan to shard; " in only_line(every)
 
 
 def killed_at(number: int) -> None:
@@ -232,7 +215,7 @@ def test_a_follower_that_is_killed_ends_all_and_is_named(config: str, size: int,
     every = launched([config, "--tp_size", "2"], size, prepare=partial(killed_at, number), only=rank)
     assert time.monotonic() - started < 60
     assert [done.status for done in every] == [-signal.SIGKILL if r == rank else 2 for r in range(size)], every
-    assert said(every).startswith(f"streamprobe: rank {rank} on ") and "ended without a word" in said(every)
+    assert only_line(every).startswith(f"streamprobe: rank {rank} on ") and "ended without a word" in only_line(every)
 
 
 def test_what_is_wrong_on_a_follower_ends_all(config: str) -> None:
@@ -244,7 +227,7 @@ def test_what_is_wrong_on_a_follower_ends_all(config: str) -> None:
 
     every = launched([config, "--tp_size", "2"], 2, prepare=breaks, only=1)
     assert [done.status for done in every] == [2, 2], every
-    assert "memory" in said(every)
+    assert "memory" in only_line(every)
 
 
 def test_a_first_rank_that_is_killed_ends_its_follower(config: str) -> None:
@@ -253,7 +236,7 @@ def test_a_first_rank_that_is_killed_ends_its_follower(config: str) -> None:
 
     every = launched([config, "--tp_size", "2"], 2, prepare=dies, only=0)
     assert [done.status for done in every] == [-signal.SIGKILL, 2], every
-    assert said(every).startswith("streamprobe: rank 0 on ") and "ended without a word" in said(every)
+    assert only_line(every).startswith("streamprobe: rank 0 on ") and "ended without a word" in only_line(every)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -267,7 +250,7 @@ def test_what_is_wrong_on_a_first_rank_ends_all(config: str, rank: int) -> None:
 
     every = launched([config, "--tp_size", "2"], 4, prepare=breaks, only=rank)
     assert [done.status for done in every] == [2] * 4, every
-    assert said(every).startswith("streamprobe: a card that is broken; ")
+    assert only_line(every).startswith("streamprobe: a card that is broken; ")
 
 
 def test_a_run_is_resumed_with_more_processes_a_copy(config: str) -> None:
