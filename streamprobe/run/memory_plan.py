@@ -14,10 +14,9 @@ from streamprobe.errors import InputError
 from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
 from streamprobe.run.inputs import Inputs
-from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.reader import Backbone
-from streamprobe.solvers.curvature import HELD, HELD_BYTES, curvature_bytes
-from streamprobe.solvers.lbfgs import vector_bytes
+from streamprobe.run.solver_sizes import Matrices, NestedSize
+from streamprobe.solvers.curvature import HELD, HELD_BYTES
 from streamprobe.solvers.table import with_matrices
 from streamprobe.system.console import say
 from streamprobe.system.distributed import is_own, least, world
@@ -160,44 +159,6 @@ def _plan_as_before(tokens: Tokens, rooms: Mapping[torch.device, int], before: K
             "raise --memory_gb, free memory, or start a new run",
         )
     return Plan(before, home)
-
-
-class Matrices(NamedTuple):
-    """What Newton's solvers take.
-
-    Nested probes are trained behind the others, whose matrices are let go first, but not their vectors.
-    """
-
-    vectors: int  # bytes beside the matrices
-    all: int  # bytes of a matrix for every site and column, beside the sums of each site
-    one: int  # bytes of one for every site and fold
-    nested: NestedSize = NestedSize()
-
-    @classmethod
-    def of(cls, feeds: Sequence[Feed]) -> "Matrices":
-        """Those of the solvers of these feeds."""
-        sizes = [(len(feed.sites), len(feed.columns), feed.n_features) for feed in feeds]
-        sums = [(len(feed.sites), feed.n_folds, feed.n_features) for feed in feeds]
-        nested = NestedSize.of(feeds)
-        return cls(
-            vectors=sum(vector_bytes(*size) for size in sizes) + nested.vector_bytes(),
-            all=sum(curvature_bytes(*size) for size in sizes),
-            one=sum(curvature_bytes(*size) for size in sums),
-            nested=nested,
-        )
-
-    def must_share(self, room: int, activations: int, pool: int) -> bool:
-        """Whether the columns of a site must share a matrix, with `room` bytes for all.
-
-        Where a matrix for each would take over half of the room, or would push out activations that could else be kept
-        (`activations` bytes in all), or would not leave the `pool` bytes in which tokens are mixed at the least.
-        """
-        more = self.taken(False) - self.taken(True)
-        return more > room / 2 or 0 <= room - activations - self.taken(True) < more or room - self.taken(False) < pool
-
-    def taken(self, shared: bool) -> int:
-        """Bytes in all."""
-        return self.vectors + max(self.one + (0 if shared else self.all), self.nested.matrix_bytes(shared))
 
 
 def make_plan(

@@ -28,11 +28,11 @@ from streamprobe.run.folder import claim_shared_folder
 from streamprobe.run.jobs import make_jobs, states_of, take_up
 from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
 from streamprobe.run.nested import NestedJob, Validation, final_nested, make_nested, train_nested
-from streamprobe.run.nested_size import NestedSize
 from streamprobe.run.pass_end import PassEnd
 from streamprobe.run.provenance import sizes_of, write_config
 from streamprobe.run.resume import NOTHING, find_shared_earlier
 from streamprobe.run.setup import Setup, set_up
+from streamprobe.run.solver_sizes import NestedSize
 from streamprobe.solvers.newton import NewtonSolver
 from streamprobe.system.console import say
 from streamprobe.system.distributed import is_main

@@ -9,8 +9,8 @@ from streamprobe.lags import Column
 from streamprobe.probes.nested import Blocks
 from streamprobe.probes.sites import Site, control_sites, layer_sites
 from streamprobe.run import memory_plan
-from streamprobe.run.memory_plan import Kept, Matrices, Plan, Reserve, Tokens, make_plan, memory_room, plan_memory
-from streamprobe.run.nested_size import NestedSize
+from streamprobe.run.memory_plan import Kept, Plan, Reserve, Tokens, make_plan, memory_room, plan_memory
+from streamprobe.run.solver_sizes import Matrices, NestedSize
 from streamprobe.solvers.block_matrices import PENALTIES, Start
 from streamprobe.solvers.curvature import curvature_bytes
 from streamprobe.solvers.lbfgs import PAIRS, vector_bytes

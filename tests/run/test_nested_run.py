@@ -220,7 +220,7 @@ def test_streamed_activations_give_the_gains_of_kept_ones() -> None:
 def test_columns_that_share_matrices_end_with_the_same_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     fine = ("--tolerance", "1e-6", "--bootstrap", "0")
     alone = train("alone", *fine)
-    monkeypatch.setattr("streamprobe.run.memory_plan.Matrices.must_share", lambda *_: True)
+    monkeypatch.setattr("streamprobe.run.solver_sizes.Matrices.must_share", lambda *_: True)
     shared = train("shared", *fine)
     assert summary(shared)["newton_matrices"] == "one per layer"
     torch.testing.assert_close(gains_of(shared), gains_of(alone), rtol=0, atol=1e-4)

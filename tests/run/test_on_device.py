@@ -113,7 +113,7 @@ def test_a_run_whose_activations_lie_in_host_ram_ends_as_on_the_cpu(
     monkeypatch.setattr(
         "streamprobe.run.memory_plan.memory_room", lambda gb, home, reserve=0: 10**9 * (home.type == "cpu")
     )
-    monkeypatch.setattr("streamprobe.run.memory_plan.Matrices.must_share", lambda *_: False)
+    monkeypatch.setattr("streamprobe.run.solver_sizes.Matrices.must_share", lambda *_: False)
     assert cli.train([config, "--output_dir", "near"]) == 0
     request.getfixturevalue("device")
     assert cli.train([config, "--output_dir", "far"]) == 0

@@ -1,4 +1,4 @@
-"""What nested probes take: in memory, while they are trained behind the others, and on the disk.
+"""What Newton's solvers take in memory, and nested probes, which are trained behind them, on the disk, too.
 
 Shapes: L layers, K columns, P features of the joint control, D hidden size.
 """
@@ -9,7 +9,8 @@ from typing import NamedTuple
 from streamprobe.activations.feed import Feed
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.solvers.block_matrices import PENALTIES
-from streamprobe.solvers.lbfgs import PAIRS
+from streamprobe.solvers.curvature import curvature_bytes
+from streamprobe.solvers.lbfgs import PAIRS, vector_bytes
 from streamprobe.solvers.matrix_sums import kept_numbers
 
 
@@ -65,3 +66,41 @@ class NestedSize(NamedTuple):
         """What so many tokens take that are drawn for matrices: as they are, twice, and their features."""
         features = 2 * (self.control + 1) + (self.layers + 1) * (self.hidden + 1)
         return tokens * (2 * (token_bytes + 4 * (self.control + self.columns)) + 4 * features) if self.layers else 0
+
+
+class Matrices(NamedTuple):
+    """What Newton's solvers take.
+
+    Nested probes are trained behind the others, whose matrices are let go first, but not their vectors.
+    """
+
+    vectors: int  # bytes beside the matrices
+    all: int  # bytes of a matrix for every site and column, beside the sums of each site
+    one: int  # bytes of one for every site and fold
+    nested: NestedSize = NestedSize()
+
+    @classmethod
+    def of(cls, feeds: Sequence[Feed]) -> "Matrices":
+        """Those of the solvers of these feeds."""
+        sizes = [(len(feed.sites), len(feed.columns), feed.n_features) for feed in feeds]
+        sums = [(len(feed.sites), feed.n_folds, feed.n_features) for feed in feeds]
+        nested = NestedSize.of(feeds)
+        return cls(
+            vectors=sum(vector_bytes(*size) for size in sizes) + nested.vector_bytes(),
+            all=sum(curvature_bytes(*size) for size in sizes),
+            one=sum(curvature_bytes(*size) for size in sums),
+            nested=nested,
+        )
+
+    def must_share(self, room: int, activations: int, pool: int) -> bool:
+        """Whether the columns of a site must share a matrix, with `room` bytes for all.
+
+        Where a matrix for each would take over half of the room, or would push out activations that could else be kept
+        (`activations` bytes in all), or would not leave the `pool` bytes in which tokens are mixed at the least.
+        """
+        more = self.taken(False) - self.taken(True)
+        return more > room / 2 or 0 <= room - activations - self.taken(True) < more or room - self.taken(False) < pool
+
+    def taken(self, shared: bool) -> int:
+        """Bytes in all."""
+        return self.vectors + max(self.one + (0 if shared else self.all), self.nested.matrix_bytes(shared))
