@@ -187,7 +187,8 @@ def test_lines_are_read_up_to_one_without_text(content, lines):
 def test_at_a_terminal_each_line_is_asked_for_until_someone_ends_it(end, argv):
     shown, status = typed(["wait\n", "no\n", end], *argv)
     assert status == 0 and shown.splitlines()[-1].removeprefix("> ") == '["wait", "no"]'
-    assert shown.count("> ") == 3
+    met = shown.replace("^C> ", "^C")  # a Ctrl-C that meets the sign while it is written has it written again
+    assert met.count("> ") == 3
 
 
 def test_ctrl_c_as_soon_as_the_sign_is_seen_is_the_end(monkeypatch):
