@@ -138,6 +138,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_
         dict.fromkeys(FIELDS, 0.0)
         | {
             "solver": "newton",
+            "kind": "linear",
+            "site": "resid_post",
             "layer": layer,
             "label": c.label,
             "target": c.target,

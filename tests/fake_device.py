@@ -169,7 +169,12 @@ def _check(func: Any, args: Any, far: list[OnDevice], near: list[Tensor], writte
 def _with_tensors(index: Any) -> Any:
     """An index with its lists as tensors: torch would make them of no numbers, as for `meta`."""
     items = index if isinstance(index, tuple) else (index,)
-    return tuple(torch.tensor(i, device="cpu") if isinstance(i, list | range) else i for i in items)
+    return tuple(_numbers(i) if isinstance(i, list | range) else i for i in items)
+
+
+def _numbers(index: list[int] | range) -> Tensor:
+    """A list of numbers, or of bools, as a tensor; an empty one is of numbers."""
+    return torch.tensor(index, device="cpu") if len(index) else torch.zeros(0, dtype=torch.int64)
 
 
 def _inside(x: Any) -> Any:

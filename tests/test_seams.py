@@ -26,9 +26,11 @@ from streamprobe.data.records import FormatOptions, Record, Row
 from streamprobe.data.sources import read_records
 from streamprobe.evaluation.results import TestResults
 from streamprobe.lags import Column
+from streamprobe.probes.kind_bank import KindBank
+from streamprobe.probes.kinds import KINDS, Kind
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.sites import Site, control_sites, layer_sites
-from streamprobe.probes.storage import KINDS, pack_probes
+from streamprobe.probes.storage import pack_probes
 from streamprobe.reporting.files import FILES, OutputFile
 
 KEYS = ["--layers", "0", "2", "--lags", "0", "4", "--bootstrap", "20", "--max_passes", "2", "--dtype", "float32"]
@@ -202,28 +204,40 @@ def test_a_source_of_another_kind_gives_the_same_chains(tokenizer) -> None:
 # A kind of probe: the square of a linear one.
 
 
-class Squares(ProbeBank):
-    """Not to be copied: it borrows all but its scores."""
+class Squares:
+    """The squared logits of linear probes."""
 
-    kind = "squares"
+    kind, joined, looks_back = "squares", False, False
 
-    def scores(self, acts: Tensor) -> Tensor:
-        """The squared logits of linear probes."""
-        return super().scores(acts).square()
+    def scorer(self, parts):
+        """Squares of what linear probes say."""
+        bank = ProbeBank([], [], parts["weight"], parts["bias"])
+        return lambda acts, chain: bank.scores(acts).square()
+
+    def mean_of_folds(self, parts, n):
+        """There is one."""
+        return dict(parts)
+
+    def n_features(self, parts):
+        """The width of the weights."""
+        return parts["weight"].shape[2]
 
 
 def test_a_kind_of_probe_is_saved_and_read_back_as_what_it_is(tmp_path, monkeypatch) -> None:
     columns = [Column("event", "token", lag) for lag in (0, 4)]
-    bank = Squares(layer_sites([3]), columns, torch.randn(1, 2, 8), torch.randn(1, 2), torch.zeros(1, 2), "newton")
+    parts = {"weight": torch.randn(1, 2, 8), "bias": torch.randn(1, 2)}
+    bank = KindBank(Squares(), layer_sites([3]), columns, parts, torch.zeros(1, 2), "newton")
     path, acts = tmp_path / "probes.safetensors", torch.randn(5, 1, 8)
-    path.write_bytes(pack_probes({"newton": bank}, {"config": {}}))
-    monkeypatch.setitem(KINDS, "squares", Squares)
-    loaded = load_probes(path)
+    monkeypatch.setitem(KINDS, "squares", Kind("the square of a linear probe's logit", form=lambda _: Squares()))
+    linear = ProbeBank(bank.reads, columns, parts["weight"], parts["bias"], torch.zeros(1, 2), "newton")
+    path.write_bytes(pack_probes({"newton": linear, "newton/squares": bank}, {"config": {}}))
+    loaded = load_probes(path, kind="squares")
     for probes in (loaded, loaded.clone(), loaded.to("cpu"), loaded.choose([0, 1], loaded.threshold)):
-        assert torch.equal(probes.scores(acts), bank.scores(acts)) and type(probes) is Squares
+        assert torch.equal(probes.scores(acts), bank.scores(acts)) and probes.kind == "squares"
+    assert torch.equal(load_probes(path).scores(acts), linear.scores(acts))
     monkeypatch.delitem(KINDS, "squares")
-    with pytest.raises(ValueError, match="of a kind that is known"):
-        load_probes(path)
+    with pytest.raises(ValueError, match="a kind that is not known"):
+        load_probes(path, kind="squares")
 
 
 def test_a_site_says_itself_whether_it_is_a_control() -> None:

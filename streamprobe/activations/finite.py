@@ -11,6 +11,7 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.stream import stream_samples
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
+from streamprobe.model.taps import Taps
 from streamprobe.probes.sites import Site
 from streamprobe.system.hardware import Arriving
 
@@ -65,7 +66,7 @@ def _refuse(batch: TokenBatch, chains: Sequence[Chain], sites: Sequence[Site]) -
 def find_bad_chains(
     chains: Sequence[Chain],
     backbone: nn.Module,
-    layers: Sequence[int],
+    layers: Sequence[int] | Taps,
     max_batch_tokens: int,
     *,
     on_forward: Callable[[int, int], None] | None = None,

@@ -65,14 +65,16 @@ class ActivationMemory:
         home: torch.device | None = None,
         n_shards: int = 1,
         tokens: int = 0,
+        every: bool = False,
     ):
         """Tokens of these `sizes` lie on `home` (default `device`) and are handed out on `device`.
 
-        `tokens` is how many there are in a trip over all shards, about.
+        `tokens` is how many there are in a trip over all shards, about; `every`: also those that no column asks, which
+        are for probes that look back.
         """
         self.home = home or device
         self.rows, self.keep, self.device, self.filled, self.used = rows, keep, device, False, 0
-        self.sizes, self.tokens = sizes, tokens
+        self.sizes, self.tokens, self.every = sizes, tokens, every
         self.counts = torch.zeros(n_shards, dtype=torch.int64)  # tokens of each shard, once it is filled
 
     @cached_property
@@ -115,7 +117,12 @@ class ActivationMemory:
         self.filled = True
 
     def in_order(self, source: Callable[[], Trip]) -> Iterator[Part]:
-        """One trip over this rank's shards, each in its order; kept for the next one if there is room."""
+        """One trip over this rank's shards, each in its order, kept for the next one if there is room: asked tokens."""
+        for part in self.every_in_order(source):
+            yield part._replace(chunks=map(self._asked, part.chunks))
+
+    def every_in_order(self, source: Callable[[], Trip]) -> Iterator[Part]:
+        """The same with all tokens that the source gives."""
         if not self.keep:
             for number, batches in source().own():
                 yield Part(number, (batch.to(self.device) for batch in batches))
@@ -128,9 +135,13 @@ class ActivationMemory:
                 start += n
 
     def all_chunks(self, source: Callable[[], Trip]) -> Iterator[TokenBatch]:
-        """One trip over this rank's tokens, whatever shard they are of."""
-        for part in self.in_order(source):
+        """One trip over all of this rank's tokens, whatever shard they are of."""
+        for part in self.every_in_order(source):
             yield from part.chunks
+
+    def _asked(self, batch: TokenBatch) -> TokenBatch:
+        """The tokens of a batch that some column asks, where others are among them."""
+        return batch.rows(batch.valid.any(1).nonzero()[:, 0]) if self.every else batch
 
     def _slices(self, start: int, stop: int) -> Iterator[TokenBatch]:
         """The rows from start to stop in chunks."""
@@ -154,7 +165,7 @@ class ActivationMemory:
         n = max(1, -(-tokens // size))  # chunks of the pass, about
         numbered = ((min(c * n_parts // n, n_parts - 1), chunk) for c, chunk in enumerate(chunks))
         for part, own in groupby(numbered, key=itemgetter(0)):
-            yield Part(part, (chunk for _, chunk in own))
+            yield Part(part, (self._asked(chunk) for _, chunk in own))
 
     def _chosen(self, numbers: Tensor) -> TokenBatch:
         """The tokens of these numbers [n], from all ranks; tokens are counted shard by shard."""

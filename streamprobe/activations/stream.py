@@ -1,6 +1,7 @@
 """Chains through the backbone to labelled token activations.
 
-Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers, K columns, D hidden size, p numbers on the side.
+Shapes: B chains in a batch, T tokens in a chain, N tokens, L layers or other places, K columns, D hidden size (of
+several places: the width of the widest), p numbers on the side.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,12 @@ from streamprobe.activations.batch import TokenBatch
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import Column, LagBuffer
-from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.chunks import frequencies_change, make_cache
 from streamprobe.model.hooks import check_taken, read, tap
 from streamprobe.model.places import main_device
+from streamprobe.model.points import Place
+from streamprobe.model.taps import Taps, taps_of_layers
+from streamprobe.probes.ema import MeanState, running_mean
 from streamprobe.system.hardware import send
 
 
@@ -61,7 +64,7 @@ def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def stream(
     chains: Sequence[Chain],
     backbone: nn.Module,
-    layers: Sequence[int],
+    layers: Sequence[int] | Taps,
     columns: Sequence[Column],
     *,
     labels: Sequence[str],
@@ -70,40 +73,63 @@ def stream(
     on_forward: Callable[[int, int], None] | None = None,
     embedded: LayersOfTokens | None = None,
     side: Callable[[Chain], Tensor] = no_features,
+    half_lives: Sequence[int] = (),
+    every: bool = False,
 ) -> Iterator[TokenBatch]:
-    """One trip over `chains`: every token that is valid for some column, a batch of chains at a time.
+    """One trip over `chains`, by batches: every token that a column asks, or with `every` each that may be a sample.
 
-    `labels` names the C label arrays of the chains; `batches` which of the chains are read together, and in which order
-    (None: all, see `make_batches`).  After each forward pass `on_forward` is given the tokens in it and those with
-    padding.  The layers of `embedded` stand behind the probed ones; `side` gives numbers of a chain's tokens [T, p].
-    A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same but for rounding, in
-    float32 at most about a millionth of the largest activation.  Raises InputError for an empty stream, and for so long
-    a chain if the model cannot read one in chunks.
+    `layers` are blocks, or other places, of which narrower ones end in zeros; `labels` names the C label arrays of the
+    chains; `batches` which are read together, and in which order (None: all, see `make_batches`).  `on_forward` is
+    given the tokens of each forward pass, and those with padding.  Behind the places stand, for each of `half_lives`
+    (in tokens), their running means (see `probes.ema`), and then the layers of `embedded`; `side` gives numbers of a
+    chain's tokens [T, p].  A chain longer than `max_batch_tokens` goes through in chunks of so many tokens: the same
+    but for rounding, in float32 at most about a millionth of the largest activation.  Raises InputError for an empty
+    stream, and for so long a chain if the model cannot read one in chunks.
     """
     if batches is None:
         batches = make_batches([len(chain.ids) for chain in chains], max_batch_tokens)
-    blocks = decoder_layers(backbone)
-    pairing = _Pairing(LagBuffer(columns, labels), embedded, side, main_device(backbone))
-    with tap({layer: blocks[layer] for layer in layers}) as taken:
+    pairing = _Pairing(LagBuffer(columns, labels), embedded, side, main_device(backbone), every=every)
+    taps = layers if isinstance(layers, Taps) else taps_of_layers(backbone, layers)
+    with tap(taps.hooks) as taken:
         for batch in _of_like_frequencies(batches, chains, backbone):
             some, asked = {i: chains[i] for i in batch}, None
-            longest = max(len(chain.ids) for chain in some.values())
-            cache = make_cache(backbone.config) if longest > max_batch_tokens else None
-            for start in range(0, longest, max_batch_tokens):
-                part = slice(start, start + max_batch_tokens)
-                ids = [chain.ids[part] for chain in some.values()]
-                forward(backbone, ids, cache, last=blocks[max(layers)])
-                check_taken(taken, layers, len(ids), max(map(len, ids)))
-                if on_forward:
-                    on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
+            means = RunningMeans(half_lives, list(some.values()))
+            for part, acts in _read_parts(
+                backbone, list(some.values()), taps, taken, most=max_batch_tokens, on_forward=on_forward
+            ):
                 asked = asked or pairing.look_up(list(some.values()))  # while the device computes
-                yield from pairing.lay(asked, some, part, [taken[layer] for layer in layers])
+                yield from pairing.lay(asked, some, part, [*acts, *means.of(acts, part)])
+
+
+def _read_parts(
+    backbone: Any,
+    chains: Sequence[Chain],
+    taps: Taps,
+    taken: Mapping[Place, Tensor],
+    *,
+    most: int,
+    on_forward: Callable[[int, int], None] | None,
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Runs the backbone over B chains, at most so many tokens of each at once: which they are, and each place's acts.
+
+    `taken` is what `tap` yields, acts are [B, T, W].
+    """
+    longest = max(len(chain.ids) for chain in chains)
+    cache = make_cache(backbone.config) if longest > most else None
+    for start in range(0, longest, most):
+        part = slice(start, start + most)
+        ids = [chain.ids[part] for chain in chains]
+        forward(backbone, ids, cache, last=taps.last)
+        acts = check_taken(taken, taps.hooks, len(ids), max(map(len, ids)))
+        if on_forward:
+            on_forward(sum(map(len, ids)), len(ids) * max(map(len, ids)))
+        yield part, acts
 
 
 def stream_samples(
     chains: Sequence[Chain],
     backbone: nn.Module,
-    layers: Sequence[int],
+    layers: Sequence[int] | Taps,
     max_batch_tokens: int,
     *,
     on_forward: Callable[[int, int], None] | None = None,
@@ -140,8 +166,29 @@ def forward(backbone: Any, ids: Sequence[Tensor], cache: Any = None, last: nn.Mo
     read(backbone, send(padded, main_device(backbone)), last=last, cache=cache)
 
 
+class RunningMeans:
+    """The running means of L layers, or other places, of B chains, part by part of them."""
+
+    def __init__(self, half_lives: Sequence[int], chains: Sequence[Chain]):
+        """One for each of `half_lives`, in tokens that may be samples."""
+        self.half_lives = half_lives
+        self.support = nn.utils.rnn.pad_sequence([chain.support for chain in chains], batch_first=True)  # [B, T]
+        self.states: dict[tuple[int, int], MeanState] = {}  # by half-life and layer
+
+    def of(self, layers: Sequence[Tensor], part: slice) -> list[Tensor]:
+        """The means of layers [B, T, D] at a part of each chain, in their dtype: all of a half-life, then the next."""
+        found = []
+        for half_life in self.half_lives:
+            for number, layer in enumerate(layers):
+                support = send(self.support[:, part], layer.device)
+                means = running_mean(layer, support, half_life, self.states.get((half_life, number)))
+                self.states[half_life, number] = means.state
+                found.append(means.values.to(layer.dtype))
+        return found
+
+
 class _Asked(NamedTuple):
-    """The tokens of B chains that are valid for some column, chain by chain, with all but their activations."""
+    """The tokens of B chains that are yielded, chain by chain, with all but their activations."""
 
     row: Tensor  # [N] int64: which of the B chains
     token: Tensor  # [N] int64
@@ -158,13 +205,14 @@ class _Pairing(NamedTuple):
     embedded: LayersOfTokens | None
     side: Callable[[Chain], Tensor]
     device: torch.device  # where the activations of all layers are gathered: a model may lie on several
+    every: bool = False  # whether tokens are yielded that are valid for no column
 
     def look_up(self, chains: Sequence[Chain]) -> _Asked:
         """What the whole of these chains is asked."""
         found = []
         for b, chain in enumerate(chains):
             pairs = self.buffer.push(chain.ids, chain.codes, chain.support, last=True)
-            at = pairs.valid.any(1).nonzero()[:, 0]
+            at = (chain.support if self.every else pairs.valid.any(1)).nonzero()[:, 0]
             row, token, chance = torch.full((len(at),), b), pairs.token[at], chances(chain)
             found.append(_Asked(row, token, self.side(chain)[token], pairs.targets[at], pairs.valid[at], chance[token]))
         return _Asked(*(torch.cat(every) for every in zip(*found, strict=True)))
@@ -199,12 +247,15 @@ class _Pairing(NamedTuple):
 
 
 def _gather(sources: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """Rows [N] of each of L layers [n, D], together [N, L, D] on `device`."""
+    """Rows [N] of each of L layers [n, W], together [N, L, D] on `device`; D is the largest W."""
     (first, rows), *_ = sources
-    taken = torch.empty(len(rows), len(sources), first.shape[1], dtype=first.dtype, device=device)
+    widths = [layer.shape[1] for layer, _ in sources]
+    make = torch.empty if min(widths) == max(widths) else torch.zeros
+    taken = make(len(rows), len(sources), max(widths), dtype=first.dtype, device=device)
     for i, (layer, rows) in enumerate(sources):
-        if layer.device == device:
-            torch.index_select(layer, 0, send(rows, device), out=taken[:, i])
+        room = taken[:, i, : widths[i]]
+        if layer.device == device and layer.dtype == first.dtype:
+            torch.index_select(layer, 0, send(rows, device), out=room)
         else:
-            taken[:, i] = layer[send(rows, layer.device)]
+            room.copy_(layer[send(rows, layer.device)])
     return taken

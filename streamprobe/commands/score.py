@@ -6,7 +6,7 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamprobe.commands.shared import add_probe, add_run, check_file, open_probes, place_of
+from streamprobe.commands.shared import add_probe, add_run, check_file, given_place, open_probes, place_of
 from streamprobe.data.detect import AUTO
 from streamprobe.data.formats import FORMATS
 from streamprobe.errors import InputError
@@ -49,7 +49,7 @@ def score(given: Namespace) -> None:
 
     run = open_probes(given)
     if given.probes == "all":
-        bank = choice.choose_all(run.probes, layer=given.layer, lag=given.lag, label=given.label, target=given.target)
+        bank = choice.choose_all(run.probes, **given_place(given))
     else:
         i, k = place_of(given, run)
         bank = choice.narrow(run.probes, [i], [k])

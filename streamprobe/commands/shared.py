@@ -4,7 +4,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamprobe.errors import InputError
 from streamprobe.solvers.table import SOLVERS
@@ -25,7 +25,12 @@ def add_probe(parser: ArgumentParser) -> None:
     """Options that say which probe of the run is meant, and where its model lies."""
     add = parser.add_argument
     add("--solver", help=f"whose probes: {' or '.join(SOLVERS)} (default: the run's first)")
+    add("--kind", help="kind of the probes: linear, or another one that the run has trained (default: linear)")
     add("--layer", type=int, help="layer of the probe (default: as in the run's verdict)")
+    add(
+        "--site",
+        help="what of the layer it reads, such as attn_out (default: as in the run's verdict)",
+    )
     add("--lag", type=int, help="tokens that the probe looks ahead (default: as in the run's verdict)")
     add("--label", help="label of the probe (default: the run's first)")
     add("--target", help="target of the probe: token, onset or within (default: as in the run's verdict)")
@@ -61,16 +66,19 @@ def open_probes(given: Namespace, data: str | None = None) -> "OpenedRun":
     from streamprobe.run.opened import open_run
 
     changed = {"model": given.model, "device_map": given.device_map, "data": data}
-    return open_run(given.run, solver=given.solver, changed=changed, trusted=given.trust_remote_code)
+    return open_run(given.run, solver=given.solver, kind=given.kind, changed=changed, trusted=given.trust_remote_code)
 
 
 def place_of(given: Namespace, run: "OpenedRun") -> tuple[int, int]:
     """Where the probe that is meant lies in its bank, (l, k).  Raises InputError for one that the run has not."""
     from streamprobe.tools.choice import choose_probe
 
-    return choose_probe(
-        run.folder, run.probes, layer=given.layer, lag=given.lag, label=given.label, target=given.target
-    )
+    return choose_probe(run.folder, run.probes, **given_place(given))
+
+
+def given_place(given: Namespace) -> dict[str, Any]:
+    """What is said of the probe that is meant."""
+    return {name: getattr(given, name) for name in ("layer", "lag", "label", "target", "site")}
 
 
 def check_file(path: Path | None, name: str, run: Path | None = None) -> None:

@@ -45,10 +45,8 @@ def steer(given: Namespace) -> None:
     sampling = sampling_of(given)
     _check_steering(given)
     run = open_probes(given, given.data)
-    if run.probes.kind != "linear":
-        kind = run.probes.kind
-        raise InputError(f"{run.folder} with {kind} probes", "linear ones, which have a direction", "see --solver")
     place, config = place_of(given, run), run.config
+    steering.check_site(run.probes, place[0])
     chains = opened.chains_of_run(config)
     opened.check_chains(run.folder, chains)
     model, tokenizer = opened.load_whole(run)
@@ -60,7 +58,7 @@ def steer(given: Namespace) -> None:
         examples = steering.leave_out_bad(examples, model, run.probes.layers, most)
     settings: dict[str, Any] = {"strengths": given.strengths, "marker": given.marker, "sampling": sampling}
     settings |= {"batch_size": given.batch, "max_batch_tokens": most}
-    result = steering.experiment(model, tokenizer, run.probes, place, examples=examples, **settings)
+    result = steering.experiment(model, tokenizer, run.probes, place, layer=given.layer, examples=examples, **settings)
     if given.json:
         write_file(given.json, "json", json.dumps(result, indent=1) + "\n")
 

@@ -55,8 +55,11 @@ def options(parser: ArgumentParser) -> None:
 
 def watch(given: Namespace) -> None:
     """Lets the model of a run answer, marks each token, and writes the page that --html asks for."""
+    from streamprobe.data.tokenize import text_options
     from streamprobe.model.blocks import context
+    from streamprobe.probes.kinds import looks_back
     from streamprobe.run.opened import load_front, load_whole
+    from streamprobe.tools.choice import row_of
     from streamprobe.tools.conversation import Monitor, converse
     from streamprobe.tools.generation import PromptStyle
     from streamprobe.tools.marked_text import legend_of
@@ -64,13 +67,14 @@ def watch(given: Namespace) -> None:
     sampling = sampling_of(given)
     rows = _check(given)
     run = open_probes(given)
-    place, data = place_of(given, run), run.config.data
+    (probes, place), data = row_of(run.probes, place_of(given, run)), run.config.data
     front = load_front(run)
-    style = PromptStyle(front.tokenizer, data.prompt, data.bos, data.chat_date, context(front.config))
+    read = text_options(vars(data)) if looks_back(probes.kind) else None
+    style = PromptStyle(front.tokenizer, data.prompt, data.bos, data.chat_date, context(front.config), read)
     asked = _questions(given, rows, style, data)
     turns = _turns(given, style) if asked is None else None
-    monitor = Monitor(*load_whole(run, front), run.probes, place, sampling, lines=given.json)
-    legend, answers = legend_of(run.probes, place), list["Answer"]()
+    monitor = Monitor(*load_whole(run, front), probes, place, sampling, lines=given.json)
+    legend, answers = legend_of(probes, place), list["Answer"]()
     _introduce(given, legend, style if turns else None)
     try:
         for answer in converse(turns, style, monitor.answer) if turns else map(monitor.answer, asked or ()):
@@ -83,7 +87,7 @@ def watch(given: Namespace) -> None:
     finally:
         if answers:
             _, k = place
-            _write_page(given, f"{given.run.name}: {run.probes.columns[k]}", legend, answers)
+            _write_page(given, f"{given.run.name}: {probes.columns[k]}", legend, answers)
 
 
 def _check(given: Namespace) -> "Rows | None":
@@ -111,7 +115,9 @@ def _questions(
     from streamprobe.tools.conversation import Question, questions_of, users_turn
 
     if given.prompt is not None:
-        return [Question(1, given.prompt, style.encode([users_turn(given.prompt)]))]
+        said = [users_turn(given.prompt)]
+        ids = style.encode(said)
+        return [Question(1, given.prompt, ids, samples=style.samples(said, ids))]
     if rows is None:
         return None
     table = Table(rows)

@@ -14,11 +14,14 @@ import yaml
 from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.keys import require
 from streamprobe.config.schema import ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
+from streamprobe.config.site_keys import check_shards
 from streamprobe.controls.table import CONTROLS
 from streamprobe.data.formats import FORMATS
 from streamprobe.data.label_rules import SCOPES
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
+from streamprobe.probes.kinds import KINDS, kind_names, split_name
+from streamprobe.probes.sites import LINEAR
 from streamprobe.solvers.table import SOLVERS
 from streamprobe.system.console import say
 from streamprobe.system.privacy import FILES, TOKENS, clean_url
@@ -40,6 +43,15 @@ class RunConfig:
     probes: ProbeConfig
     training: TrainingConfig
     output: OutputConfig
+
+    def __post_init__(self) -> None:
+        others, solvers = [kind for kind in self.probes.kinds if kind != LINEAR], self.training.solvers
+        require(
+            not others or "newton" in solvers,
+            f"kinds {' '.join(others)} with solvers {' '.join(solvers)}",
+            "newton among the solvers: other kinds build on converged linear probes",
+            f"give --solvers newton {' '.join(solvers)}, or drop --kinds",
+        )
 
     def flat(self) -> dict[str, Any]:
         """Every key and its value."""
@@ -76,6 +88,7 @@ def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]", *, same_d
     for name, value in (("model", config.model.model), ("data", config.data.data)):
         require(bool(value), f"no {name}", f"the key {name!r}", f"give --{name}, or it in the config file")
     _check_text(config)
+    check_shards(config.probes.read, config.model.tp_size)
     lost = [name for name in dropped if keys[name] not in (None, actions[name].default)]
     if path and lost:
         say(f"data      left out, since of the data that {path.name} names: {', '.join(lost)}")
@@ -143,8 +156,14 @@ def _make_parser(command: str) -> Any:
 
 def full_help(help: str) -> str:
     """A key's help text with the rows of the tables that it names."""
-    for name, table in (("<controls>", CONTROLS), ("<formats>", FORMATS), ("<solvers>", SOLVERS)):
-        rows: Mapping[str, Any] = table
+    kinds = {name: KINDS[split_name(name).family] for name in kind_names()}
+    tables: dict[str, Mapping[str, Any]] = {
+        "<controls>": CONTROLS,
+        "<formats>": FORMATS,
+        "<solvers>": SOLVERS,
+        "<kinds>": kinds,
+    }
+    for name, rows in tables.items():
         help = help.replace(name, "; ".join(f"{row} ({each.about})".replace("%", "%%") for row, each in rows.items()))
     return help.replace("<scopes>", ", ".join(f"{scope} ({about})" for scope, about in SCOPES.items()))
 

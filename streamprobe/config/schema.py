@@ -6,7 +6,10 @@ from math import isfinite
 from typing import Any, Literal
 
 from streamprobe.config.keys import key, require
+from streamprobe.config.site_keys import Asked, sort_sites
 from streamprobe.controls.table import CONTROLS
+from streamprobe.probes.kinds import is_kind, kind_names
+from streamprobe.probes.sites import LINEAR
 from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
@@ -96,9 +99,25 @@ class ProbeConfig:
         "Decoder blocks whose output is probed, counted from 0: numbers, ranges such as 8-16, percentages of the depth "
         "such as 25%, or all.",
     )
+    sites: list[str] = key(
+        ["resid_post"],
+        "What of these blocks is read: resid_post (the output), resid_pre (what enters), attn_out and mlp_out (what "
+        "attention and MLP add), resid_mid (the stream between both); or none.",
+    )
+    hookpoints: list[str] = key(
+        ["none"],
+        "Other modules of blocks whose output is read, by patterns over their names such as "
+        "model.layers.*.self_attn.q_proj or *.layers.{8,12}.mlp.down_proj; or hooks as TransformerLens names them: "
+        "blocks.12.hook_mlp_out.",
+    )
     lags: list[int] = key(
         [-16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 32, 40, 48],
         "Tokens between activation and label; positive looks ahead.",
+    )
+    kinds: list[str] = key(
+        [LINEAR],
+        "Kinds of probes, trained from one stream and judged beside each other: <kinds>; a number in a name may be any "
+        "other one.",
     )
     controls: list[str] = key(
         list(CONTROLS), "What every probe is compared with, trained in the same passes: <controls>; or none."
@@ -110,9 +129,11 @@ class ProbeConfig:
         ]
         self.layers = sorted(layers) if all(isinstance(layer, int) for layer in layers) else layers
         self.lags = sorted(self.lags)
-        for name in ("labels", "targets", "layers", "lags", "controls"):
+        self.sites, self.hookpoints = sort_sites(self.sites, self.hookpoints)
+        for name in ("labels", "targets", "layers", "lags", "kinds", "controls"):
             values = getattr(self, name)
-            require(len(values) > 0, f"no {name}", "at least one", f"give --{name}")
+            needed = name != "layers" or bool(self.read.of_layers)
+            require(len(values) > 0 or not needed, f"no {name}", "at least one", f"give --{name}")
             require(
                 len(set(values)) == len(values), f"{name} {values} with a repetition", "each once", f"correct --{name}"
             )
@@ -129,6 +150,7 @@ class ProbeConfig:
             "a positive lag, since `within` looks ahead",
             "add one to --lags",
         )
+        self._check_kinds()
         require(max(map(abs, self.lags)) < 10**6, f"lags {self.lags}", "less than 1,000,000 tokens", "correct --lags")
         known = (*CONTROLS, "none")
         for control in self.controls:
@@ -139,6 +161,23 @@ class ProbeConfig:
             "none alone, or none of it",
             "correct --controls",
         )
+
+    def _check_kinds(self) -> None:
+        """Raises InputError for a kind that is not known, and without the linear one, on which others build."""
+        for kind in self.kinds:
+            require(is_kind(kind), f"kinds {kind}", f"of {', '.join(kind_names())}", "correct --kinds")
+        require(
+            LINEAR in self.kinds,
+            f"kinds {' '.join(self.kinds)}",
+            f"{LINEAR} among them: others are compared with it",
+            f"give --kinds {LINEAR} {' '.join(self.kinds)}",
+        )
+        self.kinds = [LINEAR, *(kind for kind in self.kinds if kind != LINEAR)]
+
+    @property
+    def read(self) -> Asked:
+        """What of blocks is read."""
+        return Asked(self.sites, self.hookpoints)
 
     @property
     def layer_numbers(self) -> list[int]:

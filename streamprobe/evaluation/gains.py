@@ -24,12 +24,10 @@ from torch.nn.functional import logsigmoid
 
 from streamprobe.evaluation.bootstrap import percentiles, probes_at_once, rank_chains, resample_areas
 from streamprobe.evaluation.metrics import auroc
-from streamprobe.evaluation.rows import GAINS, Judged, Row
+from streamprobe.evaluation.rows import GAINS, PLACE, Judged, Row, place_fields
 from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.scores import ColumnTokens, tokens_of_column
 from streamprobe.evaluation.significance import LEAST_CHAINS, lower_bounds
-
-PLACE = ("solver", "layer", "label", "target", "lag", "control")
 
 
 class Gains(NamedTuple):
@@ -49,25 +47,28 @@ class _Sums(NamedTuple):
     areas: Tensor  # [R, P] in each resample
 
 
-def add_gains(judged: Sequence[Judged], nested: ScoredProbes, weights: Tensor) -> None:
-    """Fills in the gains of the rows of all layers that nested probes (the control first) read beside the control.
+def add_gains(judged: Sequence[Judged], nested: Sequence[ScoredProbes], weights: Tensor) -> None:
+    """Fills in the gains of the rows of all probes that nested ones (the control first) read beside the control.
 
-    They are NaN where a nested probe was not trained far enough for a penalty to be chosen.
-    weights [R, C]: how often each resample draws each chain.  The corrected low ends hold for all layers and lags of a
-    label and target together, as far as these can be judged by LEAST_CHAINS chains.
+    `nested` are the groups of one solver, one a kind.  Gains are NaN where a nested probe was not trained far enough
+    for a penalty to be chosen.
+    weights [R, C]: how often each resample draws each chain.  The corrected low ends hold for all kinds, layers and
+    lags of a label and target together, as far as these can be judged by LEAST_CHAINS chains.
     """
-    rows = {tuple(each.row[name] for name in PLACE): each.row for each in judged}
-    families: dict[tuple[str, str], list[int]] = {}
-    for k, column in enumerate(nested.columns):
-        families.setdefault((column.label, column.target), []).append(k)
-    for columns in families.values():
-        found = [gains_of_column(nested, k, weights) for k in columns]
-        for k, own, low in zip(columns, found, _correct(found), strict=True):
-            column, intervals = nested.columns[k], percentiles(own.resampled)  # [M, L, 2]
-            for i, site in enumerate(nested.sites[1:]):
-                place = (nested.solver, site.layer, column.label, column.target, column.lag, "")
-                about = _about(nested, i + 1, k)
-                known = math.nan if nested.penalty is not None and math.isnan(about["penalty"]) else 1.0
+    rows = {tuple(each.row[name] for name in PLACE): each.row for each in judged if not each.row["control"]}
+    families: dict[tuple[str, str], list[tuple[ScoredProbes, int]]] = {}
+    for each in nested:
+        for k, column in enumerate(each.columns):
+            families.setdefault((column.label, column.target), []).append((each, k))
+    for places in families.values():
+        found = [gains_of_column(each, k, weights) for each, k in places]
+        for (each, k), own, low in zip(places, found, _correct(found), strict=True):
+            intervals = percentiles(own.resampled)  # [M, L, 2]
+            for i, site in enumerate(each.sites[1:]):
+                fields = place_fields(each.solver, site, each.columns[k], kind=each.kind)
+                about = _about(each, i + 1, k)
+                known = math.nan if each.penalty is not None and math.isnan(about["penalty"]) else 1.0
+                place = tuple(fields[name] for name in PLACE)
                 rows[place] |= _fields(own.points[:, i] * known, intervals[:, i] * known, low[:, i] * known) | about
 
 
@@ -96,7 +97,7 @@ def _correct(found: Sequence[Gains]) -> list[Tensor]:
         points = torch.cat([found[j].points[m] for j in sound])
         resampled = torch.cat([found[j].resampled[:, m] for j in sound], 1)  # [R, columns x layers]
         bounds = lower_bounds(points, resampled, min(found[j].n_chains[m] for j in sound))
-        for j, own in zip(sound, bounds.split(low[0].shape[1]), strict=True):
+        for j, own in zip(sound, bounds.split([low[j].shape[1] for j in sound]), strict=True):
             low[j][m] = own
     return low
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
@@ -20,16 +21,24 @@ from streamprobe.activations.feed import Feed
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.bootstrap import draw_chains, percentiles, probes_at_once, rank_chains, resample
 from streamprobe.evaluation.gains import add_gains
-from streamprobe.evaluation.lift import compare_with_controls
+from streamprobe.evaluation.lift import compare_with_controls, compare_with_linear
 from streamprobe.evaluation.metrics import auroc, brier, point_metrics, rank
-from streamprobe.evaluation.rows import COMPARED, Judged, Row, group_by, intervals_of_differences
+from streamprobe.evaluation.rows import (
+    COMPARED,
+    PLACE,
+    Judged,
+    Row,
+    group_by,
+    intervals_of_differences,
+    place_fields,
+)
 from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.scores import ColumnTokens, evaluate, tokens_of_column
 from streamprobe.evaluation.sorting import sort_carrying
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
 from streamprobe.probes.kept import JUDGED_BY, FinalProbes, KeptProbes
-from streamprobe.probes.sites import Site
+from streamprobe.probes.linear import LINEAR
 
 BINS = 10  # of a reliability curve
 
@@ -52,17 +61,21 @@ def score(
     for each, own in zip(final, scored, strict=True):
         bank = each.bank
         assert bank.threshold is not None, "probes without a threshold"
-        known = {name: getattr(each, name) for name in (*JUDGED_BY, "feed", "penalty")}
+        known = {name: getattr(each, name) for name in (*JUDGED_BY, "feed", "penalty", "of_kind")}
+        known["kind"] = known.pop("of_kind")
         found.append(ScoredProbes(each.solver, bank.sites, bank.columns, own, threshold=bank.threshold, **known))
     return found
 
 
-def judge(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: int) -> list[Judged]:
+def judge(
+    probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: int, *, tolerance: float = math.inf
+) -> list[Judged]:
     """A row for every probe and control of each solver, with intervals over n_chains test chains, gains and lifts.
 
     Nested probes have no rows of their own: they give the gains in those of their layers.
     Probes that differ in their seed alone have one row, that of seed 0, with the spread of them all.  Where fewer than
-    two chains hold a positive there is no interval.
+    two chains hold a positive there is no interval.  Nothing is certainly above a linear probe whose gradient norm is
+    not at most `tolerance`.
     """
     weights = draw_chains(n_chains, resamples, seed)
     found: dict[tuple[int, int, int], Judged] = {}
@@ -72,9 +85,9 @@ def judge(probes: Sequence[ScoredProbes], n_chains: int, resamples: int, seed: i
     judged = [found[place] for place in sorted(found)]
     for _, own in group_by(judged, itemgetter("solver", "label", "target")):
         compare_with_controls(own)
-    for each in probes:
-        if each.is_nested:
-            add_gains(judged, each, weights)
+        compare_with_linear(own, tolerance)
+    for solver in dict.fromkeys(each.solver for each in probes):
+        add_gains(judged, [each for each in probes if each.is_nested and each.solver == solver], weights)
     return judged
 
 
@@ -107,7 +120,7 @@ def _judge_column(
     for (number, i, k), values, own in zip(where, by_probe, areas, strict=True):
         each = probes[number]
         row: Row = {
-            **place_fields(each.solver, each.sites[i], each.columns[k]),
+            **place_fields(each.solver, each.sites[i], each.columns[k], kind=each.kind),
             **dict(zip(names, values, strict=True)),
             **COMPARED,
             **counts,
@@ -165,19 +178,6 @@ def _spread(probes: ScoredProbes, i: int, k: int) -> float:
     return float(torch.cat(areas).std())
 
 
-def place_fields(solver: str, site: Site, column: Column) -> Row:
-    """The fields of a row that say which probe or control it is."""
-    return {
-        "solver": solver,
-        "layer": "" if site.is_control else site.layer,
-        "label": column.label,
-        "target": column.target,
-        "lag": column.lag,
-        "split": "test",
-        "control": site.name if site.is_control else column.control,
-    }
-
-
 @dataclass(frozen=True)
 class TestResults:
     """All that is known at the end of a run: what each of its files is made of (see `reporting.files`)."""
@@ -198,26 +198,40 @@ class TestResults:
     texts: Sequence[Row] = ()  # whole texts, where the data have one label a text: see `evaluation.texts`
 
     @property
+    def linear(self) -> list[ScoredProbes]:
+        """The linear probes, the controls, and what is nested of these: what every token can be shown of."""
+        return [each for each in self.probes if each.kind == LINEAR]
+
+    @property
     def rows(self) -> list[Row]:
         """The rows of results.csv."""
         return [each.row for each in self.judged]
 
 
 def differences(judged: Sequence[Judged]) -> list[Row]:
-    """Paired differences of AUROC with 95% intervals: between layers at the same lag, and lags of the same layer."""
+    """Paired differences of AUROC with 95% intervals of probes that differ in layer, lag, site or kind alone.
+
+    Those of probes that read all layers stand beside no layer.
+    """
     pairs: list[tuple[Judged, Judged]] = []
     places: list[Row] = []
     probes = [each for each in judged if not each.row["control"]]
-    for between, other in (("layer", "lag"), ("lag", "layer")):
-        for (*family, at), own in group_by(probes, itemgetter("solver", "label", "target", other)):
-            named = dict(zip(("solver", "label", "target"), family, strict=True)) | {"between": between, "at": at}
-            for a, b in combinations(sorted(own, key=lambda each: each.row[between]), 2):
+    for between in ("layer", "lag", "kind", "site"):
+        names = [name for name in PLACE if name != between]
+        for _, own in group_by(probes, partial(_place_but, between)):
+            named = {name: own[0].row[name] for name in names} | {between: ""}
+            for a, b in combinations(own, 2):
                 pairs.append((a, b))
-                places.append({**named, "a": a.row[between], "b": b.row[between]})
+                places.append({"between": between, **named, "a": a.row[between], "b": b.row[between]})
     return [
         {**place, "difference": a.row["auroc"] - b.row["auroc"], "low": low, "high": high}
         for place, (a, b), (low, high) in zip(places, pairs, intervals_of_differences(pairs), strict=True)
     ]
+
+
+def _place_but(left_out: str, row: Row) -> list[Any]:
+    """The place of a row but for one field, such that a layer and none compare."""
+    return [-1 if row[name] == "" else row[name] for name in PLACE if name != left_out]
 
 
 def by_category(probes: Sequence[ScoredProbes], categories: Sequence[str], resamples: int, seed: int) -> list[Row]:
@@ -255,6 +269,8 @@ def _reliability_of_column(probes: ScoredProbes, k: int) -> list[Row]:
             rows.append(
                 {
                     "solver": probes.solver,
+                    "kind": probes.kind,
+                    "site": probes.sites[layer].point,
                     "layer": probes.sites[layer].layer,
                     "label": column.label,
                     "target": column.target,

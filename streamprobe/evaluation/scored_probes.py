@@ -10,7 +10,8 @@ from torch import Tensor
 
 from streamprobe.evaluation.scores import Scored
 from streamprobe.lags import Column
-from streamprobe.probes.kept import NESTED
+from streamprobe.probes.linear import LINEAR
+from streamprobe.probes.nested import NESTED
 from streamprobe.probes.sites import Site
 
 GRIDS = ("threshold", "best_pass", "gradient_norm")  # of each group, [L, K]
@@ -29,11 +30,12 @@ class ScoredProbes(NamedTuple):
     gradient_norm: Tensor  # [L, K]
     feed: str = ""  # the name of what they read
     penalty: Tensor | None = None  # [L, K] of a nested probe's layer, inf where it has none: see `gains`
+    kind: str = LINEAR  # of the probes; of nested ones, of what they read beside the joint control
 
     @property
     def is_nested(self) -> bool:
         """Whether they read the joint control (the first site) and a layer each: they have no rows, but fill gains."""
-        return self.feed == NESTED
+        return self.feed.startswith(NESTED)
 
     def at(self, tokens: Tensor) -> "ScoredProbes":
         """The same for the tokens [N] where `tokens` is True alone, their chains counted anew from 0."""

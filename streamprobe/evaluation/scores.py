@@ -74,16 +74,21 @@ def evaluate(
 ) -> list[Scored]:
     """Every probe's logit for every token, for each bank and its feed, to the grid on which they are ranked.
 
+    Probes that read the logits of others stand behind these.  Tokens of a chain come in its order; those that no column
+    asks are for probes that look back alone, and none of what is returned.
     Where a run has several folds all probes score the tokens that are valid for them, those of the other folds; or,
     with `held_out`, only the probes of each token's own fold do, so that there are the columns of one.  The batches are
     those of this rank; the tokens of all are returned on every rank, or on one.
     Raises InputError if a logit is not finite.
     """
     scores: list[list[Tensor]] = [[] for _ in pairs]
-    rest = []
+    rest, scorers = [], [bank.scorer() for bank, _ in pairs]
     for batch in batches:
-        for (bank, feed), own in zip(pairs, scores, strict=True):
-            logits = bank.scores(feed.features(batch)).permute(1, 2, 0)
+        said: dict[str, Tensor] = {}
+        for (bank, feed), scorer, own in zip(pairs, scorers, scores, strict=True):
+            read = feed.features({name: said[f"{bank.solver} {name}"] for name in feed.reads} if feed.reads else batch)
+            found = said[f"{bank.solver} {feed.name}"] = scorer(read, batch.chain)
+            logits = found.permute(1, 2, 0)
             own.append(to_grid(_of_own_fold(logits, batch.fold, feed.n_folds) if held_out else logits))
         rest.append((batch.targets.T, batch.valid.T, batch.chain, batch.token, batch.fold))
     columns = [torch.cat(each, -1) for each in zip(*rest, strict=True)]
@@ -97,11 +102,15 @@ def evaluate(
 
 
 def _scored(feed: Feed, scores: Sequence[Tensor], columns: Sequence[Tensor]) -> Scored:
-    """The tokens of scores [L, K, n] and of a batch's columns [..., N], as a feed asks for them."""
+    """The tokens of scores [L, K, n] and of a batch's columns [..., N], as a feed asks for them.
+
+    Those that no column of the batch asks are left out.
+    """
     targets, valid, chain, token, fold = columns
-    asked = feed.to(targets.device)
+    asked, some = feed.to(targets.device), valid.any(0)
     both = targets[asked.columns].T, asked.valid(valid.T, fold)
-    return Scored(torch.cat(list(scores), -1).permute(2, 0, 1), *both, chain, token)
+    scored = Scored(torch.cat(list(scores), -1).permute(2, 0, 1), *both, chain, token)
+    return scored if some.all() else scored.at(some)
 
 
 def _nothing(bank: Probes, feed: Feed) -> Scored:

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from streamprobe.evaluation.bootstrap import BLOCK, draw_chains, percentiles
 from streamprobe.evaluation.metrics import auroc, rank, tpr_at_fpr
-from streamprobe.evaluation.results import ScoredProbes, place_fields
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import Row, place_fields
+from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.scores import Scored, tokens_of_column
+from streamprobe.probes.sites import LINEAR
 
 POOLINGS = ("mean", "max", "last")
 RATES = {"tpr_at_1fpr": 0.01, "tpr_at_5fpr": 0.05}  # false positive rates
 METRICS = ("auroc", *RATES)
 TEXT_FIELDS = [
-    *("solver", "layer", "label", "target", "lag", "control", "split", "pooling"),
+    *("solver", "kind", "site", "layer", "label", "target", "lag", "control", "split", "pooling"),
     *(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")),
     *("n_texts", "n_positive"),
 ]
@@ -111,7 +112,7 @@ def _rows_of_column(probes: ScoredProbes, k: int, weights: Tensor) -> list[Row]:
         points = {"auroc": auroc(ranking)} | {name: tpr_at_fpr(ranking, fpr) for name, fpr in RATES.items()}
         for i, site in enumerate(probes.sites):
             resampled = resample(scores[:, i], texts.targets, drawn)
-            row: Row = {**place_fields(probes.solver, site, column), "pooling": pooling}
+            row: Row = {**place_fields(probes.solver, site, column, kind=probes.kind), "pooling": pooling}
             for name, values in points.items():
                 low, high = percentiles(resampled[name]).tolist()
                 row |= {name: float(values[i]), f"{name}_low": low, f"{name}_high": high}
@@ -148,7 +149,7 @@ def _resample(w: Tensor, y: Tensor, begin: Tensor, end: Tensor) -> dict[str, Ten
 
 
 def best_text_rows(rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:
-    """For each solver, label and pooling the layer with the highest AUROC, and the control with the highest, if any.
+    """For each solver, label and pooling the linear probe with the highest AUROC, and the best control, if any.
 
     At the lag nearest to 0: all lags ask the same of a text.
     """
@@ -158,7 +159,7 @@ def best_text_rows(rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:
         own = [row for row in rows if (row["solver"], row["label"]) == family]
         nearest = min((row["lag"] for row in own), key=lambda lag: (abs(lag), lag))
         for pooling in POOLINGS:
-            near = [row for row in own if (row["lag"], row["pooling"]) == (nearest, pooling)]
+            near = [row for row in own if (row["lag"], row["pooling"], row["kind"]) == (nearest, pooling, LINEAR)]
             probe = max((row for row in near if not row["control"]), key=_by_auroc)
             found.append((probe, max((row for row in near if row["control"]), key=_by_auroc, default=None)))
     return found

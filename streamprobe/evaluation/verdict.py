@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
 
-from streamprobe.evaluation.rows import BASELINE_EXACTNESS, JOINT_CHAIN, Judged, Row, group_by
+from streamprobe.evaluation.rows import BASELINE_EXACTNESS, JOINT_CHAIN, Judged, Row, group_by, is_beyond_linear, reads
 from streamprobe.evaluation.significance import LEAST_CHAINS
+from streamprobe.probes.sites import LINEAR
 
 BEYOND = "text, position, sections so far and the chain's own rate"  # what the control that a gain is over is given
 LOW_ENDS = ("gain_bits_low_corrected", "gain_within_low_corrected")
@@ -24,9 +25,12 @@ LEAST = dict(zip(LOW_ENDS, (1e-6, 0.0), strict=True))  # above which they are wh
 def is_certain(row: Row) -> bool:
     """Whether the layer of a row surely foresees: ahead of the text, the low ends of both of its gains are above LEAST.
 
-    A control foresees nothing, whatever its numbers.
+    A control foresees nothing, whatever its numbers.  A probe of another kind than linear is to be certainly above the
+    linear one, too, so that none is named for what that holds.
     """
-    return not row.get("control") and row["lag"] > 0 and all(row[name] > least for name, least in LEAST.items())
+    if row.get("control") or row["lag"] <= 0 or not (row["kind"] == LINEAR or is_beyond_linear(row)):
+        return False
+    return all(row[name] > least for name, least in LEAST.items())
 
 
 def furthest(certain: Sequence[Row]) -> Row:
@@ -134,7 +138,7 @@ def _claim(row: Row, label: str, target: str) -> str:
     thing, how_far, low = _thing(label, target), _ahead(target, row["lag"]), row[LOW_ENDS[0]]
     said = f"{thing} {how_far} is foreseen" if target == "within" else f"{thing} is foreseen {how_far}"
     return (
-        f"{said} (layer {row['layer']}; beyond {BEYOND}), by {row['gain_bits']:.{_decimals(low)}f} bits a token, "
+        f"{said} ({reads(row)}; beyond {BEYOND}), by {row['gain_bits']:.{_decimals(low)}f} bits a token, "
         f"at least {_at_least(low)}"
     )
 

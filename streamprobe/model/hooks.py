@@ -6,7 +6,7 @@ Shapes: B chains in a batch, T tokens in this forward pass, D hidden size.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.model.places import put_back, waits_in_ram
+from streamprobe.model.points import Place
 from streamprobe.model.sharded import plain
+from streamprobe.model.taps import Hook
 from streamprobe.system.workers import worker
 
 # What a model's code raises for a text, a config or weights that it was not made for.
@@ -36,10 +38,21 @@ class _Reached(Exception):
     """The deepest block that is asked for has run."""
 
 
+def first_tensor(given: Any) -> Tensor | None:
+    """The tensor in what a module was given or returned: it, or the first of a sequence; None where there is none."""
+    first = given[0] if isinstance(given, Sequence) and len(given) else given
+    return first if isinstance(first, Tensor) else None
+
+
+def entering(given: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a module is given."""
+    return next((x for x in (*given, *named.values()) if isinstance(x, Tensor)), None)
+
+
 def residual(output: Output) -> Tensor:
     """The residual stream in what a block returned; raises InputError where there is none."""
-    first = output[0] if isinstance(output, Sequence) and len(output) else output
-    if not isinstance(first, Tensor):
+    first = first_tensor(output)
+    if first is None:
         raise InputError(
             f"a decoder block that returns {type(output).__name__}",
             "a tensor, or a tuple or list that starts with one",
@@ -57,29 +70,55 @@ def _replace(output: Output, x: Tensor) -> Output:
 
 
 @contextmanager
-def tap(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Yields a dict that holds, after each forward pass, every tapped block's output [B, T, D], keyed as `blocks`.
+def tap(places: Mapping[Any, nn.Module | Hook]) -> Iterator[dict[Any, Tensor]]:
+    """Yields a dict that holds, after each forward pass, every tapped block's output [B, T, D], keyed as `places`.
 
-    The tensors are the model's own (detached, not copied) and are replaced by the next forward pass.  All hooks are
-    gone on exit, also after an exception.
+    The tensors are the model's own (detached, not copied) and are replaced by the next forward pass.  Of a `Hook` it
+    holds what that reads, [B, T, W] or [B T, W].  All hooks are gone on exit, also after an exception.
     """
-    taken: dict[int, Tensor] = {}
-
-    def keep(key: int):
-        def hook(_module: nn.Module, _inputs: object, output: Output) -> None:
-            taken[key] = residual(output).detach()
-
-        return hook
-
+    taken: dict[Any, Tensor] = {}
     handles = []
     try:
-        for key, block in blocks.items():
-            handles.append(block.register_forward_hook(keep(key)))
+        for key, place in places.items():
+            if isinstance(place, Hook) and not place.is_block:
+                handles.append(_keep(taken, key, place))
+            else:
+                block = place.module if isinstance(place, Hook) else place
+                handles.append(block.register_forward_hook(_keep_output(taken, key)))
         yield taken
     finally:
         for handle in handles:
             handle.remove()
         taken.clear()
+
+
+def _keep_output(taken: dict[Any, Tensor], key: Any) -> Any:
+    """The hook of a block that puts what it returns under a key."""
+
+    def hook(_module: nn.Module, _inputs: object, output: Output) -> None:
+        taken[key] = residual(output).detach()
+
+    return hook
+
+
+def _keep(taken: dict[Any, Tensor], key: Any, place: Hook) -> Any:
+    """Lets a module put what it is given, or what it returns, under a key; a copy, which the model cannot change."""
+
+    def keep(x: Tensor | None) -> None:
+        if x is None:
+            raise InputError(f"{key}, which is no tensor", "a module that returns one", "choose another place")
+        x = plain(x).detach()
+        taken[key] = x.clone() if place.factor == 1 else x * place.factor
+
+    def before(_module: nn.Module, given: Sequence[Any], named: Mapping[str, Any]) -> None:
+        keep(entering(given, named))
+
+    def behind(_module: nn.Module, _given: object, output: Any) -> None:
+        keep(first_tensor(output))
+
+    if place.before:
+        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+    return place.module.register_forward_hook(behind)
 
 
 @contextmanager
@@ -98,22 +137,34 @@ def count_runs(blocks: Sequence[nn.Module]) -> Iterator[Counter[int]]:
             handle.remove()
 
 
-def check_taken(taken: Mapping[int, Tensor], layers: Sequence[int], batch: int, tokens: int) -> None:
-    """Raises InputError unless every layer's block ran in this forward pass and returned [B, T, D]."""
-    for layer in layers:
-        shape = tuple(taken[layer].shape) if layer in taken else None
-        if shape is None:
+def check_taken(taken: Mapping[Any, Tensor], places: Iterable[int | Place], batch: int, tokens: int) -> list[Tensor]:
+    """What was taken at each place in this forward pass, [B, T, W] each; an int stands for the output of that block.
+
+    Raises InputError for a place that did not run, or has no row for each token.
+    """
+    found = []
+    for key in places:
+        place = Place(key) if isinstance(key, int) else key
+        x, is_block = taken.get(key), place == Place(place.layer)
+        if x is None:
             raise InputError(
-                f"layer {layer}, whose block does not run on text alone",
-                "blocks that do",
-                "choose others with --layers",
+                f"{place}, whose block does not run on text alone"
+                if is_block
+                else f"{place}, which text does not reach",
+                "blocks that do" if is_block else "a place that every token runs through",
+                "choose others with --layers" if is_block else "choose others with --sites or --hookpoints",
             )
-        if len(shape) != 3 or shape[:2] != (batch, tokens):
+        if x.dim() == 2 and len(x) == batch * tokens and not is_block:
+            x = x.view(batch, tokens, -1)
+        if x.dim() != 3 or x.shape[:2] != (batch, tokens):
+            width, there_is = ("hidden size", "whose block returns") if is_block else ("width", "where there is")
             raise InputError(
-                f"layer {layer}, whose block returns {list(shape)} for {batch} chains of {tokens} tokens",
-                f"[{batch}, {tokens}, hidden size], a row for each token",
-                "choose another --model",
+                f"{place}, {there_is} {list(x.shape)} for {batch} chains of {tokens} tokens",
+                f"[{batch}, {tokens}, {width}], a row for each token",
+                "choose another --model" if is_block else "choose others with --sites or --hookpoints",
             )
+        found.append(x)
+    return found
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A short text that the model reads before anything is trained: what taps rely on, seen and not believed.
 
-Shapes: B chains, T tokens, D hidden size.
+Shapes: B chains, T tokens, D hidden size, W width of a place.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,17 @@ from streamprobe.model.blocks import (
     block_list,
     check_vocabulary,
     context,
-    decoder_layers,
     text_config,
     unfit,
     vocabulary,
 )
 from streamprobe.model.chunks import make_cache, unchunked
+from streamprobe.model.finding import find_taps
 from streamprobe.model.hooks import check_taken, count_runs, read, tap
 from streamprobe.model.loading import quiet
 from streamprobe.model.places import main_device, place_of
+from streamprobe.model.points import Place
+from streamprobe.model.taps import Taps, taps_of_layers
 
 # By how much of its length rounding may change an activation whose token is computed beside others: an expert takes the
 # tokens that chose it, however many, and sums of another size may be added in another order (on a CPU they are not).
@@ -42,11 +44,30 @@ def some_tokens(tokenizer: Any, config: Any) -> list[int]:
 
 
 def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], chunked: bool = False) -> int:
-    """Reads a short text twice, with other tokens in its second half; returns the width D of the blocks' outputs.
+    """As `check_places` of the blocks' outputs; returns their width D."""
+    return check_places(model, taps_of_layers(model, layers), ids, chunked)[0]
 
-    `ids` are two or more token ids that the model knows; `chunked` says that texts will be read in chunks.  Raises
-    InputError where a layer's block does not run once and return [B, T, D], where that is not what a text can give,
-    where what it returns for a token depends on later ones, and where chunks give something else than the whole.
+
+def find_places(model: nn.Module, places: Sequence[Place], ids: Sequence[int]) -> Taps:
+    """How these places are read in a model, which reads a short text for that where it must.
+
+    `ids` are two or more token ids that the model knows.  Raises InputError for a place that it has not.
+    """
+
+    def read_text() -> None:
+        with quiet():
+            read(model, _test_text(model.config, ids)[:1].to(main_device(model)), last=_last(model, taps))
+
+    taps = taps_of_layers(model, [place.layer for place in places])
+    return find_taps(model, places, read_text)
+
+
+def check_places(model: nn.Module, taps: Taps, ids: Sequence[int], chunked: bool = False) -> list[int]:
+    """Reads a short text twice, with other tokens in its second half; returns the width W of each place.
+
+    `ids` as in `find_places`; `chunked` says that texts will be read in chunks.  Raises InputError where a place is not
+    run through once and has [B, T, W], where that is not what a text can give, where what a token has there depends on
+    later ones, and where chunks give something else than the whole.
     """
     config: Any = model.config
     text = _test_text(config, ids)
@@ -55,20 +76,20 @@ def check_reading(model: nn.Module, layers: Sequence[int], ids: Sequence[int], c
     assert len(kinds) > 1, "a text of one word cannot be changed"
     after[:, half:] = kinds[(torch.searchsorted(kinds, text)[:, half:] + 1) % len(kinds)]  # each another
     with _without_outliers(model):
-        acts, changed = (_states(model, layers, [x]) for x in (text, after))
-        _check_numbers(model, acts)
-        for layer in layers:
-            far = _distance(acts[layer], changed[layer], half - 1)
-            if far > _tolerance(model, acts[layer]):
-                raise unfit(config, f"in which a token sees later ones: they change it by {far:.1%} in layer {layer}")
+        acts, changed = (_states(model, taps, [x]) for x in (text, after))
+        _check_numbers(taps, acts)
+        for place in taps.hooks:
+            far = _distance(acts[place], changed[place], half - 1)
+            if far > _tolerance(model, acts[place]):
+                raise unfit(config, f"in which a token sees later ones: they change it by {far:.1%} in {place}")
         if chunked:
             try:
-                chunks = _states(model, layers, [text[:, :half], text[:, half:]], make_cache(config))
+                chunks = _states(model, taps, [text[:, :half], text[:, half:]], make_cache(config))
             except InputError as error:
                 raise unchunked(config) from error
-            if any(_distance(acts[i], chunks[i], -1) > _tolerance(model, acts[i]) for i in layers):
+            if any(_distance(acts[i], chunks[i], -1) > _tolerance(model, acts[i]) for i in taps.hooks):
                 raise unchunked(config)
-    return acts[layers[0]].shape[2]
+    return [acts[place].shape[2] for place in taps.hooks]
 
 
 def _test_text(config: Any, ids: Sequence[int]) -> Tensor:
@@ -80,34 +101,42 @@ def _test_text(config: Any, ids: Sequence[int]) -> Tensor:
     return torch.stack([row[b : b + long] for b in range(CHAINS)])
 
 
+def _last(model: nn.Module, taps: Taps) -> nn.Module | None:
+    """The block behind which nothing need be computed; None in a whole model, which is read to its end."""
+    return taps.last if isinstance(block_list(model), Kept) else None
+
+
 @torch.no_grad()
-def _states(model: Any, layers: Sequence[int], chunks: Sequence[Tensor], cache: Any = None) -> dict[int, Tensor]:
-    """What the layers' blocks return [B, T, D], on the host, for a text in one chunk, or in several with a cache.
+def _states(model: Any, taps: Taps, chunks: Sequence[Tensor], cache: Any = None) -> dict[Place, Tensor]:
+    """What there is at each place [B, T, W], on the host, for a text in one chunk, or in several with a cache.
 
     It takes the way of a run's activations, over the model's main device.
     """
-    blocks, config, device = decoder_layers(model), model.config, main_device(model)
-    last = blocks[max(layers)] if isinstance(block_list(model), Kept) else None
-    by_chunk: list[dict[int, Tensor]] = []
-    with tap({layer: blocks[layer] for layer in layers}) as taken, count_runs(blocks) as runs:
+    config, device, places = model.config, main_device(model), list(taps.hooks)
+    by_chunk: list[dict[Place, Tensor]] = []
+    with tap(taps.hooks) as taken, count_runs([hook.module for hook in taps.hooks.values()]) as runs:
         for chunk in chunks:
             with quiet():
-                read(model, chunk.to(device), last=last, cache=cache)
-            check_taken(taken, layers, *chunk.shape)
-            for layer in layers:
-                if runs[layer] > len(by_chunk) + 1:
-                    raise unfit(config, f"whose block of layer {layer} runs {runs[layer]} times in a forward pass")
-            by_chunk.append({layer: acts.to(device).cpu() for layer, acts in taken.items()})
-    return {layer: torch.cat([acts[layer] for acts in by_chunk], 1) for layer in layers}
+                read(model, chunk.to(device), last=_last(model, taps), cache=cache)
+            found = dict(zip(places, check_taken(taken, places, *chunk.shape), strict=True))
+            for number, place in enumerate(places):
+                if runs[number] > len(by_chunk) + 1:
+                    raise unfit(config, f"whose {_named(place)} runs {runs[number]} times in a forward pass")
+            by_chunk.append({place: acts.to(device).cpu() for place, acts in found.items()})
+    return {place: torch.cat([acts[place] for acts in by_chunk], 1) for place in places}
 
 
-def _check_numbers(model: nn.Module, acts: Mapping[int, Tensor]) -> None:
-    """Raises InputError for a layer whose activations [B, T, D] of a text cannot be right.
+def _named(place: Place) -> str:
+    """What it is that is read."""
+    return f"block of {place}" if place == Place(place.layer) else str(place)
+
+
+def _check_numbers(taps: Taps, acts: Mapping[Place, Tensor]) -> None:
+    """Raises InputError for a place whose activations [B, T, W] of a text cannot be right.
 
     Where a copy between devices fails, what comes behind it may be all 0, or what was in memory before.
     """
-    blocks = decoder_layers(model)
-    for layer, x in acts.items():
+    for place, x in acts.items():
         tokens = x.flatten(0, 1)
         if not tokens.isfinite().all():
             wrong = "infinite or not numbers"
@@ -117,9 +146,9 @@ def _check_numbers(model: nn.Module, acts: Mapping[int, Tensor]) -> None:
             wrong = "the same at every token"
         else:
             continue
-        place = place_of(blocks[layer])
+        where = place_of(taps.hooks[place].module)
         raise InputError(
-            f"activations of a short text that are {wrong}: layer {layer}, whose block lies on {place}",
+            f"activations of a short text that are {wrong}: {place}, whose block lies on {where}",
             "finite numbers that differ from token to token",
             "use another --device_map, such as a single device, or --dtype float32 or bfloat16",
         )

@@ -19,11 +19,16 @@ from torch import Tensor
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
-from streamprobe.probes.sites import Site
+from streamprobe.probes.linear import LINEAR
+from streamprobe.probes.merged import cut_out, merged
+from streamprobe.probes.nested import NESTED
+from streamprobe.probes.sites import checked_site
 from streamprobe.probes.storage import (
-    KINDS,
     checked_column,
+    class_of,
     find_probes,
+    group_of,
+    kinds_in,
     load_probes,
     pack_tensors,
     raw_bytes,
@@ -34,7 +39,6 @@ CONTROLS_FILE = "controls.safetensors"
 FORMAT = 2  # of that file; raised whenever what is in it changes
 SAME = ("data_fingerprint", "model_fingerprint", "config")  # in both files of a run
 JUDGED_BY = ("half", "best_pass", "gradient_norm")
-NESTED = "nested"  # the feed of probes that read the joint control and a layer: see `evaluation.gains`
 
 
 class FinalProbes(NamedTuple):
@@ -47,6 +51,12 @@ class FinalProbes(NamedTuple):
     best_pass: Tensor  # [L, K] int64
     gradient_norm: Tensor  # [L, K]
     penalty: Tensor | None = None  # [L, K] of the layer's weights of NESTED probes, inf where they have none
+
+    @property
+    def of_kind(self) -> str:
+        """The kind of the probes, or of what nested ones read beside the joint control."""
+        _, _, kind = self.feed.partition(f"{NESTED} ")
+        return kind or (LINEAR if self.bank.kind == NESTED else self.bank.kind)
 
     @property
     def shared(self) -> list[int]:
@@ -67,9 +77,7 @@ def mean_of_folds(final: FinalProbes, n: int) -> FinalProbes:
     def apart(grid: Tensor) -> Tensor:  # [L, K, ...] -> [L, F, K / F, ...]
         return grid.unflatten(1, (n, -1))
 
-    bank, n_columns = final.bank, len(final.bank.columns) // n
-    tensors = {name: apart(tensor).double().mean(1) for name, tensor in bank.tensors().items()}
-    mean = KINDS[bank.kind].from_tensors(bank.sites, bank.columns[:n_columns], tensors, bank.solver)
+    bank, mean = final.bank, final.bank.mean_of_folds(n)
     assert bank.threshold is not None, "probes without a threshold"
     mean.threshold = apart(bank.threshold).nanmedian(1).values  # one fold's may be far off
     return final._replace(
@@ -91,8 +99,12 @@ class KeptProbes(NamedTuple):
 
 
 def shared_probes(final: Sequence[FinalProbes]) -> dict[str, Probes]:
-    """Each solver's probes that are no controls, of the first seed: what `probes.safetensors` holds."""
-    return {each.solver: _choose(each.bank, each.shared) for each in final if each.shared}
+    """Each solver's and kind's probes that are no controls, of the first seed: what `probes.safetensors` holds."""
+    groups: dict[str, list[Probes]] = {}
+    for each in final:
+        if each.shared:
+            groups.setdefault(group_of(each.solver, each.bank.kind), []).append(_choose(each.bank, each.shared))
+    return {name: merged(banks) for name, banks in groups.items()}
 
 
 def _choose(bank: Probes, columns: list[int]) -> Probes:
@@ -113,7 +125,7 @@ def pack_controls(kept: KeptProbes, about: Mapping[str, Any]) -> bytes:
         own = rest.tensors() | {"threshold": rest.threshold} | {name: getattr(each, name) for name in JUDGED_BY}
         own |= {} if each.penalty is None else {"penalty": each.penalty}
         tensors |= {f"{each.solver}.{each.feed}.{name}": tensor for name, tensor in own.items()}
-        places = {"sites": [list(site) for site in bank.sites], "columns": [column.saved for column in bank.columns]}
+        places = {"sites": [list(site) for site in bank.reads], "columns": [column.saved for column in bank.columns]}
         jobs.append({"solver": each.solver, "feed": each.feed, "kind": bank.kind, **places})
     facts = {"format": FORMAT, "jobs": jobs, "section_labels": list(kept.section_labels), **about}
     return pack_tensors(tensors, {**facts, "sha256": _digest(tensors, facts)})
@@ -134,7 +146,11 @@ def load_kept(folder: Path) -> KeptProbes:
     """
     probes = find_probes(folder)
     shared_about = read_about(probes)
-    shared = {name: load_probes(folder, name) for name in shared_about["solvers"]}
+    shared = {
+        group_of(solver, kind): load_probes(folder, solver, kind=kind)
+        for solver in shared_about["solvers"]
+        for kind in kinds_in(shared_about, solver)
+    }
     path = folder / CONTROLS_FILE
     if not os.path.isfile(path):
         raise InputError(
@@ -170,17 +186,17 @@ def _read_job(job: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Map
     start = f"{job['solver']}.{job['feed']}."
     own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
     half, best_pass, gradient_norm = (own.pop(name) for name in JUDGED_BY)
-    sites = [_site(*site) for site in job["sites"]]
+    sites = [checked_site(*site) for site in job["sites"]]
     columns = [Column(*checked_column(*column)) for column in job["columns"]]
     if not any(site.is_control for site in sites):
-        bank = shared[job["solver"]]
-        if bank.sites != sites or bank.columns != columns[: len(bank.columns)] or bank.kind != job["kind"]:
-            raise ValueError(f"other layers or columns than those of the probes of {job['solver']}")
-        assert bank.threshold is not None
-        first = bank.tensors() | {"threshold": bank.threshold}
+        bank = shared[group_of(job["solver"], job["kind"])]
+        if bank.columns != columns[: len(bank.columns)]:
+            raise ValueError(f"other columns than those of the probes of {job['solver']}")
+        first = cut_out(bank, sites, own)
         own = {name: torch.cat([first[name], tensor], dim=1) for name, tensor in own.items()}
     threshold, penalty = own.pop("threshold"), own.pop("penalty", None)
-    shape = (len(sites), len(columns))
+    bank = class_of(job["kind"]).from_tensors(sites, columns, own, solver=job["solver"], kind=job["kind"])
+    shape = (len(bank.sites), len(columns))
     grids = [threshold, best_pass, gradient_norm, *([] if penalty is None else [penalty])]
     if any(tuple(grid.shape) != shape for grid in grids) or tuple(half.shape) != shape[1:]:
         raise ValueError(f"tensors that are no grid of {shape[0]} sites x {shape[1]} columns")
@@ -188,22 +204,14 @@ def _read_job(job: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Map
         raise TypeError("tensors of another kind of number")
     if not all(tensor.isfinite().all() for tensor in (half, *own.values())):
         raise ValueError("numbers that are infinite or none")
-    bank = KINDS[job["kind"]].from_tensors(sites, columns, own, job["solver"])
     bank.threshold = threshold.double()
     return FinalProbes(job["solver"], job["feed"], bank, half, best_pass, gradient_norm, penalty)
 
 
-def _site(*given: Any) -> Site:
-    site = Site(*given)
-    if not (isinstance(site.name, str) and isinstance(site.is_control, bool) and isinstance(site.layer, int | None)):
-        raise TypeError(f"site {given}")
-    return site
-
-
 def _check(kept: KeptProbes, shared: Mapping[str, Probes]) -> None:
     """Raises ValueError for what does not go together."""
-    if {each.solver for each in kept.final if each.shared} != shared.keys():
-        raise ValueError(f"not the solvers {' '.join(shared)}")
+    if {group_of(each.solver, each.bank.kind) for each in kept.final if each.shared} != shared.keys():
+        raise ValueError(f"not the probes {' '.join(shared)}")
     if not (isinstance(kept.section_labels, list) and all(isinstance(name, str) for name in kept.section_labels)):
         raise TypeError("labels that are no names")
     if kept.seen.dim() != 1 or kept.seen.dtype != torch.int64:

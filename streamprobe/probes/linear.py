@@ -3,23 +3,27 @@
 Shapes: N tokens, L sites, K columns, D features.  One probe per (site, column), in raw activation space.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamprobe.errors import InputError
 from streamprobe.lags import Column
+from streamprobe.probes.base import Scorer
 from streamprobe.probes.describe import describe
-from streamprobe.probes.sites import Site
+from streamprobe.probes.places import place_of
+from streamprobe.probes.sites import LINEAR, Site
 from streamprobe.system.hardware import exact_float32
 
 
 @dataclass(repr=False)
 class ProbeBank:
-    """The L x K linear probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k]."""
+    """The L x K linear probes of one run: logit[n, l, k] = weight[l, k] . acts[n, l] + bias[l, k].
+
+    Another `kind` is as linear, and was found in another way.
+    """
 
     sites: list[Site]
     columns: list[Column]
@@ -28,10 +32,15 @@ class ProbeBank:
     threshold: Tensor | None = None  # [L, K] the logit from which on a probe says yes; None until validation chose it
     solver: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)  # what the file that they were in says: see `load_probes`
-    kind = "linear"
+    kind: str = LINEAR
 
     def __repr__(self) -> str:
         return describe(self)
+
+    @property
+    def reads(self) -> list[Site]:
+        """What has to be read for them, in the order of `acts`: their sites."""
+        return self.sites
 
     @property
     def layers(self) -> list[int]:
@@ -48,10 +57,11 @@ class ProbeBank:
 
         Those of a probe lie side by side in memory: what follows takes one probe after another.
         """
-        weight, bias = self.weight.to(acts.device), self.bias.to(acts.device)
-        x = acts.to(weight.dtype).permute(1, 2, 0)  # [L, D, N]
-        with exact_float32():
-            return torch.baddbmm(bias[..., None], weight, x).permute(2, 0, 1)
+        return linear_logits(self.weight, self.bias, acts)
+
+    def scorer(self) -> Scorer:
+        """The same for the tokens of a trip: see `Probes`."""
+        return lambda acts, chain: self.scores(acts)
 
     def probabilities(self, acts: Tensor) -> Tensor:
         """Probabilities [N, L, K], float32, of activations [N, L, D]: see `scores`."""
@@ -63,21 +73,15 @@ class ProbeBank:
 
         return streamprobe.score(self, model, tokenizer, texts, **options)
 
-    def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:
+    def place(
+        self, layer: int, lag: int, label: str | None = None, target: str | None = None, *, site: str | None = None
+    ) -> tuple[int, int]:
         """Where a probe lies: (l, k), so that `bank.weight[l, k]` [D] is its direction, `scores[:, l, k]` its logits.
 
-        Without a label or a target: the first that the bank holds.  Raises InputError for a probe that it has not.
+        Without a label, a target or a site (such as attn_out): the first that the bank holds.  Raises InputError for a
+        probe that it has not.
         """
-        real = {k: column for k, column in enumerate(self.columns) if not column.control}
-        for name, value in (("label", label), ("target", target)):
-            held = _unique(getattr(column, name) for column in real.values())
-            value = held[0] if value is None else value
-            real = {k: column for k, column in real.items() if getattr(column, name) == value}
-            _require(value, held, name)
-        lags = {column.lag: k for k, column in real.items()}
-        _require(layer, self.layers, "layer")
-        _require(lag, sorted(lags), "lag")
-        return self.layers.index(layer), lags[lag]
+        return place_of(self.sites, self.columns, layer=layer, lag=lag, label=label, target=target, site=site)
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights [L, K, D] and biases [L, K]."""
@@ -85,13 +89,18 @@ class ProbeBank:
 
     @classmethod
     def from_tensors(
-        cls, sites: list[Site], columns: list[Column], tensors: dict[str, Tensor], solver: str
+        cls, sites: list[Site], columns: list[Column], tensors: Mapping[str, Tensor], *, solver: str, kind: str = LINEAR
     ) -> "ProbeBank":
         """The probes whose `tensors` these are.  Raises ValueError for any that are not a grid of linear probes."""
         weight, bias = tensors["weight"], tensors["bias"]
         if not (weight.shape[:2] == bias.shape == (len(sites), len(columns)) and weight.dim() == 3):
             raise ValueError(f"tensors that are no grid of {len(sites)} layers x {len(columns)} columns")
-        return cls(sites, columns, weight.float(), bias.float(), solver=solver)
+        return cls(sites, columns, weight.float(), bias.float(), solver=solver, kind=kind)
+
+    def mean_of_folds(self, n: int) -> "ProbeBank":
+        """The means of those of n folds, whose columns stand fold by fold."""
+        weight, bias = (each.unflatten(1, (n, -1)).double().mean(1).float() for each in (self.weight, self.bias))
+        return replace(self, columns=self.columns[: bias.shape[1]], weight=weight, bias=bias, threshold=None)
 
     def clone(self) -> "ProbeBank":
         """A copy that shares no tensor with this bank."""
@@ -120,15 +129,23 @@ class ProbeBank:
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), threshold=threshold)
 
 
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
+def linear_logits(weight: Tensor, bias: Tensor, acts: Tensor) -> Tensor:
+    """weight . acts + bias: logits [N, L, K] of weight [L, K, D], bias [L, K] and acts [N, L, D] of any float dtype."""
+    weight, bias = weight.to(acts.device), bias.to(acts.device)
+    x = acts.to(weight.dtype).permute(1, 2, 0)  # [L, D, N]
+    with exact_float32():
+        return torch.baddbmm(bias[..., None], weight, x).permute(2, 0, 1)
 
 
-def _require(value: Any, held: list[Any], name: str) -> None:
-    if value not in held:
-        raise InputError(
-            f"{name} {value}", f"one of {' '.join(map(str, held))}, as in the run", f"choose another {name}"
-        )
+def mean_parts(parts: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The means [L, K, ...] of parts [L, F K, ...] of F folds, fold by fold."""
+    return {name: part.unflatten(1, (n, -1)).double().mean(1).float() for name, part in parts.items()}
+
+
+def check_parts(parts: Mapping[str, Tensor], dims: Mapping[str, int]) -> None:
+    """Raises ValueError for parts of other names or numbers of dimensions."""
+    if {name: part.dim() for name, part in parts.items()} != dict(dims):
+        raise ValueError(f"tensors that are not {', '.join(sorted(dims))}")
 
 
 def to_raw(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from streamprobe.errors import InputError
 from streamprobe.lags import Column
+from streamprobe.probes.base import Scorer
 from streamprobe.probes.sites import Site
 from streamprobe.system.hardware import exact_float32
+
+NESTED = "nested"
 
 
 class Blocks(NamedTuple):
@@ -38,7 +41,12 @@ class NestedProbes:
     threshold: Tensor | None = None  # [S, K]
     solver: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
-    kind = "nested"
+    kind: str = NESTED
+
+    @property
+    def reads(self) -> list[Site]:
+        """What has to be read for them: their sites."""
+        return self.sites
 
     @property
     def layers(self) -> list[int]:
@@ -61,16 +69,22 @@ class NestedProbes:
                 logits[site].addmm_(self.weight[site].to(control.device), layer.to(weights.dtype).T)
         return logits.permute(2, 0, 1)
 
+    def scorer(self) -> Scorer:
+        """The same for the tokens of a trip: see `Probes`."""
+        return lambda acts, chain: self.scores(acts)
+
     def probabilities(self, acts: Any) -> Tensor:
         """The sigmoids of `scores`, [N, S, K]."""
         return self.scores(acts).sigmoid()
 
-    def place(self, layer: int, lag: int, label: str | None = None, target: str | None = None) -> tuple[int, int]:
+    def place(
+        self, layer: int, lag: int, label: str | None = None, target: str | None = None, *, site: str | None = None
+    ) -> tuple[int, int]:
         """Where the probe of a layer and a column lies, (s, k).  Raises InputError for one that these have not."""
-        for s, site in enumerate(self.sites):
+        for s, each in enumerate(self.sites):
             for k, column in enumerate(self.columns):
-                named = (label or column.label, target or column.target)
-                if (site.layer, column.lag, column.label, column.target) == (layer, lag, *named):
+                named = (label or column.label, target or column.target, site or each.point)
+                if (each.layer, column.lag, column.label, column.target, each.point) == (layer, lag, *named):
                     return s, k
         raise InputError(f"layer {layer} at lag {lag}", "a nested probe of the run", "choose another")
 
@@ -80,14 +94,20 @@ class NestedProbes:
 
     @classmethod
     def from_tensors(
-        cls, sites: list[Site], columns: list[Column], tensors: dict[str, Tensor], solver: str
+        cls, sites: list[Site], columns: list[Column], tensors: Mapping[str, Tensor], *, solver: str, kind: str = NESTED
     ) -> "NestedProbes":
         """The probes whose `tensors` these are.  Raises ValueError for any that are not a grid of nested probes."""
         control, weight, bias = (tensors[name] for name in ("control_weight", "weight", "bias"))
         shape = (len(sites), len(columns))
         if not (control.shape[:2] == weight.shape[:2] == bias.shape == shape and control.dim() == weight.dim() == 3):
             raise ValueError(f"tensors that are no grid of {shape[0]} sites x {shape[1]} columns")
-        return cls(sites, columns, control.float(), weight.float(), bias.float(), solver=solver)
+        return cls(sites, columns, control.float(), weight.float(), bias.float(), solver=solver, kind=kind)
+
+    def mean_of_folds(self, n: int) -> "NestedProbes":
+        """The means of those of n folds, whose columns stand fold by fold."""
+        columns = self.columns[: len(self.columns) // n]
+        means = {name: each.unflatten(1, (n, -1)).double().mean(1).float() for name, each in self.tensors().items()}
+        return replace(self, columns=columns, threshold=None, **means)
 
     def clone(self) -> "NestedProbes":
         """A copy that shares no tensor with these."""

@@ -18,13 +18,15 @@ from torch import Tensor
 from streamprobe.errors import InputError, first_line
 from streamprobe.lags import Column
 from streamprobe.probes.base import Probes
-from streamprobe.probes.linear import ProbeBank
-from streamprobe.probes.nested import NestedProbes
-from streamprobe.probes.sites import layer_sites
+from streamprobe.probes.kind_bank import KindBank
+from streamprobe.probes.kinds import form_if_any
+from streamprobe.probes.linear import LINEAR, ProbeBank
+from streamprobe.probes.merged import WIDTHS
+from streamprobe.probes.nested import NESTED, NestedProbes
+from streamprobe.probes.sites import RESID_POST, Site, checked_site, layer_sites
 from streamprobe.system.network import look_for_hub
 
 FILE = "probes.safetensors"
-KINDS: dict[str, type[Probes]] = {kind.kind: kind for kind in (ProbeBank, NestedProbes)}  # what can be read back
 
 
 def restore(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -48,55 +50,96 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def class_of(kind: str) -> type[Probes]:
+    """The class of the probes of a kind.  Raises ValueError for a kind that is not known."""
+    if kind == NESTED:
+        return NestedProbes
+    return ProbeBank if form_if_any(kind) is None else KindBank
+
+
+def group_of(solver: str, kind: str) -> str:
+    """What the probes of a solver and kind are called in a file: newton, newton/mlp64."""
+    return solver if kind == LINEAR else f"{solver}/{kind}"
+
+
 def pack_probes(banks: Mapping[str, Probes], about: Mapping[str, Any]) -> bytes:
-    """The content of a file of probes: each solver's, with `about` and their layout as metadata.
+    """The content of a file of probes: those of each group (see `group_of`), with `about` and their layout as metadata.
 
     `<solver>.weight` [L, K, D], `.bias` [L, K] and `.threshold` [L, K] are for raw activations; another kind than
-    `linear` has tensors of other names.
+    `linear` has tensors of its own names, `<solver>/<kind>.<name>`.  Where other sites are read than the outputs of
+    blocks, `sites` says which, and `widths` how many features each has, if not all have as many.
     """
     tensors: dict[str, Tensor] = {}
-    for solver, bank in banks.items():
+    kinds: dict[str, list[str]] = {}
+    for group, bank in banks.items():
         assert bank.threshold is not None, "probes without a threshold"
         own = bank.tensors() | {"threshold": bank.threshold}
-        tensors |= {f"{solver}.{name}": tensor for name, tensor in own.items()}
+        tensors |= {f"{group}.{name}": tensor for name, tensor in own.items()}
+        kinds.setdefault(group.partition("/")[0], []).append(bank.kind)
     first = next(iter(banks.values()))
-    layers = [site.layer for site in first.sites]
-    layout = {"solvers": list(banks), "layers": layers, "columns": [column.saved for column in first.columns]}
-    kinds = {solver: bank.kind for solver, bank in banks.items() if bank.kind != ProbeBank.kind}
-    return pack_tensors(tensors, {**about, **layout} | ({"kinds": kinds} if kinds else {}))
+    layers = [site.layer for site in first.reads]
+    layout = {"solvers": list(kinds), "layers": layers, "columns": [column.saved for column in first.columns]}
+    more: dict[str, Any] = {"kinds": kinds} if any(own != [LINEAR] for own in kinds.values()) else {}
+    if any(site.point != RESID_POST for site in first.reads):
+        more |= {"sites": [list(site) for site in first.reads]}
+        more |= {WIDTHS: first.about[WIDTHS]} if WIDTHS in first.about else {}
+    return pack_tensors(tensors, {**about, **layout, **more})
 
 
-def load_probes(source: str | Path, solver: str | None = None, revision: str | None = None) -> Any:
+def load_probes(
+    source: str | Path, solver: str | None = None, revision: str | None = None, *, kind: str | None = None
+) -> Any:
     """The probes of a run: `source` is its folder, its `probes.safetensors`, or `user/name` on the Hugging Face hub.
 
-    `solver` picks one of several, `revision` a branch, tag or commit on the hub, which is asked only where no file or
-    folder has that name.  Their `about` is what `pack_probes` put into the file, and the `source`.  Nothing is
-    unpickled.  Raises InputError for what is not there or holds no probes.
+    `solver` and `kind` pick one of several (none: the first, which is linear); `revision` is a branch, tag or commit on
+    the hub, which is asked only where no file or folder has that name.  Their `about` is what `pack_probes` put into
+    the file, and the `source`.  Nothing is unpickled.  Raises InputError for what is not there or holds no probes.
     """
     path = find_probes(source, revision)
     about = read_about(path)
     name = solver or about["solvers"][0]
     if name not in about["solvers"]:
         raise InputError(f"solver {name!r}", f"one whose probes {path} holds: {about['solvers']}", "choose another")
-    kind = about.get("kinds", {}).get(name, ProbeBank.kind)
-    if kind not in KINDS:
-        raise _broken(path, f"of a kind that is known ({kind}, not {', '.join(KINDS)})")
+    kinds = kinds_in(about, name)
+    chosen = kinds[0] if kind is None else kind
+    if chosen not in kinds:
+        raise InputError(f"kind {chosen!r}", f"one whose probes {path} holds: {' '.join(kinds)}", "choose another")
+    bank = _read(path, about, name, chosen)
+    bank.about = about | {"source": str(source)}
+    return bank
+
+
+def kinds_in(about: Mapping[str, Any], solver: str) -> list[str]:
+    """The kinds of probes of a solver that a file holds, by what it says of itself."""
+    return about.get("kinds", {}).get(solver, [LINEAR])
+
+
+def sites_in(about: Mapping[str, Any]) -> list[Site]:
+    """The sites whose probes a file holds, by what it says of itself."""
+    return [Site(*site) for site in about["sites"]] if "sites" in about else layer_sites(about["layers"])
+
+
+def _read(path: Path, about: Mapping[str, Any], solver: str, kind: str) -> Any:
+    """The probes of one solver and kind that a file holds."""
+    group = group_of(solver, kind)
     with safe_open(str(path), framework="pt") as f:
-        own = [key for key in f.keys() if key.startswith(f"{name}.")]
-        tensors = {key.removeprefix(f"{name}."): f.get_tensor(key) for key in own}
+        own = [key for key in f.keys() if key.startswith(f"{group}.")]
+        tensors = {key.removeprefix(f"{group}."): f.get_tensor(key) for key in own}
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise _broken(path, f"but tensors of {', '.join(sorted({str(each.dtype) for each in tensors.values()}))}")
+    if "threshold" not in tensors:
+        raise _broken(path, f"of kind {kind}")
     threshold = tensors.pop("threshold")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise _broken(path, "but numbers that are infinite or none")
     columns = [Column(*c) for c in about["columns"]]
     try:
-        if threshold.shape != (len(about["layers"]), len(columns)):
-            raise ValueError(f"tensors that are no grid of {len(about['layers'])} layers x {len(columns)} columns")
-        bank = KINDS[kind].from_tensors(layer_sites(about["layers"]), columns, tensors, name)
+        bank = class_of(kind).from_tensors(sites_in(about), columns, tensors, solver=solver, kind=kind)
+        if threshold.shape != bank.bias.shape:
+            raise ValueError(f"tensors that are no grid of {len(bank.sites)} layers x {len(columns)} columns")
     except (KeyError, ValueError) as error:
         raise _broken(path, f"but {error}") from error
-    bank.threshold, bank.about = threshold.double(), about | {"source": str(source)}
+    bank.threshold = threshold.double()
     return bank
 
 
@@ -120,18 +163,30 @@ def read_about(path: Path) -> dict[str, Any]:
         wanted = {f"{name}.threshold" for name in about["solvers"]}
         if not wanted or not about["layers"] or not about["columns"] or wanted - names:
             raise KeyError(*sorted(wanted - names))
-        layers = about["layers"]
-        if not all(type(layer) is int for layer in layers) or len(set(layers)) < len(layers):
-            raise ValueError(f"layers {layers}")
+        _check_sites(about)
         about["columns"] = [checked_column(*column) for column in about["columns"]]
         about["config"] = dict(about.get("config", {}))
-        if not isinstance(about.get("kinds", {}), dict):
-            raise TypeError(f"kinds {about['kinds']}")
+        kinds = about.get("kinds", {})
+        if not all(isinstance(own, list) and all(isinstance(kind, str) for kind in own) for own in kinds.values()):
+            raise TypeError(f"kinds {kinds}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _broken(path, f"({type(error).__name__}: {error})") from error
     if all(control for *_, control, _seed in about["columns"]):
         raise _broken(path, "but controls")
     return about
+
+
+def _check_sites(about: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError for layers and sites that cannot be those of probes."""
+    layers, given = about["layers"], about.get("sites")
+    sites = layer_sites(layers) if given is None else [checked_site(*site) for site in given]
+    if not all(type(layer) is int for layer in layers) or len(set(sites)) < len(sites):
+        raise ValueError(f"layers {layers}")
+    if [site.layer for site in sites] != layers or any(site.is_control for site in sites):
+        raise ValueError(f"sites {given} of layers {layers}")
+    widths = about.get(WIDTHS, [1] * len(sites))
+    if len(widths) != len(sites) or not all(type(width) is int and width > 0 for width in widths):
+        raise ValueError(f"widths {widths}")
 
 
 def checked_column(*given: Any) -> list[Any]:
@@ -163,7 +218,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
 def pack_tensors(tensors: Mapping[str, Tensor], about: Any) -> bytes:
     """The content of a safetensors file, byte-identical for equal input; `about` is its metadata: text, or JSON."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in sorted(tensors.items())}
     text = about if isinstance(about, str) else json.dumps(about, sort_keys=True)
     return save(ready, {"streamprobe": text})  # of two entries the order would be any
 

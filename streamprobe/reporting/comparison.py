@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamprobe.errors import InputError
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import Row, reads, site_cell
 from streamprobe.reporting.grids import (
     Family,
     Grid,
@@ -77,7 +77,7 @@ def certain_up_to(grid: Grid) -> str:
     """The largest lag that is certain, and its layer, in words."""
     row = furthest_certain(rows_of(grid))
     if row:
-        return f"up to lag {row['lag']:+d} (layer {row['layer']}, {number(row, 'gain_bits', '+')} mbit a token)"
+        return f"up to lag {row['lag']:+d} ({reads(row)}, {number(row, 'gain_bits', '+')} mbit a token)"
     return "at no lag" if gained(lines_of(grid)[0]) else "unknown, without a joint control"
 
 
@@ -101,10 +101,10 @@ def best_by_gain(grid: Grid) -> Mapping[int, Row]:
 
 SHOWN = [
     Lines("AUROC", lambda row: number(row, "auroc"), best_by_auroc),
-    Lines("layer", lambda row: str(row["layer"]), best_by_auroc),
+    Lines("layer", site_cell, best_by_auroc),
     Lines("gain mbit", lambda row: number(row, "gain_bits", "+"), best_by_gain),
     Lines("at least", lambda row: number(row, "gain_bits_low_corrected", "+"), best_by_gain),
-    Lines("layer", lambda row: str(row["layer"]), best_by_gain),
+    Lines("layer", site_cell, best_by_gain),
 ]
 
 

@@ -40,24 +40,24 @@ def results_csv(results: TestResults) -> bytes:
 
 
 def categories_csv(results: TestResults) -> bytes | None:
-    """The same within each category of problems, where there are several."""
+    """The rows of linear probes and controls within each category of problems, where there are several."""
     categories = [chain.category for chain in results.chains]
-    return _pack_all(by_category(results.probes, categories, results.resamples, results.seed))
+    return _pack_all(by_category(results.linear, categories, results.resamples, results.seed))
 
 
 def differences_csv(results: TestResults) -> bytes | None:
-    """Differences between layers, and between lags."""
+    """Differences between layers, lags, sites and kinds."""
     return _pack_all(differences(results.judged))
 
 
 def reliability_csv(results: TestResults) -> bytes | None:
     """What probes say, and what is true."""
-    return _pack_all(reliability(results.probes))
+    return _pack_all(reliability(results.linear))
 
 
 def curves_json(results: TestResults) -> bytes:
     """What every probe gets right and wrong: its precision-recall curve, and counts at its threshold."""
-    return json.dumps(collect_curves(results.probes), separators=(",", ":")).encode()
+    return json.dumps(collect_curves(results.linear), separators=(",", ":")).encode()
 
 
 def texts_csv(results: TestResults) -> bytes | None:
@@ -85,7 +85,7 @@ def _about(results: TestResults) -> dict[str, Any]:
 def transcripts_json(results: TestResults) -> bytes:
     """A few test chains with what every probe says of each token."""
     named = {"labels": results.labels, "tokenizer": results.tokenizer}
-    found = collect(results.probes, results.rows, results.chains, **named)
+    found = collect(results.linear, results.rows, results.chains, **named)
     return json.dumps(found, separators=(",", ":")).encode()
 
 
@@ -114,7 +114,7 @@ FILES = {  # in the order in which they are written; the report is drawn of othe
     "results.csv": OutputFile(results_csv, "a row per probe and control on the test chains"),
     "transcripts.json": OutputFile(transcripts_json, "a few test chains to read, with what every probe says of them"),
     "categories.csv": OutputFile(categories_csv, "the rows of results.csv within each category of problems"),
-    "differences.csv": OutputFile(differences_csv, "paired differences of AUROC between layers and between lags"),
+    "differences.csv": OutputFile(differences_csv, "paired differences of AUROC between layers, lags, sites and kinds"),
     "reliability.csv": OutputFile(reliability_csv, "mean probability and share of positives, in ten bins of tokens"),
     "curves.json": OutputFile(curves_json, "precision, recall, and hits and errors at its threshold, of every probe"),
     "texts.csv": OutputFile(texts_csv, "a row per probe, control and pooling, where each text has one label"),

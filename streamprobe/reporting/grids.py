@@ -6,20 +6,49 @@ The rows of one solver, label and target are a family, for which there is one ve
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from streamprobe.evaluation.rows import GAINS, Row, place
+from streamprobe.evaluation.rows import GAINS, Row, is_beyond_linear, place, site_cell
 from streamprobe.evaluation.verdict import furthest, is_certain
+from streamprobe.probes.linear import LINEAR
+from streamprobe.probes.sites import RESID_POST
 
 Family = tuple[str, str, str]  # solver, label, target
 Grid = dict[str, dict[int, Row]]  # by place, then by lag
 
 
 def grids(rows: Iterable[Row]) -> dict[Family, Grid]:
-    """The rows of each solver, label and target, in the order of the verdicts; layers before controls."""
+    """The rows of linear probes and controls of each solver, label and target, in the order of the verdicts.
+
+    Layers before controls.
+    """
     found: dict[Family, Grid] = {}
-    for row in sorted(rows, key=lambda row: (row["solver"], row["label"], row["target"], bool(row["control"]))):
+    linear = (row for row in rows if row["kind"] == LINEAR)
+    for row in sorted(linear, key=lambda row: (row["solver"], row["label"], row["target"], bool(row["control"]))):
         grid = found.setdefault((row["solver"], row["label"], row["target"]), {})
         grid.setdefault(place(row), {})[row["lag"]] = row
     return found
+
+
+def other_kinds(rows: Iterable[Row]) -> dict[Family, list[Row]]:
+    """The rows of probes of other kinds than linear, of each solver, label and target that has some."""
+    found: dict[Family, list[Row]] = {}
+    for row in rows:
+        if row["kind"] != LINEAR:
+            found.setdefault((row["solver"], row["label"], row["target"]), []).append(row)
+    return found
+
+
+def beyond_linear(rows: Iterable[Row]) -> list[Row]:
+    """Of each lag, rising, the row with the highest AUROC of those that are certainly above the linear probe there.
+
+    That is: the low end of the difference of AUROC, corrected for all kinds, layers and lags looked at, is above what
+    training leaves open.
+    """
+    best: dict[int, Row] = {}
+    for row in rows:
+        lag = row["lag"]
+        if is_beyond_linear(row) and (lag not in best or row["auroc"] > best[lag]["auroc"]):
+            best[lag] = row
+    return [best[lag] for lag in sorted(best)]
 
 
 def title(family: Family) -> str:
@@ -116,9 +145,9 @@ def interval(row: Row, name: str, sign: str = "") -> str:
     return low and f"{low} to {high}"
 
 
-def layers_by_lag(rows: Sequence[Row]) -> dict[int, list[int]]:
-    """The layers of these rows at each lag, both rising."""
-    found: dict[int, list[int]] = {}
-    for row in sorted(rows, key=lambda row: (row["lag"], row["layer"])):
-        found.setdefault(row["lag"], []).append(row["layer"])
+def layers_by_lag(rows: Sequence[Row]) -> dict[int, list[str]]:
+    """The layers of these rows at each lag, both rising, as a table names them; those of other sites behind."""
+    found: dict[int, list[str]] = {}
+    for row in sorted(rows, key=lambda row: (row["lag"], row["site"] != RESID_POST, row["site"], row["layer"])):
+        found.setdefault(row["lag"], []).append(site_cell(row))
     return found

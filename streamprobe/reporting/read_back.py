@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamprobe.errors import InputError
-from streamprobe.evaluation.rows import FIELDS, Row
+from streamprobe.evaluation.rows import FIELDS, PLACE, Row
 from streamprobe.evaluation.texts import TEXT_FIELDS
 from streamprobe.system.csv_files import broken_file, read_csv
 
 # Fields that are text; that are drawn, and so about 1 at most; and that are whole numbers
-WORDS = ("solver", "label", "target", "control", "split", "best_control", "pooling", "category")
+WORDS = ("solver", "kind", "site", "label", "target", "control", "split", "best_control", "pooling", "category")
 BOUNDED = ("auroc", "average_precision", "gain", "lift", "f1", "tpr", "brier", "base_rate", "mean_", "share_")
 COUNTS = ("lag", "n_tokens", "n_positive", "n_chains", "n_positive_chains", "best_pass", "n_texts", "bin")
 FIX = "give the folder of such a run, or run it again where it is of an earlier version"
 CATEGORY_FIELDS = ["category", *FIELDS]
-BIN_FIELDS = "solver,layer,label,target,lag,bin,n_tokens,mean_probability,share_positive".split(",")
+BIN_FIELDS = "solver,kind,site,layer,label,target,lag,bin,n_tokens,mean_probability,share_positive".split(",")
 
 
 class FinishedRun(NamedTuple):
@@ -77,7 +77,7 @@ def _curves_if_any(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         raise broken(path, "no list")
     for each in found:
-        _require(path, each, "solver", "layer", "label", "target", "lag", "recall", "precision", "tp", "fp", "fn", "tn")
+        _require(path, each, *PLACE, "recall", "precision", "tp", "fp", "fn", "tn")
     return found
 
 

@@ -4,15 +4,16 @@ Every table takes the width that it may have, and leaves out its least important
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import PLACE, Row, site_cell
 from streamprobe.evaluation.texts import POOLINGS, best_text_rows
 from streamprobe.reporting.grids import (
     Grid,
     best_of,
+    beyond_linear,
     certain,
     gained,
     grids,
@@ -22,9 +23,11 @@ from streamprobe.reporting.grids import (
     layers_by_lag,
     lines_of,
     number,
+    other_kinds,
     rows_of,
     title,
 )
+from streamprobe.reporting.text_table import Shown, draw_table, interval_column, number_column
 from streamprobe.system.wrapping import wrapped
 
 WIDE = 120  # columns of what goes to no terminal
@@ -34,28 +37,9 @@ LISTED = 100  # columns of the list of files, at most
 UNBROKEN = "\xa0"  # a space at which no line ends
 
 
-class Shown(NamedTuple):
-    """A column of a table: its head, how wide it is, the cell of a row, and how much it matters (0 the most)."""
-
-    head: str
-    width: int  # below 0: from the left
-    text: Callable[[Any], str]
-    matters: int
-
-
-def number_column(head: str, width: int, matters: int, name: str, *, sign: str = "") -> Shown:
-    """The column of one number of a row."""
-    return Shown(head, width, lambda row: number(row, name, sign), matters)
-
-
-def interval_column(width: int, matters: int, name: str, sign: str = "") -> Shown:
-    """The column of an interval."""
-    return Shown("  95% interval", -width, lambda row: f"  {interval(row, name, sign)}".rstrip(), matters)
-
-
 BEST = [
     Shown("lag", 5, lambda row: f"{row['lag']:+d}", 0),
-    Shown("layer", 6, lambda row: str(row["layer"]), 0),
+    Shown("layer", 6, lambda row: f" {site_cell(row)}", 0),
     number_column("AUROC", 7, 0, "auroc"),
     interval_column(16, 4, "auroc"),
     number_column("gain mbit", 10, 0, "gain_bits", sign="+"),
@@ -71,23 +55,29 @@ BEST = [
 ]
 
 
-def columns_that_fit(columns: Sequence[Shown], rows: Sequence[Any], width: int) -> list[Shown]:
-    """The columns that have something to show, without those that matter least where `width` is too little for all."""
-    kept = [column for column in columns if any(column.text(row) for row in rows)]
-    while sum(abs(column.width) for column in kept) > width and len(kept) > 1:
-        kept.remove(max(reversed(kept), key=lambda column: column.matters))
-    return kept
+OTHER_KINDS = [
+    Shown("lag", 5, lambda row: f"{row['lag']:+d}", 0),
+    Shown("  kind", -12, lambda row: f"  {row['kind']}", 0),
+    Shown("layer", 6, lambda row: f" {site_cell(row)}", 0),
+    number_column("AUROC", 7, 0, "auroc"),
+    interval_column(16, 4, "auroc"),
+    number_column("over linear", 12, 0, "over_linear", sign="+"),
+    interval_column(18, 1, "over_linear", "+"),
+    number_column("at least", 9, 2, "over_linear_low_corrected", sign="+"),
+    number_column("gain mbit", 10, 3, "gain_bits", sign="+"),
+    number_column("at least", 9, 3, "gain_bits_low_corrected", sign="+"),
+]
 
 
-def draw_table(columns: Sequence[Shown], rows: Sequence[Any], width: int) -> list[str]:
-    """A line of heads, and one for each row."""
-    kept = columns_that_fit(columns, rows, width)
-
-    def line(cells: Iterable[str]) -> str:
-        placed = (f"{cell:{'<' if c.width < 0 else '>'}{abs(c.width)}}" for c, cell in zip(kept, cells, strict=True))
-        return "".join(placed).rstrip()
-
-    return [line(column.head for column in kept), *(line(column.text(row) for column in kept) for row in rows)]
+def _kinds(rows: Sequence[Row], room: int, width: int | None) -> list[str]:
+    """Of each lag the best kind of probe, where it is certainly above linear ones; nothing in a run of these alone."""
+    if not rows:
+        return []
+    names, best = ", ".join(dict.fromkeys(row["kind"] for row in rows)), beyond_linear(rows)
+    if not best:
+        return [wrapped(f"kinds     none of {names} is certainly above linear probes at any lag", width)]
+    said = f"kinds     of {names} the best of each lag, where it is certainly above linear probes"
+    return ["", wrapped(said, width), "", *draw_table(OTHER_KINDS, best, room)]
 
 
 def table(rows: Sequence[Row], texts: Sequence[Row] = (), width: int | None = None) -> str:
@@ -95,7 +85,7 @@ def table(rows: Sequence[Row], texts: Sequence[Row] = (), width: int | None = No
 
     Below it what is certain, and behind it what is found of whole texts, if there is anything.
     """
-    room = width or WIDE
+    room, kinds = width or WIDE, other_kinds(rows)
     lines: list[str] = []
     for (solver, label, target), grid in grids(rows).items():
         layers, controls = lines_of(grid)
@@ -108,6 +98,7 @@ def table(rows: Sequence[Row], texts: Sequence[Row] = (), width: int | None = No
             lines += [*_by_layer_and_lag(layers, controls, best, lags[start : start + at_once]), ""]
         lines += draw_table(BEST, list(best.values()), room)
         lines += [wrapped(note, width) for note in (*_notes_on_gain(layers), *_notes_on_probes(rows_of(grid)))]
+        lines += _kinds(kinds.get((solver, label, target), []), room, width)
         lines += ["", ""]
     return "\n".join([*lines, text_table(texts, width), ""] if texts else lines[:-1])
 
@@ -119,13 +110,15 @@ def evenly(n: int, most: int) -> int:
 
 def _by_layer_and_lag(layers: Grid, controls: Grid, best: Mapping[int, Row], lags: Sequence[int]) -> list[str]:
     """AUROC, a line for each layer or control and a column for each lag."""
-    lines = [f"{'lag':<{NAME}}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
-    for name, line in (layers | controls).items():
+    every = layers | controls
+    wide = max(NAME, *(len(name) + 1 for name in every))
+    lines = [f"{'lag':<{wide}}" + "".join(f"{lag:>+6d} " for lag in lags).rstrip()]
+    for name, line in every.items():
         cells = [
             f"{line[lag]['auroc']:>6.3f}" + " *"[line[lag] is best.get(lag)] if lag in line else " " * CELL
             for lag in lags
         ]
-        lines.append((f"{name:<{NAME}}" + "".join(cells)).rstrip())
+        lines.append((f"{name:<{wide}}" + "".join(cells)).rstrip())
     return lines
 
 
@@ -160,7 +153,7 @@ class Pair(NamedTuple):
 
 TRANSFER = [
     Shown("lag", 5, lambda pair: f"{pair.there['lag']:+d}", 0),
-    Shown("layer", 6, lambda pair: str(pair.there["layer"]), 0),
+    Shown("layer", 6, lambda pair: f" {site_cell(pair.there)}", 0),
     Shown("AUROC", 8, lambda pair: number(pair.there, "auroc"), 0),
     Shown("lift", 8, lambda pair: number(pair.there, "lift", "+"), 1),
     Shown("AUROC", 9, lambda pair: number(pair.here, "auroc"), 0),
@@ -172,12 +165,11 @@ TRANSFER = [
 
 def compare(before: Sequence[Row], rows: Sequence[Row], width: int | None = None) -> str:
     """For each solver, label and target a line a lag: the layer that is the best in `before`, there and in `rows`."""
-    names = ("solver", "label", "target", "layer", "lag")
-    here = {tuple(row[name] for name in names): row for row in rows if not row["control"]}
+    here = {tuple(row[name] for name in PLACE): row for row in rows if not row["control"]}
     lines: list[str] = []
     for family, grid in grids(before).items():
         best = best_of(lines_of(grid)[0].values()).values()
-        pairs = [Pair(row, here[tuple(row[name] for name in names)]) for row in best]
+        pairs = [Pair(row, here[tuple(row[name] for name in PLACE)]) for row in best]
         heading = f"transfer     {title(family)}: the layer that is best on the run's test chains"
         lines += [
             wrapped(heading, width),
@@ -203,7 +195,7 @@ def _of_probe(column: Shown) -> Shown:
 
 OF_TEXTS = [
     Shown("pooling", -9, lambda pair: pair.probe["pooling"], 0),
-    Shown("layer", 5, lambda pair: str(pair.probe["layer"]), 0),
+    Shown("layer", 5, lambda pair: f" {site_cell(pair.probe)}", 0),
     _of_probe(number_column("AUROC", 8, 0, "auroc")),
     _of_probe(interval_column(17, 1, "auroc")),
     _of_probe(number_column("TPR at 1%", 11, 2, "tpr_at_1fpr")),
@@ -236,7 +228,7 @@ def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
     """The numbers by which runs compare, by the names that TensorBoard gives them: those of one solver, unnamed.
 
     Of each label and target the furthest lag that is certain, and the highest gain in bits, lift, AUROC and average
-    precision.
+    precision; of each other kind of probe the highest AUROC.
     """
     found: dict[str, float] = {}
     for (_, *family), grid in grids(row for row in rows if row["solver"] == solver).items():
@@ -248,6 +240,10 @@ def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
             values = [row[name] for row in known(real, name)]
             if values:
                 found[f"test/highest {name}/{'/'.join(family)}"] = max(values)
+    for (_, *family), others in other_kinds(row for row in rows if row["solver"] == solver).items():
+        for row in known(others, "auroc"):
+            name = f"test/highest auroc of {row['kind']}/{'/'.join(family)}"
+            found[name] = max(row["auroc"], found.get(name, 0.0))
     return found
 
 

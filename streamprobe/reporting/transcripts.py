@@ -13,17 +13,17 @@ from torch import Tensor
 
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import ScoredProbes
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import PLACE, Row, place_fields
 from streamprobe.evaluation.scores import Scored, tokens_of_column
 from streamprobe.evaluation.verdict import furthest, is_certain
 from streamprobe.lags import UNKNOWN
+from streamprobe.probes.linear import LINEAR
 
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"  # of the square root of a probability
 UNASKED = "."  # a token at which the probe is not asked
 PICKS = {"hit": 4, "miss": 3, "false alarm": 3}
 ROOM = 600_000  # probabilities in all; excerpts get shorter where there are more
 SHORTEST = 40  # tokens of an excerpt
-PLACE = ("solver", "layer", "label", "target", "lag")  # what names a probe
 
 
 class Pick(NamedTuple):
@@ -45,8 +45,8 @@ class Probe(NamedTuple):
     def place(self) -> dict[str, Any]:
         """What names it, as in a row of results.csv."""
         column = self.group.columns[self.column]
-        named = (self.group.solver, self.group.sites[self.layer].layer, column.label, column.target, column.lag)
-        return dict(zip(PLACE, named, strict=True))
+        fields = place_fields(self.group.solver, self.group.sites[self.layer], column, kind=self.group.kind)
+        return {name: fields[name] for name in PLACE}
 
     def threshold(self) -> float | None:
         """The probability from which validation would have it say yes; None where it had no class to choose by."""
@@ -150,7 +150,7 @@ def collect(
     `chains` are those that the tokens of `groups` name, their first codes are of `labels`.
     """
     probes = [Probe(group, i, k) for group in groups for i, k in group.real()]
-    best = reference(rows)
+    best = reference([row for row in rows if row["kind"] == LINEAR])
     picks = [] if best is None else _picks(probes, best)
     longest = max(SHORTEST, ROOM // max(1, len(probes) * len(picks)))
     picks = picks[: max(1, ROOM // (max(1, len(probes)) * SHORTEST))]

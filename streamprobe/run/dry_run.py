@@ -86,7 +86,7 @@ def describe_run(config: RunConfig) -> None:
     with local_main_first():
         texts, config = read_texts(config)
     inputs = make_inputs(config, texts)
-    layers = config.probes.layer_numbers
+    layers = sorted({place.layer for place in texts.places})
     sizes = weight_bytes(texts.model_config, layers, **model.code)
     say(f"{inputs.preflight}\n\n{describe_weights(sizes, max(layers))}")
     backbone = load_model(config, texts, inputs)
@@ -95,7 +95,8 @@ def describe_run(config: RunConfig) -> None:
     del texts  # as in a run, which plans with the memory that is free then
     embedded = embed_controls(inputs, backbone)
     reader = make_reader(config, inputs, backbone, cost, embedded=embedded)
-    feeds = make_feeds(inputs, layers, backbone.hidden_size, embedded.width if embedded else None)
+    kinds = config.probes.kinds
+    feeds = make_feeds(inputs, backbone, embedded.width if embedded else None, kinds=kinds)
     plan = plan_run(config, inputs, backbone, feeds, shards=reader.shards, before=None)
     splits = dict(inputs.dataset.splits)
     if inputs.dataset.folds > 1 and plan.kept.train and plan.kept.validation:

@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from streamprobe.activations.feed import Feed
+from streamprobe.activations.feed import PROBED, Feed
 from streamprobe.config.load import RunConfig
 from streamprobe.controls.embedding import EmbeddingLayers, WordBasis
 from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.errors import InputError
 from streamprobe.evaluation.results import TestResults, judge, score
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import PLACE, Row, place_fields
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.model.places import main_device
-from streamprobe.probes.kept import KeptProbes
+from streamprobe.probes.kept import FinalProbes, KeptProbes
+from streamprobe.probes.kinds import looks_back
+from streamprobe.probes.linear import LINEAR
+from streamprobe.probes.nested import NESTED
 from streamprobe.probes.storage import find_probes, read_about
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import EVALUATION, write_files
@@ -30,16 +33,16 @@ from streamprobe.run.folder import claim_folder
 from streamprobe.run.inputs import Inputs, Texts, controls_that_know, read_texts
 from streamprobe.run.jobs import make_feeds
 from streamprobe.run.judged_chains import columns_of, count_overlap, make_inputs, read_chains
-from streamprobe.run.nested import nested_feed
+from streamprobe.run.kind_feeds import kind_feed, mixed_feed
+from streamprobe.run.nested import nested_feeds
 from streamprobe.run.opened import check_chains
 from streamprobe.run.provenance import facts_of, sizes_of
-from streamprobe.run.reader import Backbone, Reader, find_bad_rows, load_model, make_reader
+from streamprobe.run.reader import Backbone, Reader, embedding_size, find_bad_rows, load_model, make_reader
 from streamprobe.system.console import say
 from streamprobe.system.hardware import exact_float32
 from streamprobe.system.wrapping import columns
 
 FOLDER = "evaluations"  # in that of the run
-PLACE = ("solver", "label", "target", "layer", "lag")
 
 
 class Asked(NamedTuple):
@@ -91,7 +94,8 @@ def rows_of_run(asked: Asked) -> list[Row]:
     kept = set()
     for each in asked.kept.final:
         columns = [each.bank.columns[k] for k in each.shared]
-        kept |= {(each.solver, c.label, c.target, site.layer, c.lag) for c in columns for site in each.bank.sites}
+        places = (place_fields(each.solver, s, c, kind=each.of_kind) for c in columns for s in each.bank.sites)
+        kept |= {tuple(place[name] for name in PLACE) for place in places}
     if found != kept:
         raise InputError(f"{path}, which is not of the probes of this run", "the results of all of them", "put it back")
     return rows
@@ -117,7 +121,8 @@ def set_up(asked: Asked, cost: Cost) -> Setup:
         say(f"skipped   {len(bad)} chains {NOT_FINITE}; what is left:\n")
         inputs, seen = look_at(asked, texts, read(bad))
     embedded = restore_embedded(asked.kept, inputs, backbone)
-    reader = make_reader(config, inputs, backbone, cost, embedded=embedded)
+    every = any(looks_back(each.of_kind) for each in asked.kept.final)
+    reader = make_reader(config, inputs, backbone, cost, embedded=embedded, every=every)
     feeds = feeds_of(asked.kept, inputs, backbone, embedded.width if embedded else None)
     return Setup(config, texts.tokenizer, inputs, seen, facts, backbone, feeds, reader)
 
@@ -134,10 +139,10 @@ def look_at(asked: Asked, texts: Texts, chains: Dataset) -> tuple[Inputs, int]:
 
 def check_model(asked: Asked, backbone: Backbone, facts: Mapping[str, Any]) -> None:
     """Raises InputError for a model of another size than the probes', and says where its weights are others."""
-    probed = next(each.bank for each in asked.kept.final if each.shared)
-    if probed.n_features != backbone.hidden_size:
+    probed = max(each.bank.n_features for each in asked.kept.final if each.shared)
+    if probed != max(backbone.widths):
         raise InputError(
-            f"probes of {probed.n_features} features and a model of hidden size {backbone.hidden_size}",
+            f"probes of {probed} features and a model of hidden size {max(backbone.widths)}",
             "the model that was probed",
             "correct --model",
         )
@@ -151,9 +156,7 @@ def restore_embedded(kept: KeptProbes, inputs: Inputs, backbone: Backbone) -> Em
     if not controls:
         return None
     embedding = backbone.model.get_input_embeddings()
-    device = main_device(embedding)
-    with torch.no_grad():
-        width = embedding(torch.zeros(1, dtype=torch.int64, device=device)).shape[1]
+    device, width = main_device(embedding), embedding_size(backbone.model)
     if width != len(kept.words.get("mean", ())):
         raise InputError(
             f"embeddings of size {width}", "those of the model that was probed", "correct --model, or run it again"
@@ -164,13 +167,15 @@ def restore_embedded(kept: KeptProbes, inputs: Inputs, backbone: Backbone) -> Em
 
 def feeds_of(kept: KeptProbes, inputs: Inputs, backbone: Backbone, embedding_size: int | None) -> list[Feed]:
     """What each group of probes is fed.  Raises InputError where the run's config does not give that."""
-    made = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedding_size)
-    nested = nested_feed(made)
-    by_name = {feed.name: feed for feed in [*made, *([nested] if nested else [])]}
-    feeds = []
-    for each in kept.final:
-        feed, bank = by_name.get(each.feed), each.bank
-        if not feed or feed.sites != bank.sites or feed.n_features != bank.n_features:
+    made = make_feeds(inputs, backbone, embedding_size)
+    by_name = {feed.name: feed for feed in [*made, *nested_feeds(made)]}
+    feeds: list[Feed] = []
+    for number, each in enumerate(kept.final):
+        before = {
+            done.feed: feed for done, feed in zip(kept.final[:number], feeds, strict=True) if done.solver == each.solver
+        }
+        feed, bank = _feed_of(each, by_name, before), each.bank
+        if not feed or feed.sites != bank.reads or feed.n_features != bank.n_features:
             raise InputError(
                 f"a config.yaml with other layers or controls than the {each.feed} of the probes",
                 "the run's own",
@@ -181,6 +186,22 @@ def feeds_of(kept: KeptProbes, inputs: Inputs, backbone: Backbone, embedding_siz
     return feeds
 
 
+def _feed_of(each: FinalProbes, by_name: Mapping[str, Feed], before: Mapping[str, Feed]) -> Feed | None:
+    """What a group of probes is fed, whatever its columns; None where the run's config does not give that.
+
+    `by_name` are the feeds of linear and nested probes and of controls; `before` those of the groups of the same solver
+    before this one, with the columns that these have.
+    """
+    kind = each.of_kind
+    if kind == LINEAR:
+        return by_name.get(each.feed)
+    if each.feed != f"{NESTED} {kind}":
+        return kind_feed(by_name[PROBED], each.feed)
+    if {NESTED, PROBED, kind} - before.keys():
+        return None
+    return mixed_feed(before[NESTED], before[PROBED], kind, own=before[kind])
+
+
 def judge_chains(asked: Asked, setup: Setup, folder: Path, cost: Cost) -> TestResults:
     """Scores the chains once with every probe and control, and judges them as the run's test chains were."""
     inputs, training, device = setup.inputs, setup.config.training, setup.backbone.device
@@ -189,7 +210,7 @@ def judge_chains(asked: Asked, setup: Setup, folder: Path, cost: Cost) -> TestRe
     scored = score(asked.kept.final, setup.feeds, (batch.to(device) for batch in setup.reader.read("test")))
     probes = [fair for each in scored if (fair := each.without(known))]
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
-    judged = judge(probes, len(chains), training.bootstrap, training.seed)
+    judged = judge(probes, len(chains), training.bootstrap, training.seed, tolerance=training.tolerance)
     described = {
         "title": f"{asked.folder.resolve().name} on {folder.resolve().name}",
         "probes_of": str(asked.folder),

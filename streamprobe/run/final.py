@@ -45,7 +45,7 @@ def choose_thresholds(
 
 
 def final_probes(
-    setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tensor], nested: FinalProbes | None
+    setup: Setup, jobs: Sequence[Job], thresholds: Sequence[Tensor], nested: Sequence[FinalProbes]
 ) -> list[FinalProbes]:
     """The best probes of every job, and nested ones: those of all folds."""
     final = []
@@ -53,8 +53,9 @@ def final_probes(
         bank, best = calibrated(job, setup.inputs), job.best
         half = setup.inputs.prior_of(job.feed)  # where the class-weighted probability is one half
         whole = bank.choose(list(range(len(bank.columns))), threshold)
+        whole.solver = job.solver.name  # by which other probes find their logits
         final.append(FinalProbes(job.solver.name, job.feed.name, whole, half, best.best_pass, job.solver.gradient_norm))
-    return final + ([nested] if nested else [])
+    return final + list(nested)
 
 
 def probes_to_keep(setup: Setup, final: Sequence[FinalProbes]) -> KeptProbes:

@@ -25,7 +25,9 @@ from streamprobe.errors import InputError
 from streamprobe.lags import Column, make_columns
 from streamprobe.model.blocks import check_layers, check_vocabulary, context, depth, resolve_layers
 from streamprobe.model.chunks import check_chunks
-from streamprobe.model.loading import read_config
+from streamprobe.model.hookpoints import resolve_places
+from streamprobe.model.loading import build_empty, read_config, readable_errors
+from streamprobe.model.points import Place
 from streamprobe.model.tokenizer import load_tokenizer
 from streamprobe.system.console import say
 
@@ -38,6 +40,7 @@ class Texts(NamedTuple):
     format: str  # how the data lie in their rows
     tokenizer: Any
     model_config: Any
+    places: list[Place]  # where activations are read, in the order in which they are named
 
 
 def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
@@ -46,6 +49,7 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     model_config = read_config(model.model, **model.source)
     check_layers(model_config, [])
     layers: Any = resolve_layers(config.probes.layers, depth(model_config))
+    places = _places_of(config, model_config, layers)
     source = open_data(data)
     tokenizer = load_tokenizer(model.model, **model.source)
     prompt = "chat" if source.found.name == "messages" else data.prompt
@@ -56,7 +60,18 @@ def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
         say(f"prompt    the chat template writes the date: {day} (--chat_date)")
     known = replace(data, chat_date=day, prompt=prompt, **source.found.keys)
     settled = replace(config, data=known, probes=replace(config.probes, layers=layers))
-    return Texts(read_records(source), source.partial, str(source.found), tokenizer, model_config), settled
+    return Texts(read_records(source), source.partial, str(source.found), tokenizer, model_config, places), settled
+
+
+def _places_of(config: RunConfig, model_config: Any, layers: Sequence[int]) -> list[Place]:
+    """Where activations are read.  Raises InputError for a pattern that names no place."""
+    asked, model = config.probes.read, config.model
+
+    def build() -> Any:
+        with readable_errors(model.model):
+            return build_empty(model_config, torch.float32, **model.code)
+
+    return resolve_places(asked.of_layers, layers, asked.of_modules, depth(model_config), build=build)
 
 
 def open_data(data: DataConfig) -> RowSource:

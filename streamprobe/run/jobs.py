@@ -4,20 +4,25 @@ Shapes: N tokens, L sites, K columns, D features, E width of an embedding.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from streamprobe.activations.feed import Feed
+from streamprobe.activations.batch import TokenBatch
+from streamprobe.activations.feed import PROBED, Feed
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import BASELINE_EXACTNESS, JOINT_CHAIN
 from streamprobe.lags import Column
 from streamprobe.probes.early_stopping import BestProbes
-from streamprobe.probes.sites import control_sites, layer_sites
+from streamprobe.probes.kinds import half_lives_of, is_kind
+from streamprobe.probes.sites import ALL_LAYERS, control_sites, mean_sites
 from streamprobe.run.checkpoint import Checkpoint
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.memory_plan import Kept
+from streamprobe.run.reader import Backbone
 from streamprobe.run.reads import make_reads
 from streamprobe.solvers.adam import AdamSolver
 from streamprobe.solvers.newton import NewtonSolver
@@ -25,30 +30,68 @@ from streamprobe.solvers.table import SOLVERS
 from streamprobe.system.console import say
 from streamprobe.trainer import Done, Job
 
-PROBED = "layers"  # the feed of the probes themselves
 
-
-def make_feeds(inputs: Inputs, layers: Sequence[int], hidden_size: int, embedding_size: int | None) -> list[Feed]:
-    """The probed layers first, then the controls with sites of their own.
+def make_feeds(
+    inputs: Inputs, backbone: Backbone, embedding_size: int | None, *, kinds: Sequence[str] = ()
+) -> list[Feed]:
+    """The probed layers first, those of each width, then the controls with sites of their own, and what else of these
+    `kinds` Newton trains.
 
     A control that changes the labels is one more column of the probed layers; others are asked for the columns to which
     they apply.  `embedding_size` is E where there are layers made of embeddings, else None.
     """
-    n_layers, controls = len(layers), inputs.controls
+    n_layers, controls = len(backbone.widths), inputs.controls
     every, real = torch.arange(len(inputs.columns)), torch.arange(inputs.n_real)
-    feeds = [Feed(PROBED, layer_sites(layers), hidden_size, lambda batch: batch.acts[:, :n_layers], every)]
+    feeds = _probed(backbone, every)
+    n_read = n_layers * (1 + len(half_lives_of(kinds)))  # with their running means
     if controls.with_layers:
         sites = control_sites(controls.with_layers)
-        own = slice(n_layers, n_layers + len(sites))
-        feeds.append(Feed("embeddings", sites, hidden_size, lambda batch: batch.acts[:, own], real))
-    reads = make_reads(controls, n_layers, embedding_size or 0)
+        width = embedding_size or 0
+        feeds.append(Feed("embeddings", sites, width, _part(n_read, len(sites), width), real))
+    reads = make_reads(controls, n_read, embedding_size or 0)
     for name, hand_made in controls.widths.items():
         asked = [k for k in real.tolist() if CONTROLS[name].applies(inputs.columns[k])]
         if asked:
             width = len(CONTROLS[name].layers) * (embedding_size or 0) + hand_made
             feeds.append(Feed(name, control_sites([name]), width, reads[name], torch.tensor(asked), hand_made))
+    feeds += _newton_kinds(kinds, feeds[0], real)
     n_folds = inputs.dataset.folds
     return feeds if n_folds == 1 else [_in_folds(feed, n_folds) for feed in feeds]
+
+
+def _newton_kinds(kinds: Sequence[str], probed: Feed, columns: Tensor) -> list[Feed]:
+    """The feeds of the kinds that are linear on features of their own: running means, and all layers side by side.
+
+    `probed` is that of the layers, or other places, which all have one width.
+    """
+    n, width, found = len(probed.sites), probed.n_features, []
+    for number, half_life in enumerate(half_lives_of(kinds), 1):
+        means = _part(number * n, n, width)
+        found.append(Feed(f"ema{half_life}", mean_sites(probed.sites, half_life), width, means, columns))
+    if "concat" in kinds:
+        found.append(Feed("concat", [ALL_LAYERS], n * width, partial(_side_by_side, n=n, width=width), columns))
+    return found
+
+
+def _side_by_side(batch: TokenBatch, *, n: int, width: int) -> Tensor:
+    """The first n layers of a batch as one, [N, 1, n D]."""
+    return batch.acts[:, None, :n, :width].flatten(2)
+
+
+def _probed(backbone: Backbone, columns: Tensor) -> list[Feed]:
+    """The places of each width, which stand side by side."""
+    feeds, sites = list[Feed](), backbone.sites
+    for width, own in groupby(range(len(sites)), key=lambda i: backbone.widths[i]):
+        first, *rest = own
+        some = sites[first : first + 1 + len(rest)]
+        name = f"{PROBED}/{width}" if feeds else PROBED
+        feeds.append(Feed(name, some, width, _part(first, len(some), width), columns))
+    return feeds
+
+
+def _part(first: int, n: int, width: int) -> Callable[[TokenBatch], Tensor]:
+    """What gives the activations of n sites of a batch, without the zeros behind their width."""
+    return lambda batch: batch.acts[:, first : first + n, :width]
 
 
 def _in_folds(feed: Feed, n: int) -> Feed:
@@ -65,7 +108,8 @@ def make_jobs(
         "adam": lambda feed: _adam_job(inputs, feed, training, device),
         "newton": lambda feed: _newton_job(inputs, feed, training, device, kept=kept),
     }
-    return [make[name](feed) for name in training.solvers for feed in feeds]
+    pairs = [(name, feed) for name in training.solvers for feed in feeds]
+    return [make[name](feed) for name, feed in pairs if name == NewtonSolver.name or not is_kind(feed.name)]
 
 
 def _adam_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device) -> Job:

@@ -10,10 +10,14 @@ from streamprobe.activations.shards import Shard
 from streamprobe.activations.store import CHUNK_TOKENS, LEAST_TOKENS, MIXING_TOKENS, ActivationMemory, Sizes
 from streamprobe.config.load import RunConfig
 from streamprobe.data.census import count_tokens
+from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.model.backbone import pick_dtype
 from streamprobe.model.blocks import text_config
+from streamprobe.probes.kinds import half_lives_of, looks_back
+from streamprobe.probes.linear import LINEAR
 from streamprobe.run.inputs import Inputs
+from streamprobe.run.kind_sizes import sample_bytes
 from streamprobe.run.reader import Backbone
 from streamprobe.run.solver_sizes import Matrices, NestedSize
 from streamprobe.solvers.curvature import HELD, HELD_BYTES
@@ -96,20 +100,30 @@ class Tokens(NamedTuple):
     validation: int
     bytes_each: int
     train_of_all: int  # of all ranks
+    every: bool = False  # also those that no column asks
 
     @classmethod
-    def of(cls, inputs: Inputs, shards: Mapping[str, Sequence[Shard]], bytes_each: int) -> "Tokens":
-        """Those of a run whose splits lie in these shards."""
-        of_all = inputs.census["train"].tokens
+    def of(
+        cls, inputs: Inputs, shards: Mapping[str, Sequence[Shard]], bytes_each: int, *, every: bool = False
+    ) -> "Tokens":
+        """Those of a run whose splits lie in these shards; with `every` also those that no column asks."""
+
+        def count(chains: Sequence[Chain]) -> int:
+            if every:
+                return sum(int(chain.support.sum()) for chain in chains)
+            return count_tokens(chains, inputs.columns, inputs.dataset.labels).tokens
+
+        splits = inputs.dataset.splits
+        of_all = count(splits["train"]) if every else inputs.census["train"].tokens
         if world().size == 1:
-            return cls(of_all, inputs.census["validation"].tokens, bytes_each, of_all)
+            held_out = count(splits["validation"]) if every else inputs.census["validation"].tokens
+            return cls(of_all, held_out, bytes_each, of_all, every)
         most: list[int] = []
         for split in ("train", "validation"):
             own = [i for number, shard in enumerate(shards[split]) if is_own(number) for batch in shard for i in batch]
-            chains = [inputs.dataset.splits[split][i] for i in own]
-            most.append(-least(-count_tokens(chains, inputs.columns, inputs.dataset.labels).tokens))
+            most.append(-least(-count([splits[split][i] for i in own])))
         train, validation = most
-        return cls(train, validation, bytes_each, of_all)
+        return cls(train, validation, bytes_each, of_all, every)
 
 
 def plan_memory(
@@ -228,10 +242,11 @@ def plan_run(
     training, newton = config.training, with_matrices(config.training.solvers)
     if newton and backbone.device.type == "mps":
         raise InputError("solver newton on mps", "a device with float64", "give --device_map cpu or --solvers adam")
-    n_layers = len(backbone.layers) + len(inputs.controls.embedded)
+    kinds, probed = config.probes.kinds, len(backbone.widths)
+    n_layers = probed * (1 + len(half_lives_of(kinds))) + len(inputs.controls.embedded)
     dtype = pick_dtype(config.model.dtype)
     sizes = Sizes(n_layers, backbone.hidden_size, len(inputs.columns), inputs.controls.width, dtype)
-    tokens = Tokens.of(inputs, shards, sizes.token_bytes())
+    tokens = Tokens.of(inputs, shards, sizes.token_bytes(), every=any(map(looks_back, kinds)))
     matrices = Matrices.of(feeds) if newton else None
     plan = make_plan(
         tokens,
@@ -254,6 +269,8 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
     nested = NestedSize.of(feeds) if with_matrices(config.training.solvers) else NestedSize()
     n_probes = sum(len(feed.sites) * len(feed.columns) for feed in feeds) * len(config.training.solvers)
     n_probes += (nested.layers + 1) * nested.columns
+    others, real = [kind for kind in config.probes.kinds if kind != LINEAR], inputs.n_real * folds
+    n_probes += len(others) * (len(backbone.sites) * real + (nested.layers + 1) * nested.columns)
     reserve = estimate_reserve(
         sizes,
         tokens=min(most, sum(lengths)),
@@ -265,13 +282,16 @@ def _reserve(config: RunConfig, inputs: Inputs, backbone: Backbone, feeds: Seque
         nested=nested,
     )
     vectors = Matrices.of(feeds).vectors if with_matrices(config.training.solvers) else 0
-    return reserve._replace(host=max(reserve.host, 2 * vectors))  # twice while a checkpoint is written
+    n_sites, tokens = len(backbone.sites), inputs.census["train"].tokens
+    sampled = sample_bytes(others, sizes, n_sites=n_sites, tokens=tokens, columns=real)
+    host = max(reserve.host, 2 * vectors)  # twice while a checkpoint is written
+    return Reserve(max(reserve.device, sampled), host)
 
 
 def make_memories(plan: RunPlan, n_shards: int) -> tuple[ActivationMemory, ActivationMemory]:
     """Room for this rank's training and validation tokens, as planned."""
     kept, tokens = plan.kept, plan.tokens
-    where: dict[str, Any] = {"home": plan.home, "n_shards": n_shards}
+    where: dict[str, Any] = {"home": plan.home, "n_shards": n_shards, "every": tokens.every}
     rows = tokens.train if kept.train else kept.rows
     train = ActivationMemory(rows, kept.train, plan.sizes, plan.device, tokens=tokens.train_of_all, **where)
     n_validation = tokens.validation * kept.validation

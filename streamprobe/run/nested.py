@@ -4,7 +4,7 @@ Shapes: N tokens, S = L + 1 sites, K columns.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from streamprobe.activations.batch import TokenBatch
-from streamprobe.activations.feed import Feed
+from streamprobe.activations.feed import PROBED, Feed
 from streamprobe.activations.shards import Trip
 from streamprobe.activations.store import ActivationMemory
 from streamprobe.config.schema import TrainingConfig
 from streamprobe.evaluation.calibration import recalibrate
 from streamprobe.evaluation.rows import JOINT_CHAIN
 from streamprobe.evaluation.scores import Scored, evaluate
-from streamprobe.probes.kept import NESTED, FinalProbes
-from streamprobe.probes.nested import Blocks, NestedProbes
-from streamprobe.run.jobs import PROBED
+from streamprobe.probes.kept import FinalProbes
+from streamprobe.probes.nested import NESTED, Blocks, NestedProbes
 from streamprobe.run.pass_end import QUIET
 from streamprobe.solvers.block_matrices import Start
 from streamprobe.solvers.nested import NestedSolver
@@ -40,38 +39,45 @@ class NestedJob(NamedTuple):
     feed: Feed
 
 
-def nested_feed(feeds: Sequence[Feed]) -> Feed | None:
-    """What nested probes are fed: the control and the layers; None in a run without that control."""
-    by_name = {feed.name: feed for feed in feeds}
-    if JOINT_CHAIN not in by_name:
-        return None
-    control, layers = by_name[JOINT_CHAIN], by_name[PROBED]
+def nested_feeds(feeds: Sequence[Feed]) -> list[Feed]:
+    """What nested probes are fed: the control and the layers of each width; none in a run without that control."""
+    controls = [feed for feed in feeds if feed.name == JOINT_CHAIN]
+    return [_nested(control, layers) for control in controls for layers in feeds if layers.is_probed]
+
+
+def _nested(control: Feed, layers: Feed) -> Feed:
+    """What those that read the control and one of these layers are fed."""
 
     def features(batch: TokenBatch) -> Blocks:
         return Blocks(control.features(batch)[:, 0], layers.features(batch))
 
     sites = [*control.sites, *layers.sites]
     width = control.n_features + layers.n_features
-    return Feed(NESTED, sites, width, features, control.columns, folds=control.folds)
+    name = layers.name.replace(PROBED, NESTED, 1)
+    return Feed(name, sites, width, features, control.columns, folds=control.folds)
 
 
-def make_nested(jobs: Sequence[Job], training: TrainingConfig, validation: Validation) -> NestedJob | None:
-    """The job of nested probes, once Newton's jobs are done, whose matrices are let go; None where there are none."""
+def make_nested(jobs: Sequence[Job], training: TrainingConfig, validation: Validation) -> list[NestedJob]:
+    """The jobs of nested probes, one for each width, once Newton's jobs are done, whose matrices are let go."""
     solvers = {job.feed.name: job.solver for job in jobs if isinstance(job.solver, NewtonSolver)}
-    feed = nested_feed([job.feed for job in jobs if isinstance(job.solver, NewtonSolver)])
-    if feed is None:
-        return None
-    for done in solvers.values():
-        done.factors.clear()
-    control = solvers[JOINT_CHAIN]
+    feeds = nested_feeds([job.feed for job in jobs if isinstance(job.solver, NewtonSolver)])
+    if feeds:
+        for done in solvers.values():
+            done.factors.clear()
+    return [_make_job(feed, solvers, training, validation) for feed in feeds]
+
+
+def _make_job(
+    feed: Feed, solvers: Mapping[str, NewtonSolver], training: TrainingConfig, validation: Validation
+) -> NestedJob:
+    """One of them."""
+    control, layers = solvers[JOINT_CHAIN], solvers[feed.name.replace(NESTED, PROBED, 1)]
 
     def loss(probes: NestedProbes) -> Tensor:
         return balanced_loss(score_validation(probes, feed, validation), control.positive_weight)
 
-    start = Start.of(control, solvers[PROBED])
-    solver = NestedSolver(
-        start, feed.sites[1:], control.columns, loss, tolerance=training.tolerance, seed=training.seed
-    )
+    start, sites = Start.of(control, layers), feed.sites[1:]
+    solver = NestedSolver(start, sites, control.columns, loss, tolerance=training.tolerance, seed=training.seed)
     return NestedJob(solver, feed)
 
 
@@ -117,7 +123,7 @@ def train_nested(
         solver.end_pass()
         if solver.final or int(solver.passes) == max_passes or time.monotonic() - printed >= QUIET:
             printed = time.monotonic()
-            say(f"nested {int(solver.passes):<2}{printed - started:>8.1f} s   {describe(solver)}")
+            say(f"{job.feed.name} {int(solver.passes):<2}{printed - started:>8.1f} s   {describe(solver)}")
 
 
 def describe(solver: NestedSolver) -> str:
@@ -136,4 +142,4 @@ def final_nested(job: NestedJob, validation: Validation) -> FinalProbes:
     best_pass = torch.cat([torch.zeros_like(solver.chosen_pass[:1]), solver.chosen_pass]).cpu()
     half = torch.zeros(len(solver.columns))
     known = {"half": half, "best_pass": best_pass, "gradient_norm": solver.norm, "penalty": solver.penalty}
-    return FinalProbes(bank.solver, NESTED, bank, **known)
+    return FinalProbes(bank.solver, job.feed.name, bank, **known)

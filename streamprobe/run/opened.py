@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from streamprobe.activations.reading import places_of
 from streamprobe.config.load import RunConfig, load_config
 from streamprobe.data.dataset import Dataset
 from streamprobe.errors import InputError
@@ -15,17 +16,18 @@ from streamprobe.model import blocks, trial
 from streamprobe.model.backbone import load_backbone
 from streamprobe.model.loading import read_config
 from streamprobe.model.tokenizer import load_tokenizer
-from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.base import Probes
+from streamprobe.probes.merged import widths_of
 from streamprobe.probes.storage import find_probes, load_probes, read_about
 from streamprobe.run.inputs import chains_of, read_texts
 
 
 class OpenedRun(NamedTuple):
-    """A finished run: where it lies, how it was made, and its probes of one solver."""
+    """A finished run: where it lies, how it was made, and its probes of one solver and kind."""
 
     folder: Path
     config: RunConfig
-    probes: ProbeBank
+    probes: Probes
 
 
 class Front(NamedTuple):
@@ -46,10 +48,11 @@ def open_run(
     folder: Path,
     *,
     solver: str | None = None,
+    kind: str | None = None,
     changed: Mapping[str, str | Sequence[str] | None] | None = None,
     trusted: bool = False,
 ) -> OpenedRun:
-    """The run in `folder`, with its probes of `solver` (none: of its first one).
+    """The run in `folder`, with its probes of `solver` (none: of its first one) and `kind` (none: linear).
 
     `changed` holds, as text, keys of its config that are otherwise today, such as `model` (None: as in the run); `data`
     in it are the run's own in another place.  Raises InputError for a folder that holds no finished run, and for a
@@ -59,7 +62,7 @@ def open_run(
         raise InputError(f"{folder}, which is no folder", "the folder of a finished run", "check the path")
     if not os.path.isfile(folder / "config.yaml"):
         raise InputError(f"{folder}, a folder without config.yaml", "the folder of a finished run", "check the path")
-    probes = load_probes(folder, solver)
+    probes = load_probes(folder, solver, kind=kind)
     keys = [word for key, value in (changed or {}).items() if value is not None for word in _as_words(key, value)]
     config = load_config([str(folder / "config.yaml"), *keys], same_data=True)
     if config.model.trust_remote_code and not trusted:
@@ -104,10 +107,13 @@ def _load(run: OpenedRun, layers: Sequence[int] | None, front: Front) -> OpenedM
     c, probes = run.config.model, run.probes
     tokenizer, model_config = front
     model = load_backbone(c.model, layers, **c.loading)
-    width = trial.check_reading(model, probes.layers, trial.some_tokens(tokenizer, model_config))
-    if probes.n_features != width:
+    tokens = trial.some_tokens(tokenizer, model_config)
+    taps = trial.find_places(model, places_of(probes.reads), tokens)
+    widths, expected = trial.check_places(model, taps, tokens), widths_of(probes)
+    if widths != expected:
+        has, needs = next((w, e) for w, e in zip(widths, expected, strict=True) if w != e)
         raise InputError(
-            f"probes of {probes.n_features} features and a model of hidden size {width}",
+            f"probes of {needs} features and a model of hidden size {has}",
             "the model that was probed",
             "correct --model",
         )

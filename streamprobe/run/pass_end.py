@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from streamprobe.errors import InputError
-from streamprobe.probes.kept import NESTED
 from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.checkpoint import Checkpoint, Checkpoints
 from streamprobe.run.jobs import describe_progress, states_of
@@ -64,10 +63,10 @@ class PassEnd:
         """The run as it stands after a pass, sharing no memory with what trains on."""
         return Checkpoint(states_of(self.jobs), self.facts, done.passes, done.tokens, self.kept)
 
-    def keep(self, done: Done, nested: NestedSolver) -> None:
+    def keep(self, done: Done, name: str, nested: NestedSolver) -> None:
         """Takes up nested probes that are final beside what they began with; others begin anew in a resumed run."""
         if nested.final and self.newest.passes == done.passes:
-            self.newest = self.newest._replace(states=self.newest.states | {NESTED: nested.state()})
+            self.newest = self.newest._replace(states=self.newest.states | {name: nested.state()})
 
     def print_line(self) -> None:
         """Prints the line of the last pass, once: passes over what is kept may take a hundredth of a second."""

@@ -15,7 +15,9 @@ from streamprobe.evaluation.results import TestResults, judge, score
 from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
-from streamprobe.probes.kept import NESTED, KeptProbes
+from streamprobe.probes.kept import KeptProbes
+from streamprobe.probes.kinds import is_kind
+from streamprobe.probes.linear import LINEAR
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
 from streamprobe.reporting.tracking.opened import check_backends, open_backends
@@ -24,8 +26,10 @@ from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.final import choose_thresholds, final_probes, probes_to_keep
+from streamprobe.run.final_kinds import Beside, Judge, final_kinds, layer_norms
 from streamprobe.run.folder import claim_shared_folder
 from streamprobe.run.jobs import make_jobs, states_of, take_up
+from streamprobe.run.kinds import TrainedKind, linear_probes, train_kinds
 from streamprobe.run.memory_plan import RunPlan, make_memories, plan_run
 from streamprobe.run.nested import NestedJob, Validation, final_nested, make_nested, train_nested
 from streamprobe.run.pass_end import PassEnd
@@ -81,9 +85,14 @@ def run_in(folder: Path, config: RunConfig) -> None:
         save = PassEnd(checkpoints, setup.facts, plan.kept, jobs, tracker, backbone.device, begun=done)
         done, nested = train_all(setup, jobs, memory, validation, save=save, checkpoint=checkpoint)
         save.finish()
+    trained = train_kinds(setup, jobs, memory, held_out)
+    jobs = [job for job in jobs if not is_kind(job.feed.name)]
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
-    final = final_probes(setup, jobs, thresholds, final_nested(nested, validation) if nested else None)
-    feeds = [job.feed for job in jobs] + ([nested.feed] if nested else [])
+    final = final_probes(setup, jobs, thresholds, [final_nested(each, validation) for each in nested])
+    feeds = [job.feed for job in jobs] + [each.feed for each in nested]
+    for each in judge_kinds(setup, jobs, trained, validation, beside=Beside(final[-1], feeds[-1]) if nested else None):
+        final.append(each.final)
+        feeds.append(each.feed)
     kept = probes_to_keep(setup, final)
     batches = held_out_batches(setup, memory, held_out)
     probes = score(kept.final, feeds, batches, of_folds=[each.bank for each in final])
@@ -91,9 +100,34 @@ def run_in(folder: Path, config: RunConfig) -> None:
     if not is_main():
         return  # nobody waits for the intervals
     cost_once = cache(partial(describe_cost, cost, plan, done, nested))  # the same in every file and in the terminal
-    results = judge_held_out(setup, folder, kept, probes, cost=cost_once)
+    results = judge_held_out(setup, folder, kept, probes, cost=cost_once, more=norms_of_layers(setup, jobs, kept))
     write_files(results)
     finish(results, tracker)
+
+
+def judge_kinds(
+    setup: Setup,
+    jobs: Sequence[Job],
+    trained: Sequence[TrainedKind],
+    validation: Validation,
+    *,
+    beside: Beside | None,
+) -> list[Judge]:
+    """The probes of kinds that are not linear as the run ends with them; none in a run of linear ones alone."""
+    kinds = setup.config.probes.kinds
+    if kinds == [LINEAR]:
+        return []
+    linear = linear_probes(jobs, setup.inputs)
+    return final_kinds(linear, trained, validation, inputs=setup.inputs, kinds=kinds, beside=beside)
+
+
+def norms_of_layers(setup: Setup, jobs: Sequence[Job], kept: KeptProbes) -> dict[str, Any]:
+    """How much of the probes that read all layers is each layer's, where there are such kinds."""
+    if setup.config.probes.kinds == [LINEAR]:
+        return {}
+    scale = linear_probes(jobs, setup.inputs).solver.scale.mean(1)
+    found = layer_norms(kept.final, scale)
+    return {"layer_norms": found} if found else {}
 
 
 def train_all(
@@ -104,7 +138,7 @@ def train_all(
     *,
     save: PassEnd,
     checkpoint: Checkpoint | None,
-) -> tuple[Done, NestedJob | None]:
+) -> tuple[Done, list[NestedJob]]:
     """Trains all jobs, and then the nested probes that begin where these end; how far it came, and these."""
     training, read = setup.config.training, setup.read_pass
     done = train(
@@ -121,10 +155,11 @@ def train_all(
     )
     save.print_line()
     nested = make_nested(jobs, training, validation)
-    if nested:
-        state = checkpoint.states.get(NESTED) if checkpoint and checkpoint.passes == done.passes else None
-        train_nested(nested, memory, read, begun=done, max_passes=training.max_passes, state=state)
-        save.keep(done, nested.solver)
+    states = checkpoint.states if checkpoint and checkpoint.passes == done.passes else {}
+    for each in nested:
+        state = states.get(each.feed.name)
+        train_nested(each, memory, read, begun=done, max_passes=training.max_passes, state=state)
+        save.keep(done, each.feed.name, each.solver)
     return done, nested
 
 
@@ -134,7 +169,8 @@ def make_tracker(folder: Path, setup: Setup, jobs: Sequence[Job], done: Done) ->
     purge_step = done.tokens + 1 if output.resume else None
     report_to = output.report_to if is_main() else ["none"]
     backends = open_backends(report_to, folder, setup.facts["config"], purge_step)
-    tracker = Tracker(backends, [job.solver for job in jobs], every=output.log_probes == "all")
+    shown = [job.solver for job in jobs if not is_kind(job.feed.name)]
+    tracker = Tracker(backends, shown, every=output.log_probes == "all")
     tracker.text("2 preflight", setup.inputs.preflight)
     tracker.text("3 config", json.dumps(setup.facts, indent=1))
     return tracker
@@ -165,17 +201,19 @@ def judge_held_out(
     probes: Sequence[ScoredProbes],
     *,
     cost: Callable[[], Mapping[str, Any]],
+    more: Mapping[str, Any],
 ) -> TestResults:
-    """Judges the probes of a run by how they scored the held-out chains."""
+    """Judges the probes of a run by how they scored the held-out chains; `more` is said of them in summary.json."""
     inputs, training = setup.inputs, setup.config.training
     chains = inputs.dataset.splits["test"]
     say(f"test      {len(chains):,} chains, resampled {training.bootstrap:,} times for the intervals")
-    judged = judge(probes, len(chains), training.bootstrap, training.seed)
+    judged = judge(probes, len(chains), training.bootstrap, training.seed, tolerance=training.tolerance)
     described = {
         "counts": inputs.dataset.counts.as_dict(),
         "splits": sizes_of(inputs.dataset.splits),
         "verdicts": verdicts(judged, training.tolerance, labels_of_texts(probes)),
         "preflight": inputs.preflight,
+        **more,
     }
     return TestResults(
         folder=folder,
@@ -194,12 +232,12 @@ def judge_held_out(
     )
 
 
-def describe_cost(cost: Cost, plan: RunPlan, done: Done, nested: NestedJob | None) -> dict[str, Any]:
+def describe_cost(cost: Cost, plan: RunPlan, done: Done, nested: Sequence[NestedJob]) -> dict[str, Any]:
     """What the run took so far, as summary.json holds it."""
     kept = plan.kept
     found: dict[str, Any] = {
         "passes": done.passes,
-        **({"nested_passes": int(nested.solver.passes)} if nested else {}),
+        **({"nested_passes": sum(int(each.solver.passes) for each in nested)} if nested else {}),
         "activations": f"{kept.rows} tokens on {plan.home}, {'kept' if kept.train else 'streamed'}",
         **cost.as_dict(plan.device),
     }

@@ -11,16 +11,21 @@ from tqdm import tqdm
 
 from streamprobe.activations.batch import TokenBatch
 from streamprobe.activations.finite import check_finite, find_bad_chains
+from streamprobe.activations.reading import site_of
 from streamprobe.activations.shards import Trip, deal
 from streamprobe.activations.stream import stream
 from streamprobe.config.load import RunConfig
 from streamprobe.controls.embedding import EmbeddingLayers
 from streamprobe.data.dataset import NOT_FINITE, Dataset
 from streamprobe.data.tokenize import Chain
+from streamprobe.errors import InputError
 from streamprobe.model import trial
 from streamprobe.model.places import describe_places, main_device
+from streamprobe.model.points import RESID_POST, Place
 from streamprobe.model.served import load_shared
-from streamprobe.probes.sites import Site, control_sites, layer_sites
+from streamprobe.model.taps import Taps
+from streamprobe.probes.linear import LINEAR
+from streamprobe.probes.sites import Site, control_sites, mean_sites
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import Inputs, Texts, make_inputs, must_chunk
 from streamprobe.system.console import say, shows_progress
@@ -32,22 +37,61 @@ class Backbone(NamedTuple):
     """The frozen model, cut off above the deepest probed layer."""
 
     model: Any
-    layers: list[int]
-    hidden_size: int
+    taps: Taps  # where it is read: places of the same width side by side
+    widths: list[int]  # of these places
+    hidden_size: int  # of the widest of them: what is kept of each has so many numbers, zeros at the end
     device: torch.device
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of the places."""
+        return [site_of(place) for place in self.taps.hooks]
 
 
 def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
     """Puts the model into memory and lets it read a short text.  Raises InputError for one that cannot be probed."""
-    c, layers = config.model, config.probes.layer_numbers
+    c, layers = config.model, sorted({place.layer for place in texts.places})
     model: Any = load_shared(c.model, layers, c.loading)
     if among := worker():
         say(f"model     {among.describe()}")
     if places := describe_places(model):
         say(f"model     {places}")
     tokens = trial.some_tokens(texts.tokenizer, texts.model_config)
-    width = trial.check_reading(model, layers, tokens, must_chunk(config, inputs.dataset))
-    return Backbone(model, layers, width, main_device(model))
+    taps = trial.find_places(model, texts.places, tokens)
+    widths = trial.check_places(model, taps, tokens, must_chunk(config, inputs.dataset))
+    _check_kinds(config.probes.kinds, list(taps.hooks), widths)
+    return _by_width(model, taps, widths, inputs)
+
+
+def _check_kinds(kinds: Sequence[str], places: Sequence[Place], widths: Sequence[int]) -> None:
+    """Raises InputError for other kinds than linear where the places are of several widths."""
+    if kinds != [LINEAR] and len(set(widths)) > 1:
+        some = {width: place for place, width in zip(reversed(places), reversed(widths), strict=True)}
+        listed = ", ".join(f"{width} of {some[width]}" for width in dict.fromkeys(widths))
+        others = " ".join(kind for kind in kinds if kind != LINEAR)
+        raise InputError(
+            f"kinds {others} with places of several widths ({listed})",
+            "one width, which other kinds than linear need",
+            "give --kinds linear, or other --sites and --hookpoints",
+        )
+
+
+def _by_width(model: Any, taps: Taps, widths: Sequence[int], inputs: Inputs) -> Backbone:
+    """The backbone with its places in groups of the same width, in the order of the first of each."""
+    order = sorted(range(len(widths)), key=lambda i: widths.index(widths[i]))
+    places = list(taps.hooks)
+    hooks = {places[i]: taps.hooks[places[i]] for i in order}
+    widest = max(widths)
+    if inputs.controls.embedded and any(place.point != RESID_POST for place in places):
+        widest = max(widest, embedding_size(model))
+    return Backbone(model, taps._replace(hooks=hooks), [widths[i] for i in order], widest, main_device(model))
+
+
+def embedding_size(model: Any) -> int:
+    """How many numbers the model's embedding has for a token."""
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        return embedding(torch.zeros(1, dtype=torch.int64, device=main_device(embedding))).shape[1]
 
 
 def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: Backbone, *, cost: Cost) -> Inputs:
@@ -67,7 +111,7 @@ def find_bad_rows(config: RunConfig, dataset: Dataset, backbone: Backbone, *, co
     for number, shard in enumerate(deal(dataset.lengths(), config.training.shards, most)):
         own = [chains[i] for batch in shard for i in batch] if is_own(number) else []
         if own:
-            found = find_bad_chains(own, backbone.model, backbone.layers, most, on_forward=cost.count)
+            found = find_bad_chains(own, backbone.model, backbone.taps, most, on_forward=cost.count)
             bad[[chain.row for chain in found]] = 1
     add(bad)
     cost.model_seconds += time.perf_counter() - start
@@ -89,11 +133,20 @@ def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None
 
 
 def make_reader(
-    config: RunConfig, inputs: Inputs, backbone: Backbone, cost: Cost, *, embedded: EmbeddingLayers | None
+    config: RunConfig,
+    inputs: Inputs,
+    backbone: Backbone,
+    cost: Cost,
+    *,
+    embedded: EmbeddingLayers | None,
+    every: bool = False,
+    half_lives: Sequence[int] = (),
 ) -> "Reader":
-    """The reader of a run's chains, as its config says."""
+    """The reader of a run's chains, as its config says; `every` and `half_lives`: see `stream`."""
     most, n_shards = config.model.max_batch_tokens, config.training.shards
-    return Reader(inputs, backbone, most, cost, embedded=embedded, n_shards=n_shards)
+    return Reader(
+        inputs, backbone, most, cost, embedded=embedded, n_shards=n_shards, every=every, half_lives=half_lives
+    )
 
 
 class Reader:
@@ -108,25 +161,33 @@ class Reader:
         *,
         embedded: EmbeddingLayers | None,
         n_shards: int,
+        every: bool = False,
+        half_lives: Sequence[int] = (),
     ):
-        """`embedded` are the layers of the controls that are made of embeddings: see `embed_controls`."""
+        """`embedded` are the layers of the controls that are made of embeddings: see `embed_controls`.
+
+        With `every` all tokens that may be samples are read, with the running means of `half_lives`: see `stream`.
+        """
         self.embedded = embedded
         self.splits: Mapping[str, Sequence[Chain]] = inputs.dataset.splits
         lengths = {name: [len(chain.ids) for chain in chains] for name, chains in self.splits.items()}
         self.shards = {name: deal(own, n_shards, max_batch_tokens) for name, own in lengths.items()}
-        self.sites: list[Site] = [*layer_sites(backbone.layers), *control_sites(inputs.controls.embedded)]
+        means = [site for half_life in half_lives for site in mean_sites(backbone.sites, half_life)]
+        self.sites: list[Site] = [*backbone.sites, *means, *control_sites(inputs.controls.embedded)]
         self.cost = cost
         self.bar: Any = None
         self.title, self.left = "", 0  # of the bar, and how many tokens its trip has left
         self.stream: Callable[..., Iterator[TokenBatch]] = partial(
             stream,
             backbone=backbone.model,
-            layers=backbone.layers,
+            layers=backbone.taps,
             columns=inputs.columns,
             labels=inputs.dataset.labels,
             max_batch_tokens=max_batch_tokens,
             embedded=embedded,
             side=inputs.controls.features,
+            every=every,
+            half_lives=half_lives,
         )
 
     def trip(self, split: str, seed: int | None = None, title: str = "") -> Trip:

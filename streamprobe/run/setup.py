@@ -9,6 +9,7 @@ from streamprobe.activations.feed import Feed
 from streamprobe.activations.shards import Trip
 from streamprobe.config.load import RunConfig
 from streamprobe.data.overlap import problem_hashes
+from streamprobe.probes.kinds import half_lives_of, looks_back
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import Inputs, make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds
@@ -62,8 +63,10 @@ def set_up(config: RunConfig, earlier: Earlier, cost: Cost) -> Setup:
     if config.data.bad_chains == "skip":
         inputs = skip_bad_chains(config, texts, inputs, backbone, cost=cost)
     embedded = embed_controls(inputs, backbone)
-    reader = make_reader(config, inputs, backbone, cost, embedded=embedded)
-    feeds = make_feeds(inputs, backbone.layers, backbone.hidden_size, embedded.width if embedded else None)
+    kinds = config.probes.kinds
+    every, half_lives = any(map(looks_back, kinds)), half_lives_of(kinds)
+    reader = make_reader(config, inputs, backbone, cost, embedded=embedded, every=every, half_lives=half_lives)
+    feeds = make_feeds(inputs, backbone, embedded.width if embedded else None, kinds=kinds)
     used = [*inputs.dataset.splits["train"], *inputs.dataset.splits["validation"]]
     seen = problem_hashes(texts.records, used).unique()
     return Setup(config, texts.tokenizer, inputs, backbone, reader, feeds, facts, seen)

@@ -24,12 +24,13 @@ class NestedSize(NamedTuple):
 
     @classmethod
     def of(cls, feeds: Sequence[Feed]) -> "NestedSize":
-        """Of the probes that read the joint control and the layers, of which the first feed is."""
+        """Of the probes that read the joint control and the layers; all as if they were as wide as the widest."""
         control = next((feed for feed in feeds if feed.name == JOINT_CHAIN), None)
         if control is None:
             return cls()
-        layers, *_ = feeds
-        return cls(len(layers.sites), len(control.columns), control.n_features, layers.n_features)
+        layers = [feed for feed in feeds if feed.is_probed]
+        n_layers, widest = sum(len(feed.sites) for feed in layers), max(feed.n_features for feed in layers)
+        return cls(n_layers, len(control.columns), control.n_features, widest)
 
     def vector_bytes(self) -> int:
         """What a NestedSolver takes beside its matrices."""

@@ -119,7 +119,7 @@ class AdamSolver:
     def bank(self) -> ProbeBank:
         """The probes as they are now, in raw activation space."""
         return ProbeBank(
-            self.sites, self.columns, *to_raw(self.weight, self.bias, self.mean, self.scale[:, None])
+            self.sites, self.columns, *to_raw(self.weight, self.bias, self.mean, self.scale[:, None]), solver=self.name
         ).clone()
 
     def loss(self) -> Tensor:

@@ -30,7 +30,10 @@ HAND_MADE_L2 = 1e-4  # penalty on the weights of features that are not scaled, u
 FLAT = 1e-12  # curvature of a token that is as good as none
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
 # The tensors that a checkpoint holds:
-SAVED = "mean scale point best best_gradient best_loss gradient_norm expected effective size passes converged"
+SAVED = (
+    "mean scale point best best_gradient best_loss gradient_norm expected effective size passes converged "
+    "mean_difference"
+)
 
 
 class NewtonSolver:
@@ -104,6 +107,7 @@ class NewtonSolver:
         p = self.positive_weight.double()
         self.expected = (self.n_tokens * p / (1 + p) / 2).repeat(len(self.sites), 1)
         self.effective = torch.zeros(probes, **wide)  # of how many tokens that is, when it is known
+        self.mean_difference = torch.zeros(*probes, hidden_size, device=device)  # of positives less negatives, raw
         self.passes = torch.zeros((), dtype=torch.int64)
         self.converged = torch.zeros(probes, dtype=torch.bool, device=device)
         # [E, E] float32, of features that are not divided by their scale; None where it lies on another rank:
@@ -164,6 +168,9 @@ class NewtonSolver:
         sums, fed = self.sums, ~self.converged
         assert sums.centre is not None, "a pass without tokens"
         sums.add_other_ranks()
+        if sums.grams is not None:  # at zero a positive's slope is -p / 2, and a negative's 1 / 2
+            n_negative = sums.n * self.positive_weight / (1 + self.positive_weight)
+            self.mean_difference = (-2 * sums.gradient_[..., :-1] / n_negative[:, None]).float()
         if sums.grams is not None and self.standardize:
             self.mean, self.scale = sums.grams.scaling()
             self.scale[..., self.n_scaled :] = 1
@@ -293,7 +300,7 @@ class NewtonSolver:
         """The best probes so far, in raw activation space."""
         probes, scale = self.ended, self.scale[:, self.fold].double()
         weight, bias = to_raw(probes[..., :-1], probes[..., -1], self.mean.double(), scale)
-        return ProbeBank(self.sites, self.columns, weight.float(), bias.float())
+        return ProbeBank(self.sites, self.columns, weight.float(), bias.float(), solver=self.name)
 
     def loss(self) -> Tensor:
         """Mean class-weighted loss [L, K] of the tokens of the last pass, without the penalty.

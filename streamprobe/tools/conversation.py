@@ -16,7 +16,7 @@ from streamprobe.data.messages import MESSAGES, is_turn, read_turn
 from streamprobe.data.records import Unusable
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import context
-from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.base import Probes
 from streamprobe.system.console import say, shows_colour, typed_at_terminal, warn, write
 from streamprobe.tools.generation import Pieces, PromptStyle, Sampling, Turn
 from streamprobe.tools.marked_text import as_json, for_terminal
@@ -34,6 +34,7 @@ class Question(NamedTuple):
     name: str = ""  # that is shown with it
     id: str | None = None  # of its row
     typed: bool = False  # at the terminal, where it stands already
+    samples: Tensor | None = None  # [T] which of these probes that look back have read: see `watch`
 
     @property
     def keys(self) -> dict[str, object]:
@@ -95,7 +96,7 @@ def questions_of(rows: Rows, style: PromptStyle, *, column: str, id_column: str)
         shown = [turn["content"] if len(turns) == 1 else f"{turn['role']}: {turn['content']}" for turn in turns]
         id = None if row.get(id_column) is None else str(row[id_column])
         name = f"row {number}" + (f" ({id})" if id is not None else "")
-        questions.append(Question(number, "\n".join(shown), ids, name, id))
+        questions.append(Question(number, "\n".join(shown), ids, name, id, samples=style.samples(turns, ids)))
     return questions
 
 
@@ -108,11 +109,12 @@ def converse(turns: Iterable[str], style: PromptStyle, answer: Callable[[Questio
     for number, text in enumerate(turns, 1):
         said = [*before, users_turn(text)]
         try:
-            question = Question(number, text, style.encode(said), f"turn {number}", typed=typed_at_terminal())
+            ids = style.encode(said)
         except InputError as error:
             warn(f"streamprobe: {error}")
             continue
-        given = answer(question)
+        typed, samples = typed_at_terminal(), style.samples(said, ids)
+        given = answer(Question(number, text, ids, f"turn {number}", typed=typed, samples=samples))
         yield given
         if style.has_turns:
             before = [*said, {"role": "assistant", "content": given.text}]
@@ -124,7 +126,7 @@ class Monitor:
 
     model: Any
     tokenizer: Any
-    bank: ProbeBank
+    bank: Probes
     place: tuple[int, int]
     sampling: Sampling
     lines: bool = False  # whether a line of JSON is printed for each token, in place of the text
@@ -140,7 +142,8 @@ class Monitor:
             say("\n".join(["", *filter(None, [question.name]), question.text]))
         pieces, most = Pieces(self.tokenizer, question.ids.tolist()), min(self.sampling.max_new_tokens, room)
         shown, stopped = list[Mark](), False
-        with closing(watch(self.model, self.bank, question.ids, most, **self.sampling.options)) as written:
+        options: dict[str, Any] = {"samples": question.samples, **self.sampling.options}
+        with closing(watch(self.model, self.bank, question.ids, most, **options)) as written:
             try:
                 steps = self._printed(read_steps(written, self.bank, self.place, pieces), question)
                 self._show(marks(steps, alarm_threshold(self.bank, self.place), pieces), shown)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from streamprobe.data import prompts
-from streamprobe.data.tokenize import Chain
+from streamprobe.data.messages import messages
+from streamprobe.data.records import FormatOptions
+from streamprobe.data.tokenize import Chain, TextOptions, tokenize
 from streamprobe.errors import InputError
 
 Turn = Mapping[str, Any]  # its `role` and `content`, as chat templates take them
@@ -70,6 +72,7 @@ class PromptStyle:
     bos: bool
     day: str | None
     most: int  # tokens that the model takes
+    read: TextOptions | None = None  # how the run reads its data, where probes look back on what they read
 
     @property
     def has_turns(self) -> bool:
@@ -92,6 +95,30 @@ class PromptStyle:
             fewer, fix = f"fewer than the model's {self.most:,}", "shorten it" + ", or begin anew" * (len(turns) > 1)
             raise InputError(f"a prompt of {len(ids):,} tokens", fewer, fix)
         return ids
+
+    def samples(self, turns: Sequence[Turn], ids: Tensor) -> Tensor | None:
+        """Which tokens of a prompt, the ids [T] of some turns, the run's probes would have read: bool [T].
+
+        They are those of earlier answers, unless only the last one counts, or with `support: all` all but special ones.
+        What a chat template writes to open an answer, such as `<think>`, is none of it.  None: no probe looks back.
+        """
+        if self.read is None:
+            return None
+        if self.read.support == "all":
+            return ~torch.isin(ids, torch.tensor(sorted(prompts.special_ids(self.tokenizer)), dtype=torch.int64))
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        if self.read.support == "assistant" and any(map(_is_answer, turns)):
+            record = messages({"turns": list(turns)}, FormatOptions(response="turns", labelled=False))
+            so_far = tokenize(record, self.tokenizer, [], self.read)
+            n = min(len(ids), len(so_far.ids))
+            same = (ids[:n] == so_far.ids[:n]).int().cumprod(0).bool()  # up to where the next answer is opened
+            found[:n] = so_far.support[:n] & same
+        return found
+
+
+def _is_answer(turn: Turn) -> bool:
+    """Whether the model says something in a turn."""
+    return turn["role"] == "assistant" and bool(turn["content"].strip())
 
 
 def prompt_of(chain: Chain, tokenizer: Any) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.base import Probes
+from streamprobe.probes.linear import LINEAR
 from streamprobe.system.console import printable
 from streamprobe.tools.watch import Mark, Step, alarm_threshold
 
@@ -55,10 +56,11 @@ class Legend(NamedTuple):
         return [(level, f" {p:.3g}{' ▲' * (level == 0.5)} ") for level, p in found]
 
 
-def legend_of(bank: ProbeBank, place: tuple[int, int]) -> Legend:
+def legend_of(bank: Probes, place: tuple[int, int]) -> Legend:
     """What is said above the text that the probe at `place` marks."""
     i, k = place
-    return Legend(f"layer {bank.layers[i]}, {bank.columns[k]}, {bank.solver}", alarm_threshold(bank, place))
+    kind = "" if bank.kind == LINEAR else f", {bank.kind}"
+    return Legend(f"{bank.sites[i].title}, {bank.columns[k]}, {bank.solver}{kind}", alarm_threshold(bank, place))
 
 
 def _paint(text: str, background: RGB, alarm: bool) -> str:

@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamprobe.activations.reading import places_of
 from streamprobe.activations.stream import stream_samples
 from streamprobe.data.annotations import Annotation
 from streamprobe.data.prompts import is_unicode
@@ -20,8 +21,10 @@ from streamprobe.errors import InputError
 from streamprobe.model import trial
 from streamprobe.model.blocks import check_vocabulary, context, decoder_layers
 from streamprobe.model.places import main_device
+from streamprobe.model.taps import Taps
 from streamprobe.model.tokenizer import with_white_space
 from streamprobe.probes.base import Probes
+from streamprobe.probes.merged import widths_of
 
 
 class ScoredText(NamedTuple):
@@ -144,14 +147,15 @@ def score_encoded(
     if not texts:
         return []
     chains = [text.chain for text in texts]
-    _check_model(model, probes, chains, max_batch_tokens)
-    bank = probes.to(main_device(model))
+    taps, widest = _check_model(model, probes, chains, max_batch_tokens), max(widths_of(probes))
+    device = main_device(model)
+    scorer = probes.to(device).scorer()
     parts: list[list[Tensor]] = [[] for _ in texts]
     left = [len(text.tokens) for text in texts]
-    for batch in stream_samples(chains, model, probes.layers, max_batch_tokens):
-        if batch.acts.shape[2] != probes.n_features:
-            raise _other_model(f"a model of hidden size {batch.acts.shape[2]}", f"{probes.n_features}")
-        logits = bank.scores(batch.acts)
+    for batch in stream_samples(chains, model, taps, max_batch_tokens):
+        if batch.acts.shape[2] != widest:
+            raise _other_model(f"a model of hidden size {batch.acts.shape[2]}", f"{widest}")
+        logits = scorer(nn.functional.pad(batch.acts, (0, probes.n_features - widest)), batch.chain.to(device))
         found = logits.sigmoid().where(logits.isfinite(), torch.nan).cpu()
         numbers, counts = batch.chain.unique_consecutive(return_counts=True)
         for i, own in zip(numbers.tolist(), found.split(counts.tolist()), strict=True):
@@ -165,15 +169,17 @@ def score_encoded(
     ]
 
 
-def _check_model(model: Any, probes: Probes, chains: Sequence[Chain], max_batch_tokens: int) -> None:
-    """Raises InputError for a model that cannot read the chains, or has not the layers of the probes."""
+def _check_model(model: Any, probes: Probes, chains: Sequence[Chain], max_batch_tokens: int) -> Taps:
+    """Where the model is read; raises InputError for one that cannot read the chains, or has not what is read."""
     n = len(decoder_layers(model))
     if max(probes.layers) >= n:
         raise _other_model(f"a model of {n} decoder blocks", f"more than {max(probes.layers)}")
     check_vocabulary(model.config, max(int(chain.ids.max()) for chain in chains))
+    known = torch.cat([chain.ids for chain in chains]).unique().tolist()
+    taps = trial.find_places(model, places_of(probes.reads), known)
     if any(len(chain.ids) > max_batch_tokens for chain in chains):
-        known = torch.cat([chain.ids for chain in chains]).unique().tolist()
-        trial.check_reading(model, probes.layers, known, chunked=True)
+        trial.check_places(model, taps, known, chunked=True)
+    return taps
 
 
 def _other_model(got: str, expected: str) -> InputError:

@@ -16,6 +16,7 @@ from torch import Tensor
 from streamprobe.data.records import Record
 from streamprobe.errors import InputError
 from streamprobe.probes.base import Probes
+from streamprobe.probes.linear import LINEAR
 from streamprobe.system.csv_files import cell
 from streamprobe.tools.score import ScoredText
 
@@ -41,8 +42,12 @@ class Layout(NamedTuple):
 
 
 def layout_of(probes: Probes, alarm: float | None) -> Layout:
-    """The layout of these probes: column names such as backtracking/onset/layer03/lag+08, layer by layer."""
-    names = [f"{c.array}/{c.target}/{site}/lag{c.lag:+03d}" for site in probes.sites for c in probes.columns]
+    """The layout of these probes: column names such as backtracking/onset/layer03/lag+08, layer by layer.
+
+    Of another kind than linear that stands before the layer: backtracking/onset/mlp64/layer03/lag+08.
+    """
+    kind = "" if probes.kind == LINEAR else f"{probes.kind}/"
+    names = [f"{c.array}/{c.target}/{kind}{site}/lag{c.lag:+03d}" for site in probes.sites for c in probes.columns]
     return Layout(names, alarm)
 
 

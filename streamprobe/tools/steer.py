@@ -3,9 +3,9 @@
 The model answers the run's test problems with a vector added to one layer's output, at the last token of the prompt and
 at every token that it writes.  Strength 1 is one standard deviation of the layer's activations along the probe's
 direction, over the run's training chains; the line above the table says what fraction of a mean activation's length
-that is.  Beside the probe's direction: the difference of the means of positive and negative tokens, and a random
-direction for each problem, all of the same length.  `ablate` takes the direction out instead (its component becomes
-zero).
+that is.  A probe that is not linear has the direction of its gradient: see `directions`.  Beside the probe's direction:
+the difference of the means of positive and negative tokens, and a random direction for each problem, all of the same
+length.  `ablate` takes the direction out instead (its component becomes zero).
 
 Shapes: P problems, B of them in a batch, T tokens of a prompt, N tokens, D hidden size.
 """
@@ -28,9 +28,11 @@ from streamprobe.lags import Column
 from streamprobe.model.blocks import context, decoder_layers
 from streamprobe.model.hooks import steer
 from streamprobe.model.places import main_device
-from streamprobe.probes.linear import ProbeBank
-from streamprobe.probes.sites import layer_sites
+from streamprobe.probes.base import Probes
+from streamprobe.probes.linear import LINEAR
+from streamprobe.probes.sites import RESID_POST, layer_sites
 from streamprobe.system.console import say
+from streamprobe.tools.directions import direction_of
 from streamprobe.tools.events import Judge, judge, summarise
 from streamprobe.tools.generation import Sampling, prompt_of
 
@@ -130,6 +132,17 @@ def steer_sweep(
         yield Steered(name, "ablate", write(ablate=vector))
 
 
+def check_site(probes: Probes, number: int) -> None:
+    """Raises InputError for a probe that reads another site than the output of a block, which is what is pushed."""
+    joined = probes.sites != probes.reads
+    for site in probes.reads if joined else [probes.sites[number]]:
+        if site.point != RESID_POST:
+            expected = "of a block's output (resid_post), which is what is pushed"
+            if joined:
+                raise InputError(f"a probe of {site.title}, too", f"one {expected}, alone", "give --kind")
+            raise InputError(f"a probe of {site.title}", f"one {expected}", "give --site")
+
+
 def evenly(chains: Sequence[Chain], n: int) -> list[Chain]:
     """At most n of the chains, evenly spaced."""
     return [chains[i] for i in np.linspace(0, len(chains) - 1, min(n, len(chains))).astype(int)]
@@ -159,9 +172,10 @@ def leave_out_bad(examples: Examples, model: Any, layers: Sequence[int], max_bat
 def experiment(
     model: Any,
     tokenizer: Any,
-    bank: ProbeBank,
+    bank: Probes,
     place: tuple[int, int],
     *,
+    layer: int | None = None,
     examples: Examples,
     strengths: Sequence[float],
     marker: str | None,
@@ -171,21 +185,21 @@ def experiment(
 ) -> dict[str, Any]:
     """Steers the answers to the test problems along the probe at `place`, counts, and prints a row for each strength.
 
+    `layer`: which is steered, of a probe that reads all layers (none: see `direction_of`);
     `batch_size`: problems answered at once; `max_batch_tokens`: most tokens in a forward pass over the training chains;
     `marker`: see `judge`.  Returns every number and response.
     """
-    i, k = place
-    layer, column = bank.layers[i], bank.columns[k]
+    _, k = place
+    plain = Column(bank.columns[k].label, bank.columns[k].target, bank.columns[k].lag)
     prompts = [prompt_of(chain, tokenizer) for chain in examples.test]
-    probe = nn.functional.normalize(bank.weight[place].to(main_device(model)), dim=0)
-    plain = Column(column.label, column.target, column.lag)
-    options: dict[str, Any] = {"labels": examples.labels, "max_batch_tokens": max_batch_tokens}
-    batches = stream(examples.train, model.base_model, [layer], [plain], **options)
-    scale = measure_scale(check_finite(batches, examples.train, layer_sites([layer])), probe)
-    vectors = directions(probe, scale.difference, len(prompts), sampling.seed)
+    read = partial(_read, examples, model.base_model, column=plain, max_batch_tokens=max_batch_tokens)
+    layer, unit = direction_of(bank.to(main_device(model)), place, layer, read)
+    scale = measure_scale(read([layer]), unit)
+    vectors = directions(unit, scale.difference, len(prompts), sampling.seed)
     cosine = vectors["probe"].flatten().dot(vectors["difference of means"].flatten()).item()
+    said = f"layer {layer}, {plain}, {bank.solver}" + (f", {bank.kind}" if bank.kind != LINEAR else "")
     say(
-        f"layer {layer}, {plain}, {bank.solver}; {len(prompts)} test problems\n"
+        f"{said}; {len(prompts)} test problems\n"
         f"strength 1 is {scale.std:.4g}, {scale.std / scale.norm:.1%} of the mean length of an activation "
         f"({scale.norm:.4g}); cosine of the probe's direction with the difference of means {cosine:.2f}\n"
     )
@@ -195,6 +209,15 @@ def experiment(
     rows = _tabulate(steer_sweep(write, vectors, scale.std, strengths), texts, count, sampling.seed)
     about = {"layer": layer, "column": str(plain), "std": scale.std, "norm": scale.norm, "cosine": cosine}
     return {**about, "problems": [chain.id for chain in examples.test], "rows": rows}
+
+
+def _read(
+    examples: Examples, backbone: Any, layers: Sequence[int], *, column: Column, max_batch_tokens: int
+) -> Iterator[TokenBatch]:
+    """One trip over the training tokens that the column asks, of these layers."""
+    options: dict[str, Any] = {"labels": examples.labels, "max_batch_tokens": max_batch_tokens}
+    batches = stream(examples.train, backbone, layers, [column], **options)
+    return check_finite(batches, examples.train, layer_sites(layers))
 
 
 def _writer(

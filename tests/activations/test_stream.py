@@ -324,6 +324,19 @@ def test_count_tokens_is_what_the_stream_yields(backbone, real_chains, seed):
     assert tokens < sum(int(c.support.sum()) for c in chains) < sum(len(c.ids) for c in chains)
 
 
+@pytest.mark.parametrize("max_tokens", [7, 10_000])
+def test_every_sample_comes_where_it_is_asked_for_and_the_others_as_they_were(backbone, max_tokens):
+    chains = make_chains(9, seed=2)
+    options: dict[str, Any] = {"labels": LABELS, "max_batch_tokens": max_tokens, "side": side}
+    few = joined(list(stream(chains, backbone, LAYERS, COLUMNS, **options)))
+    every = joined(list(stream(chains, backbone, LAYERS, COLUMNS, every=True, **options)))
+    for i, chain in enumerate(chains):
+        assert every.token[every.chain == i].tolist() == chain.support.nonzero()[:, 0].tolist()
+    assert len(every.chain) > len(few.chain)
+    for a, b in zip(every.rows(every.valid.any(1).nonzero()[:, 0]), few, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_grad_mode_does_not_leak(backbone):
     for batch in stream(make_chains(5), backbone, LAYERS, COLUMNS, labels=LABELS, max_batch_tokens=64):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

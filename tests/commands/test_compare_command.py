@@ -22,7 +22,16 @@ def row(label: str, layer: int | str, lag: int, *, auroc: float, gain: float = m
     control = {} if isinstance(layer, int) else {"layer": "", "control": layer}
     gains = {f"{name}{end}": gain for name in GAINS for end in ("", "_low", "_high")}
     lows = {f"{name}_low_corrected": gain / 2 for name in GAINS}
-    named = {"solver": "newton", "label": label, "target": "onset", "layer": layer, "lag": lag, "control": ""}
+    named = {
+        "kind": "linear",
+        "site": "resid_post",
+        "solver": "newton",
+        "label": label,
+        "target": "onset",
+        "layer": layer,
+        "lag": lag,
+        "control": "",
+    }
     ends = {"auroc": auroc, "auroc_low": auroc - 0.01, "auroc_high": auroc + 0.01, "split": "test"}
     return {**dict.fromkeys(FIELDS, 1), **COMPARED, **named, **control, **ends, **gains, **lows}
 

@@ -250,7 +250,16 @@ def test_what_is_stored_is_expanded_alike_in_chunks(size: int) -> None:
 
 def judged_at(lag: int, control: str, layer: object, area: float) -> Judged:
     """A probe or control with this AUROC, in 30 resamples too."""
-    place = {"solver": "newton", "label": "a", "target": "token", "lag": lag, "control": control, "layer": layer}
+    place = {
+        "kind": "linear",
+        "site": "resid_post",
+        "solver": "newton",
+        "label": "a",
+        "target": "token",
+        "lag": lag,
+        "control": control,
+        "layer": layer,
+    }
     row = {**COMPARED, **place, "auroc": area, "n_positive_chains": 50}
     return Judged(row, area + 0.001 * torch.linspace(-1, 1, 30, dtype=torch.float64))
 

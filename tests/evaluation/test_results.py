@@ -178,7 +178,7 @@ def test_the_interval_of_a_lift_is_that_of_a_paired_loop(parts: list[ScoredProbe
 def test_differences_are_paired_too(parts: list[ScoredProbes], judged: list[Judged]) -> None:
     rows = differences(judged)
     assert len(rows) == 2 + 2  # the layers at each lag, the lags of each layer
-    [row] = [r for r in rows if r["between"] == "layer" and r["at"] == 8]
+    [row] = [r for r in rows if r["between"] == "layer" and r["lag"] == 8]
     areas = []
     for weights in draw_chains(N_CHAINS, 100, 7).numpy():
         each = []
@@ -365,4 +365,4 @@ def test_seeds_have_one_row_with_their_spread() -> None:
 def test_the_rows_of_categories_keep_the_order_of_their_columns(parts: list[ScoredProbes]) -> None:
     """Readers may count columns."""
     first, *_ = by_category(parts, ["a", "b"] * (N_CHAINS // 2), 10, 0)
-    assert list(first)[:8] == ["category", "solver", "layer", "label", "target", "lag", "split", "control"]
+    assert list(first)[:8] == ["category", "solver", "kind", "site", "layer", "label", "target", "lag"]

@@ -45,6 +45,26 @@ def test_scores_that_differ_by_rounding_tie() -> None:
     assert float(auroc(rank(scores, targets))) != 0.5  # negative control: as they are
 
 
+def test_tokens_that_no_column_asks_are_read_and_not_returned() -> None:
+    """A probe that looks back hears of them: without them its scores are others."""
+    from kind_banks import make_bank
+
+    random = torch.Generator().manual_seed(3)
+    columns = [Column("a", "token", 0), Column("a", "token", 4)]
+    linear = ProbeBank(layer_sites([0]), columns, torch.randn(1, 2, 5, generator=random), torch.zeros(1, 2))
+    feed = Feed("layers", linear.sites, 5, lambda batch: batch.acts, torch.arange(2))
+    valid = torch.tensor([[1, 0], [0, 0], [0, 1], [0, 0], [1, 1], [0, 1]]).bool()
+    acts, side, place = torch.randn(6, 1, 5, generator=random), torch.zeros(6, 0), torch.arange(6)
+    batch = TokenBatch(acts, side, valid, valid, place // 3, place, place * 0, chance=torch.zeros(6))
+    some = valid.any(1).nonzero()[:, 0]
+    for bank, same in ((linear, True), (make_bank(linear, "fading"), False)):
+        every, few = (evaluate([(bank, feed)], [each])[0] for each in (batch, batch.rows(some)))
+        assert every.token.tolist() == few.token.tolist() == some.tolist() and torch.equal(every.valid, few.valid)
+        assert torch.equal(every.scores, few.scores) == same
+        whole = to_grid(torch.cat([bank.scores(acts[:3]), bank.scores(acts[3:])])[some])
+        torch.testing.assert_close(every.scores, whole, atol=2e-5, rtol=0)
+
+
 def test_all_scores_are_on_the_grid() -> None:
     random = torch.Generator().manual_seed(2)
     bank = ProbeBank(

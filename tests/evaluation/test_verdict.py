@@ -23,7 +23,16 @@ KNOWN = {"solver": "newton", "label": "back", "target": "onset", "n_positive_cha
 def row(layer: int | str, lag: int, low: float = -0.001, gain: float = 0.0312, **other: Any) -> dict[str, Any]:
     """A row with a corrected low end of both gains, and the fields that a verdict reads."""
     bounds = {f"gain_{name}_low_corrected": low for name in ("bits", "within")}
-    own = {"layer": layer, "lag": lag, "control": "", "auroc": 0.7, "gain_bits": gain, "penalty": 1.0}
+    own = {
+        "kind": "linear",
+        "site": "resid_post",
+        "layer": layer,
+        "lag": lag,
+        "control": "",
+        "auroc": 0.7,
+        "gain_bits": gain,
+        "penalty": 1.0,
+    }
     return {**COMPARED, **KNOWN, **own, **bounds, "nested_gradient_norm": 1e-4, **other}
 
 

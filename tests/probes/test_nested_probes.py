@@ -26,7 +26,9 @@ def random_probes(seed: int = 0) -> NestedProbes:
     control, weight = torch.randn(S, K, P, generator=random), torch.randn(S, K, D, generator=random)
     weight[0] = 0
     threshold = torch.full((S, K), math.nan, dtype=torch.float64)
-    return NestedProbes(SITES, COLUMNS, control, weight, torch.randn(S, K, generator=random), threshold, "newton")
+    return NestedProbes(
+        SITES, COLUMNS, control, weight, torch.randn(S, K, generator=random), threshold, solver="newton"
+    )
 
 
 def random_blocks(dtype: torch.dtype = torch.float32) -> Blocks:
@@ -104,12 +106,12 @@ def test_a_probe_is_found_by_its_place() -> None:
 
 def test_tensors_make_the_same_probes_and_others_are_refused() -> None:
     probes = random_probes()
-    again = NestedProbes.from_tensors(SITES, COLUMNS, probes.tensors(), "newton")
+    again = NestedProbes.from_tensors(SITES, COLUMNS, probes.tensors(), solver="newton")
     assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), probes.tensors().values(), strict=True))
     for name in probes.tensors():
         wrong = probes.tensors() | {name: probes.tensors()[name][:, :2]}
         with pytest.raises(ValueError, match="no grid of 3 sites x 3 columns"):
-            NestedProbes.from_tensors(SITES, COLUMNS, wrong, "newton")
+            NestedProbes.from_tensors(SITES, COLUMNS, wrong, solver="newton")
 
 
 def kept_with_nested() -> KeptProbes:
@@ -117,7 +119,7 @@ def kept_with_nested() -> KeptProbes:
     random = torch.Generator().manual_seed(4)
     weight, bias = torch.randn(L, K, D, generator=random), torch.randn(L, K, generator=random)
     threshold = torch.zeros(L, K, dtype=torch.float64)
-    bank = ProbeBank(layer_sites([3, 12]), COLUMNS, weight, bias, threshold, "newton")
+    bank = ProbeBank(layer_sites([3, 12]), COLUMNS, weight, bias, threshold, solver="newton")
     passes = torch.ones(L, K, dtype=torch.int64)
     penalty = torch.tensor([[math.inf] * 3, [10, 1, math.inf], [0.1, 0.01, math.inf]], dtype=torch.float64)
     norm = torch.full((S, K), 1e-4, dtype=torch.float64)

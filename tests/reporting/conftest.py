@@ -101,7 +101,14 @@ def results(
 def texts() -> list[Row]:
     """Rows of whole texts, of a layer and a control, with a label that is hostile."""
     places = [{"layer": 3, "control": "", "auroc": 0.8}, {"layer": "", "control": "embed", "auroc": 0.6}]
-    common: Row = dict.fromkeys(TEXT_FIELDS, 0.25) | {"solver": "newton", "label": LABEL, "target": "token", "lag": 0}
+    common: Row = dict.fromkeys(TEXT_FIELDS, 0.25) | {
+        "kind": "linear",
+        "site": "resid_post",
+        "solver": "newton",
+        "label": LABEL,
+        "target": "token",
+        "lag": 0,
+    }
     common |= {"split": "test", "n_texts": 1234, "n_positive": 17, "tpr_at_1fpr_low": math.nan}
     return [{**common, **place, "pooling": pooling} for pooling in POOLINGS for place in places]
 

@@ -335,7 +335,7 @@ def test_a_run_that_is_not_finished_or_from_before_is_refused(run: Path, capsys:
 def test_results_that_are_not_of_the_probes_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "results.csv"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith("newton,2,")))
+    path.write_text("".join(line for line in lines if not line.startswith("newton,linear,resid_post,2,")))
     assert "which is not of the probes of this run" in refused(capsys, "--split", "test")
     path.unlink()
     assert "results.csv" in refused(capsys, "--split", "test")

@@ -108,13 +108,13 @@ def test_a_layer_that_a_device_loses_is_named_before_it_is_trained_on(
 ) -> None:
     """It was there when the model read its first text."""
 
-    def losing(*args: Any) -> int:
-        width = check_reading(*args)
+    def losing(*args: Any) -> list[int]:
+        widths = check_places(*args)
         args[0].layers[2].register_forward_hook(lambda _module, _inputs, output: output * 0)
-        return width
+        return widths
 
-    check_reading = reader.trial.check_reading
-    monkeypatch.setattr(reader.trial, "check_reading", losing)
+    check_places = reader.trial.check_places
+    monkeypatch.setattr(reader.trial, "check_places", losing)
     if not checked:
         monkeypatch.setattr(reader, "check_finite", lambda batches, chains, layers: batches)
     status, told = launch(model_dir, data_with(tmp_path, 0, " "), tmp_path / "run"), capsys.readouterr().err

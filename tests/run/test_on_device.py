@@ -22,6 +22,7 @@ from streamprobe.model.backbone import load_backbone
 from streamprobe.model.hooks import read, steer, tap
 from streamprobe.probes.early_stopping import BestProbes
 from streamprobe.probes.linear import ProbeBank
+from streamprobe.probes.storage import load_probes
 from streamprobe.solvers.nested import NestedSolver
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -128,6 +129,19 @@ def test_a_run_of_several_folds_on_the_device_ends_as_on_the_cpu(config: str, re
     assert cli.train([*argv, "--output_dir", "far"]) == 0
     for name in ("results.csv", "probes.safetensors", "controls.safetensors"):
         assert Path("near", name).read_bytes() == Path("far", name).read_bytes()
+
+
+def test_every_kind_of_probe_is_trained_and_judged_on_the_device(config: str, device: Seen) -> None:
+    kinds = "linear meandiff ema4 stack concat quad2 mlp4 attn2 top_k4".split()
+    argv = [config, *FEW, "--solvers", "newton", "--max_chains", "30", "--max_passes", "4", "--kinds", *kinds]
+    assert cli.train([*argv, "--output_dir", "far"]) == 0
+    assert cli.main(["evaluate", "far", "--split", "test", "--out", "again"]) == 0
+    near = [line.split(",")[:8] for line in Path("far/results.csv").read_text().splitlines()]
+    assert near == [line.split(",")[:8] for line in Path("again/results.csv").read_text().splitlines()]
+    for kind in kinds:
+        bank = load_probes("far", kind=kind)
+        acts = torch.randn(6, 2, bank.n_features)
+        assert torch.equal(bank.scores(acts.to(DEVICE)).cpu(), load_probes("far", kind=kind).scores(acts)), kind
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -152,6 +153,7 @@ def typed(keys, *argv):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which what starts the tests in the background has let be ignored
         os.execv(sys.executable, [sys.executable, "-c", TYPED, *argv])
     shown, last = b"", ""
     for number, key in enumerate(keys, 1):

@@ -22,7 +22,15 @@ def write(folder: Path, rows: list[tuple[int, Column, float, str]]) -> Path:
     """results.csv of rows (layer, column, AUROC, corrected low end), and of a control that is better than all."""
     lines = [",".join(FIELDS)]
     for layer, column, area, low in rows:
-        cells = {"solver": "newton", "layer": layer, "label": column.label, "target": column.target, "lag": column.lag}
+        cells = {
+            "kind": "linear",
+            "site": "resid_post",
+            "solver": "newton",
+            "layer": layer,
+            "label": column.label,
+            "target": column.target,
+            "lag": column.lag,
+        }
         cells |= {"auroc": area, "lift_low_corrected": "0.1", **dict.fromkeys(LOW_ENDS, low)}
         for control in ("", "text"):
             lines.append(",".join(str((cells | {"control": control}).get(name, "")) for name in FIELDS))

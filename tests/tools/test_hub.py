@@ -324,7 +324,16 @@ def test_the_card_tells_the_results(run_folder, bank):
 
 def test_text_from_data_stays_text_in_the_card(run_folder):
     evil = "|<script>[x](http://y)\n# `a`*"
-    row = {"solver": "newton", "label": evil, "target": "token", "control": "", "layer": "0", "lag": "0"}
+    row = {
+        "kind": "linear",
+        "site": "resid_post",
+        "solver": "newton",
+        "label": evil,
+        "target": "token",
+        "control": "",
+        "layer": "0",
+        "lag": "0",
+    }
     row |= {"auroc": "0.5", "auroc_low": "nan", "auroc_high": "nan"}
     card = hub.make_card({"solvers": ["newton"], "layers": [0], "columns": [[evil, "token", 0]]}, [row], "a/b")
     assert "<script>" not in card and "[x]" not in card and "| layer00 | 0.500 |" in card and "\n# `a`" not in card

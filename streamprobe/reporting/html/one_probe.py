@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import Row, reads
 from streamprobe.reporting.curves import COUNTS
 from streamprobe.reporting.grids import furthest_certain, title
 from streamprobe.reporting.read_back import FinishedRun
@@ -115,7 +115,7 @@ def _chains(transcripts: Mapping[str, Any]) -> str:
         return "<h2 id=read>Held-out chains</h2><p class=note>No probe has both classes among the test tokens.</p>"
     elements = [
         "<h2 id=read>Held-out chains</h2>",
-        f"<p class=note>Picked by the probe with {escape(transcripts['picked_by'])}: layer {best['layer']}, "
+        f"<p class=note>Picked by the probe with {escape(transcripts['picked_by'])}: {escape(reads(best))}, "
         f"lag {best['lag']:+d}, {escape(title((best['solver'], best['label'], best['target'])))}. Painted by the one "
         "that is chosen above. Click or tap a token, or go from one to the next by the arrow keys: what is said of "
         "it stands at the foot of the page, until Escape.</p>",

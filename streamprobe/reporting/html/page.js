@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("held").textContent);
 const levels = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-";
-const names = ["solver", "label", "target", "layer", "lag"];
+const names = ["solver", "label", "target", "site", "layer", "lag"];
 const chooser = document.getElementById("chooser");
 const place = (id) => document.getElementById(id);
 const probability = (letter) => (letter === "." ? null : (levels.indexOf(letter) / 63) ** 2);

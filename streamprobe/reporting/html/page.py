@@ -1,16 +1,28 @@
 """report.html: one page that holds all it shows and asks the network for nothing.  Text from the data is escaped."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from streamprobe.controls.table import CONTROLS
-from streamprobe.reporting.grids import Family, Grid, gained, grids, known, lines_of, rows_of, title
+from streamprobe.evaluation.rows import Row
+from streamprobe.reporting.grids import (
+    Family,
+    Grid,
+    beyond_linear,
+    gained,
+    grids,
+    known,
+    lines_of,
+    other_kinds,
+    rows_of,
+    title,
+)
 from streamprobe.reporting.html import one_probe
 from streamprobe.reporting.html.charts import lag_curves, lift_curve, metric_map
 from streamprobe.reporting.html.document import document, own_file
-from streamprobe.reporting.html.tables import CATEGORIES, PROBES, SORTS, TEXTS, best_in_categories, draw_table
+from streamprobe.reporting.html.tables import CATEGORIES, KINDS, PROBES, SORTS, TEXTS, best_in_categories, draw_table
 from streamprobe.reporting.identity import identity_of
 from streamprobe.reporting.read_back import FinishedRun
 
@@ -35,6 +47,11 @@ GAIN_MAPS = {
     "gain_within": "Gain in AUROC within chains",
     "gain": "Gain in AUROC",
 }
+KINDS_NOTE = (
+    "Of {} the best of each lag, where it is certainly above linear probes of the same layer: the low end of the "
+    "difference of AUROC is above .0005, corrected for all kinds, layers and lags looked at. All are in the "
+    "table of all probes."
+)
 FILES_NOTE = "They lie beside this page, in the folder of the run."
 
 
@@ -46,6 +63,9 @@ def render(found: FinishedRun, links: Mapping[str, str]) -> str:
         f"family{i}": (title(family), _family(family, grid)) for i, (family, grid) in enumerate(families.items())
     }
     tables = {"all": ("All probes and controls", f"<p class=note>{SORTS}</p>{draw_table(PROBES, found.rows)}")}
+    kinds = other_kinds(found.rows)
+    if kinds:
+        tables["kinds"] = ("Kinds of probes", _kinds(kinds))
     if found.categories:
         rows = best_in_categories(found.rows, found.categories)
         tables["categories"] = (
@@ -69,6 +89,15 @@ def render(found: FinishedRun, links: Mapping[str, str]) -> str:
     ]
     script = own_file("page.js") + own_file("tables.js")
     return document(found.name, body, style=own_file("page.css"), script=script, held=one_probe.held(found))
+
+
+def _kinds(families: Mapping[Family, Sequence[Row]]) -> str:
+    """Of each lag the best kind of probe, where one is certainly above linear ones, and what is not."""
+    named = ", ".join(dict.fromkeys(row["kind"] for rows in families.values() for row in rows))
+    best = [row for rows in families.values() for row in beyond_linear(rows)]
+    if not best:
+        return f"<p class=note>None of {escape(named)} is certainly above linear probes at any lag.</p>"
+    return f"<p class=note>{escape(KINDS_NOTE.format(named))} {SORTS}</p>{draw_table(KINDS, best)}"
 
 
 def _sections(parts: Mapping[str, tuple[str, str]]) -> list[str]:

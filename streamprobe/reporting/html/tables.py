@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from html import escape
 
-from streamprobe.evaluation.rows import Row, place
+from streamprobe.evaluation.rows import PLACE, Row, place, site_cell
 from streamprobe.evaluation.verdict import is_certain
 from streamprobe.reporting.grids import best_of, grids, interval, lines_of, number
 
@@ -49,6 +49,14 @@ PROBES: Table = [
     ("tokens", lambda row: str(row["n_tokens"])),
     ("best pass", lambda row: str(row["best_pass"])),
 ]
+KINDS: Table = [
+    *PROBES[:7],
+    ("over linear", _of("over_linear")),
+    ("95% interval", _interval("over_linear")),
+    ("at least", _of("over_linear_low_corrected")),
+    *PROBES[7:13],
+    ("base rate", _of("base_rate")),
+]
 TEXTS: Table = [
     *PROBES[:2],
     *PROBES[3:5],
@@ -64,7 +72,7 @@ TEXTS: Table = [
 CATEGORIES: Table = [
     ("category", lambda row: row["category"]),
     *PROBES[:4],
-    ("layer", lambda row: str(row["layer"])),
+    ("layer", site_cell),
     *PROBES[5:7],
     ("lift", _of("lift")),
     ("95% interval", _interval("lift")),
@@ -94,11 +102,8 @@ def best_in_categories(rows: Sequence[Row], categories: Sequence[Row]) -> list[R
 
     So no layer is chosen by the chains of the category that judges it.
     """
-    chosen = {
-        (*family, lag, row["layer"])
-        for family, grid in grids(rows).items()
-        for lag, row in best_of(lines_of(grid)[0].values()).items()
-    }
-    names = ("solver", "label", "target", "lag", "layer")
-    found = [row for row in categories if not row["control"] and tuple(row[name] for name in names) in chosen]
-    return sorted(found, key=lambda row: tuple(row[name] for name in ("category", *names)))
+    best = [row for grid in grids(rows).values() for row in best_of(lines_of(grid)[0].values()).values()]
+    chosen = {tuple(row[name] for name in PLACE) for row in best}
+    found = [row for row in categories if not row["control"] and tuple(row[name] for name in PLACE) in chosen]
+    order = ("category", "solver", "label", "target", "lag", "layer")
+    return sorted(found, key=lambda row: tuple(row[name] for name in order))

@@ -29,8 +29,9 @@ class MetricGrid:
         """`name` is that of the family, whose probes are in `grids`; seeds and folds other than 0 have no row."""
         self.name = name
         own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and c.is_first for site in g.sites]
-        probed = {site.layer or 0: place(site, c) for site, c in own if not (site.is_control or c.control)}
-        layers = [probed[layer] for layer in sorted(probed)]
+        probed = {site: place(site, c) for site, c in own if not (site.is_control or c.control)}
+        order = {point: i for i, point in enumerate(dict.fromkeys(site.point for site in probed))}
+        layers = [probed[site] for site in sorted(probed, key=lambda site: (order[site.point], site.layer or 0))]
         aside = {place(site, c): site.name for site, c in own if site.is_control}
         relabelled = dict.fromkeys((c.control, place(site, c)) for site, c in own if c.control)  # at every layer
         self.lags = sorted({c.lag for _, c in own})

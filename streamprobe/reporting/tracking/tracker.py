@@ -30,7 +30,7 @@ class Tracker:
         the largest loss and gradient norm.  `every`: each probe has its own ones, too.
         """
         self.backends, self.every = backends, every
-        self.grids = metric_grids(grids)
+        self.shown, self.grids = list(grids), metric_grids(grids)
         self.unmapped: int | None = None  # the step of values that no heat map shows yet
         self.mapped, self.next_maps = 0, time.monotonic() + FIRST_MAPS
         charts = layout(self.grids, every)
@@ -38,7 +38,9 @@ class Tracker:
             backend.charts(charts)
 
     def probes(self, name: str, grid: ProbeGrid, values: Tensor, step: int) -> None:
-        """A metric of all probes of a solver; values [L, K], NaN left out."""
+        """A metric of all probes of a solver; values [L, K], NaN left out.  Nothing is shown of other ones."""
+        if not any(grid is shown for shown in self.shown):
+            return
         if self.every:
             self._points(
                 (
