@@ -59,7 +59,15 @@ class Group:
         if cuda:
             os.environ["CUDA_VISIBLE_DEVICES"] = own_devices(world, n_devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a rank that is late is an exception
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        start = f"streamprobe/start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a launcher may keep its store
+        met, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=dist.PrefixStore(start, met),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout),
+        )
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # a line of its own
         named = dist.PrefixStore(f"streamprobe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

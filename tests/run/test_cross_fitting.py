@@ -73,7 +73,9 @@ def scored_in(out: str, *argv: str) -> list[ScoredProbes]:
     found: list[ScoredProbes] = []
     judge = pipeline.judge
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "judge", lambda probes, *rest: found.extend(probes) or judge(probes, *rest))
+        patch.setattr(
+            pipeline, "judge", lambda probes, *rest, **more: found.extend(probes) or judge(probes, *rest, **more)
+        )
         train(out, *argv)
     return found
 
