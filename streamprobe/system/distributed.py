@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamprobe.errors import InputError, first_line, out_of_memory
 from streamprobe.system.heartbeat import UNSPOKEN, Heartbeat
-from streamprobe.system.launch import World, launched, own_devices
+from streamprobe.system.launch import World, launched, own_devices, restarts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,19 +59,14 @@ class Group:
         if cuda:
             os.environ["CUDA_VISIBLE_DEVICES"] = own_devices(world, n_devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a rank that is late is an exception
-        start = f"streamprobe/start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a launcher may keep its store
-        met, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore(start, met),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout),
-        )
+        own = f"streamprobe/{restarts()}"  # a launcher may keep the store of processes that have failed
+        wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        met, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        known: dict[str, Any] = {"rank": rank, "world_size": size, "timeout": wait}
+        dist.init_process_group(backend, store=dist.PrefixStore(f"{own}/start", met), **known)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # a line of its own
-        named = dist.PrefixStore(f"streamprobe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.heart = Heartbeat(named, world.rank, world.size, socket.gethostname())
+        self.heart = Heartbeat(dist.PrefixStore(own, store), world.rank, world.size, socket.gethostname())
 
     def take_part(self, name: str, tensor: "Tensor", *arguments: Any, **options: Any) -> None:
         """An operation of torch.distributed in which all ranks take part, to which this one gives a tensor."""

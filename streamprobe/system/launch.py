@@ -29,9 +29,14 @@ def was_launched() -> bool:
     return launched().size > 1
 
 
+def restarts() -> int:
+    """How often a launcher has started this process anew, after one of the ranks had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def was_restarted() -> bool:
-    """Whether a launcher has started this process anew, after one of the ranks had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether a launcher has started this process anew."""
+    return restarts() > 0
 
 
 def own_devices(world: World, n: int, visible: str | None) -> str:
