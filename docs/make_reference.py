@@ -9,7 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from streamprobe.config.load import GROUPS, full_help
+from streamprobe.config.help import full_help
+from streamprobe.config.load import GROUPS
 
 PAGE = Path(__file__).with_name("reference.md")
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from streamprobe.commands.shared import add_model, add_run
 from streamprobe.config.data_keys import DataConfig
-from streamprobe.config.load import OF_DATA, RunConfig, full_help
+from streamprobe.config.help import full_help
+from streamprobe.config.load import OF_DATA, RunConfig
 from streamprobe.errors import InputError
 
 SPLIT = ("test_share", "validation_share", "split_seed", "split_by", "split", "test_categories", "validation", "folds")

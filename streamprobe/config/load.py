@@ -12,17 +12,14 @@ from typing import Any
 import yaml
 
 from streamprobe.config.data_keys import DataConfig
+from streamprobe.config.help import full_help
 from streamprobe.config.keys import require
 from streamprobe.config.schema import ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
 from streamprobe.config.site_keys import check_shards
-from streamprobe.controls.table import CONTROLS
-from streamprobe.data.formats import FORMATS
 from streamprobe.data.label_rules import SCOPES
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
-from streamprobe.probes.kinds import KINDS, kind_names, split_name
 from streamprobe.probes.sites import LINEAR
-from streamprobe.solvers.table import SOLVERS
 from streamprobe.system.console import say
 from streamprobe.system.privacy import FILES, TOKENS, clean_url
 from streamprobe.system.shipped import shipped_configs
@@ -152,20 +149,6 @@ def _make_parser(command: str) -> Any:
     for action in parser._actions:
         action.help = full_help(action.help or "")
     return parser
-
-
-def full_help(help: str) -> str:
-    """A key's help text with the rows of the tables that it names."""
-    kinds = {name: KINDS[split_name(name).family] for name in kind_names()}
-    tables: dict[str, Mapping[str, Any]] = {
-        "<controls>": CONTROLS,
-        "<formats>": FORMATS,
-        "<solvers>": SOLVERS,
-        "<kinds>": kinds,
-    }
-    for name, rows in tables.items():
-        help = help.replace(name, "; ".join(f"{row} ({each.about})".replace("%", "%%") for row, each in rows.items()))
-    return help.replace("<scopes>", ", ".join(f"{scope} ({about})" for scope, about in SCOPES.items()))
 
 
 def _check_order(argv: Sequence[str], actions: Mapping[str, Action], command: str) -> None:
