@@ -30,15 +30,8 @@ from streamprobe.run.kinds import LinearProbes, TrainedKind
 MEANDIFF, STACK = "meandiff", "stack"
 
 
-class Beside(NamedTuple):
-    """Nested probes as they end, and what they are fed: what a kind is compared with beside the joint control."""
-
-    final: FinalProbes
-    feed: Feed
-
-
-class Judge(NamedTuple):
-    """A group of probes with what it is fed."""
+class Ended(NamedTuple):
+    """A group of probes as they end, and what they are fed."""
 
     final: FinalProbes
     feed: Feed
@@ -51,23 +44,24 @@ def final_kinds(
     *,
     inputs: Inputs,
     kinds: Sequence[str],
-    beside: Beside | None,
-) -> list[Judge]:
+    beside: Ended | None,
+) -> list[Ended]:
     """The probes of all kinds, and those that say what each adds to the joint control, if there is one.
 
-    `kinds` are those of the run, in their order.  A weighted mean of the layers' logits is fitted here, on the
-    validation chains that choose thresholds, too: of each fold where there are several.
+    `beside` are the nested probes, which that is compared with; `kinds` those of the run, in their order.  A weighted
+    mean of the layers' logits is fitted here, on the validation chains that choose thresholds, too: of each fold where
+    there are several.
     """
     prior = inputs.prior_of(linear.feed).to(linear.bank.bias)
     banks: list[Any] = [linear.bank.add_to_logits(prior), *(each.bank.add_to_logits(prior) for each in trained)]
     feeds = [linear.feed, *(kind_feed(linear.feed, each.kind) for each in trained)]
     of_nested = [(beside.final.bank, beside.feed)] if beside else []
     of_linear, *said = evaluate([*zip(banks, feeds, strict=True), *of_nested], validation())
-    ended: list[_Ended] = []
+    ended: list[_Trained] = []
     for each, bank, scored in zip(trained, banks[1:], said, strict=False):
         if each.kind == MEANDIFF:
             bank, scored = scaled(bank, scored)
-        ended.append(_Ended(bank, scored, each.best_pass, each.gradient_norm))
+        ended.append(_Trained(bank, scored, each.best_pass, each.gradient_norm))
     if STACK in kinds:
         ended.append(stack(banks[0], of_linear))
         ended.sort(key=lambda each: kinds.index(each.bank.kind))
@@ -76,11 +70,11 @@ def final_kinds(
         columns = shared_columns(beside.final.bank.columns, linear.bank.columns)
         for own in ended:
             mixed = mixture(own, len(linear.bank.sites), said[-1], beside=beside, columns=columns)
-            found.append(Judge(mixed, mixed_feed(beside.feed, linear.feed, own.bank.kind)))
+            found.append(Ended(mixed, mixed_feed(beside.feed, linear.feed, own.bank.kind)))
     return found
 
 
-class _Ended(NamedTuple):
+class _Trained(NamedTuple):
     """Calibrated probes of a kind, and what they say of the validation tokens."""
 
     bank: Any
@@ -89,13 +83,13 @@ class _Ended(NamedTuple):
     gradient_norm: Tensor
 
 
-def _judged(each: _Ended, layers: Feed, inputs: Inputs) -> Judge:
+def _judged(each: _Trained, layers: Feed, inputs: Inputs) -> Ended:
     """The probes with the thresholds that validation chooses."""
     half = inputs.prior_of(layers)
     threshold = measure(each.scored.scores, each.scored.targets, each.scored.valid, half=half)["threshold"]
     bank = each.bank.choose(list(range(len(each.bank.columns))), threshold)
     final = FinalProbes(bank.solver, bank.kind, bank, half, each.best_pass, each.gradient_norm)
-    return Judge(final, kind_feed(layers, bank.kind))
+    return Ended(final, kind_feed(layers, bank.kind))
 
 
 def scaled(bank: ProbeBank, scored: Scored) -> tuple[ProbeBank, Scored]:
@@ -135,7 +129,7 @@ def layer_norms(probes: Sequence[FinalProbes], scale: Tensor) -> dict[str, dict[
     return found
 
 
-def stack(linear: ProbeBank, scored: Scored) -> _Ended:
+def stack(linear: ProbeBank, scored: Scored) -> _Trained:
     """Weighted means of the layers' logits: linear probes of all layers side by side, of L + 1 numbers a column."""
     n_layers, n_columns = linear.bias.shape
     share, offset = torch.zeros(n_columns, n_layers, dtype=torch.float64), torch.zeros(n_columns, dtype=torch.float64)
@@ -153,7 +147,7 @@ def stack(linear: ProbeBank, scored: Scored) -> _Ended:
     bias = ((linear.bias.T * share).sum(1) + offset)[None]
     bank = KindBank(Joined(STACK), linear.sites, linear.columns, {"weight": weight, "bias": bias}, solver=linear.solver)
     nothing = torch.zeros(1, n_columns, dtype=torch.int64)
-    return _Ended(bank, scored._replace(scores=found.permute(2, 1, 0)), nothing, torch.full((1, n_columns), math.nan))
+    return _Trained(bank, scored._replace(scores=found.permute(2, 1, 0)), nothing, torch.full((1, n_columns), math.nan))
 
 
 def shared_columns(wanted: Sequence[Column], held: Sequence[Column]) -> Tensor:
@@ -162,12 +156,12 @@ def shared_columns(wanted: Sequence[Column], held: Sequence[Column]) -> Tensor:
     return torch.tensor([places[column] for column in wanted], dtype=torch.int64)
 
 
-def mixture(each: _Ended, n_layers: int, nested: Scored, *, beside: Beside, columns: Tensor) -> FinalProbes:
+def mixture(each: _Trained, n_layers: int, nested: Scored, *, beside: Ended, columns: Tensor) -> FinalProbes:
     """What a kind says beside the joint control: for each of its sites a weighted sum of two logits.
 
     These are of the nested probe of its layer and its own, weighted by the validation tokens; where that is no better
-    there than the nested probe, it is that.  A kind that joins all layers stands beside the layer
-    whose nested probe is the best there.  columns [J]: where those of the joint control are among the kind's.
+    there than the nested probe, it is that.  A kind that joins all layers stands beside the layer whose
+    nested probe is the best there.  columns [J]: where those of the joint control are among the kind's.
     """
     n_sites, before = each.scored.scores.shape[1], beside.final.penalty
     assert before is not None

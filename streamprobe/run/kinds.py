@@ -112,12 +112,12 @@ class KindTrainer:
         self.kinds = kinds
         self.linear, self.splits, self.dtype, self.l2, self.seed = linear, splits, dtype, l2, seed
 
-    def train(self, kind: str) -> list[TrainedKind]:
+    def train(self, kind: str) -> TrainedKind:
         """The probes of a kind that is not trained in the passes over all tokens."""
         family, number = split_name(kind)
         makers = {"meandiff": self._mean_difference, "mlp": self._network, "quad": self._quadratic}
         makers |= {"attn": self._attention, "top_k": self._fewest}
-        return [makers[family](kind, number)]
+        return makers[family](kind, number)
 
     def _mean_difference(self, kind: str, number: int) -> TrainedKind:
         """The difference of the means of both classes, which Newton's first gradient is."""
@@ -227,9 +227,8 @@ def train_kinds(
     for kind in kinds:
         started = time.monotonic()
         own = by_feed.get(kind)
-        trained = [_of_job(own, kind, linear)] if own else trainer.train(kind)
-        found += trained
-        say(f"{kind:<9}{time.monotonic() - started:>9.1f} s   {describe(trained[0])}")
+        found.append(_of_job(own, kind, linear) if own else trainer.train(kind))
+        say(f"{kind:<9}{time.monotonic() - started:>9.1f} s   {found[-1].best_pass.numel()} probes")
     return found
 
 
@@ -238,12 +237,6 @@ def linear_probes(jobs: Sequence[Job], inputs: Inputs) -> LinearProbes:
     return next(
         LinearProbes(job, inputs) for job in jobs if job.feed.name == PROBED and isinstance(job.solver, NewtonSolver)
     )
-
-
-def describe(trained: TrainedKind) -> str:
-    """Where the probes of a kind stand."""
-    n = trained.best_pass.numel()
-    return f"{n} probes"
 
 
 def _linear_bank(job: Job) -> ProbeBank:

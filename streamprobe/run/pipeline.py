@@ -26,7 +26,7 @@ from streamprobe.run.checkpoint import STATE, Checkpoint, Checkpoints
 from streamprobe.run.cost import Cost
 from streamprobe.run.dry_run import describe_run
 from streamprobe.run.final import choose_thresholds, final_probes, probes_to_keep
-from streamprobe.run.final_kinds import Beside, Judge, final_kinds, layer_norms
+from streamprobe.run.final_kinds import Ended, final_kinds, layer_norms
 from streamprobe.run.folder import claim_shared_folder
 from streamprobe.run.jobs import make_jobs, states_of, take_up
 from streamprobe.run.kinds import TrainedKind, linear_probes, train_kinds
@@ -90,7 +90,7 @@ def run_in(folder: Path, config: RunConfig) -> None:
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
     final = final_probes(setup, jobs, thresholds, [final_nested(each, validation) for each in nested])
     feeds = [job.feed for job in jobs] + [each.feed for each in nested]
-    for each in judge_kinds(setup, jobs, trained, validation, beside=Beside(final[-1], feeds[-1]) if nested else None):
+    for each in judge_kinds(setup, jobs, trained, validation, beside=Ended(final[-1], feeds[-1]) if nested else None):
         final.append(each.final)
         feeds.append(each.feed)
     kept = probes_to_keep(setup, final)
@@ -111,8 +111,8 @@ def judge_kinds(
     trained: Sequence[TrainedKind],
     validation: Validation,
     *,
-    beside: Beside | None,
-) -> list[Judge]:
+    beside: Ended | None,
+) -> list[Ended]:
     """The probes of kinds that are not linear as the run ends with them; none in a run of linear ones alone."""
     kinds = setup.config.probes.kinds
     if kinds == [LINEAR]:
