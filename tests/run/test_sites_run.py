@@ -1,16 +1,14 @@
 """A run that reads other places than the outputs of blocks, from its config to what is done with its probes."""
 
 import csv
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from builders import setup_of
-from finished import results
+from finished import finish, results
 from forked import forked
 from killed import killed_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,14 +39,7 @@ TEXT = "okay so wait no actually therefore each box card"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model_dir: str, chains_file: Path) -> Path:
     """A folder with a config and its run, finished, in `straight`."""
-    folder = tmp_path_factory.mktemp("sites")
-    (folder / "chains.json").write_text(json.dumps(json.loads(chains_file.read_text())[:30]))
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(KEYS | {"model": model_dir, "data": "chains.json"}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert train(["tiny.yaml", "--output_dir", "run"]) == 0
-        Path("run").rename("straight")
-    return folder
+    return finish(tmp_path_factory.mktemp("sites"), KEYS | {"model": model_dir}, chains_file)
 
 
 @pytest.fixture
