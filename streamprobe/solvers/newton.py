@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from streamprobe.activations.batch import Extras
-from streamprobe.errors import InputError
 from streamprobe.lags import Column
 from streamprobe.probes.linear import ProbeBank, to_raw
 from streamprobe.probes.sites import Site
 from streamprobe.probes.storage import restore
 from streamprobe.solvers.curvature import Place, factorise
 from streamprobe.solvers.lbfgs import PAIRS, newton_step, remember, step_back
+from streamprobe.solvers.newton_matrices import columns_of_places, penalty_of_weights, refusal, share_places
 from streamprobe.solvers.newton_sums import EXACT, LiveColumns, NewtonSums, Points
 from streamprobe.solvers.scaling import mapped_vector, shifted
 from streamprobe.system.distributed import add, owner, world
-from streamprobe.system.hardware import send
 
-MANY = 16  # in units of E: where the curvature of so many tokens shapes H, it is much like that of other columns
-HAND_MADE_L2 = 1e-4  # penalty on the weights of features that are not scaled, unless `l2` is smaller
 FLAT = 1e-12  # curvature of a token that is as good as none
 AT_ONCE = 8  # matrices that are factorised before the host looks how that went: so many are there twice
 # The tensors that a checkpoint holds:
@@ -99,7 +96,7 @@ class NewtonSolver:
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.mean = torch.zeros(len(self.sites), hidden_size, device=device)
         self.scale = torch.ones(len(self.sites), self.n_folds, hidden_size, device=device)
-        self.penalty = self._penalty(size, n_hand_made).to(device)  # of d J / d w
+        self.penalty = penalty_of_weights(self.l2, size, n_hand_made).to(device)  # of d J / d w
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
@@ -114,11 +111,6 @@ class NewtonSolver:
         self.factors: dict[Place, Tensor | None] = {}
         self.size = torch.ones(probes, **wide)  # by which H is multiplied for each column
         self.pass_loss = torch.full(probes, math.nan, **wide)  # of the tokens of the last pass
-
-    def _penalty(self, size: int, n_hand_made: int) -> Tensor:
-        """Of d J / d w for each of E weights, the bias last, float64."""
-        by_hand = [min(self.l2, HAND_MADE_L2)] * n_hand_made
-        return 2 * torch.tensor([self.l2] * (size - 1 - n_hand_made) + [*by_hand, 0], dtype=torch.float64)
 
     def _start_pass(self) -> NewtonSums:
         """Sums of the next pass, which has seen no token."""
@@ -136,15 +128,8 @@ class NewtonSolver:
         return NewtonSums(live, points, seed=self.seed + number)
 
     def find_places(self) -> list[list[Place]]:
-        """What every column's matrix is made for, [L][K]: itself, or those of like size that many tokens shape, too."""
-        size = self.point.shape[-1]
-        many = ((self.effective > MANY * size) & (size > EXACT)).tolist()
-        places = []
-        for i, sizes in enumerate(self.expected.log2().floor().tolist()):
-            first: dict[Any, Place] = {}
-            kinds = [0 if self.shared else (like,) if many[i][k] else k for k, like in enumerate(sizes)]
-            places.append([first.setdefault(kind, Place(i, k)) for k, kind in enumerate(kinds)])
-        return places
+        """What every column's matrix is made for, [L][K]: see `share_places`."""
+        return share_places(self.expected, self.effective, self.point.shape[-1], every=self.shared)
 
     @torch.no_grad()
     def begin(self, acts: Tensor | None, source: int) -> None:
@@ -193,14 +178,7 @@ class NewtonSolver:
     def _check_finite(self, loss: Tensor) -> None:
         """Raises InputError where J [L, K] of a probe is no number; later on such a point is only stepped back from."""
         for i in (~loss.isfinite()).any(1).nonzero()[:1, 0].tolist():
-            raise self._refusal(i)
-
-    def _refusal(self, i: int) -> InputError:
-        return InputError(
-            f"activations of {self.sites[i].title} whose Gram matrix cannot be factorised",
-            "finite activations, and a penalty that outweighs rounding",
-            "use another --dtype, raise --l2, or leave --standardize on",
-        )
+            raise refusal(self.sites[i])
 
     def _update(self, loss: Tensor, gradient: Tensor, shift: Tensor) -> None:
         """One step of every probe that is not converged, from the loss and gradient at `point`.
@@ -221,21 +199,11 @@ class NewtonSolver:
         moving = better & ~self.converged
         size = self.sums.sizes()
         self.size = size.where(moving & (size > 0), self.size)
-        columns = self._columns_of_places(moving.tolist())
+        columns = columns_of_places(self.places, moving)
         self._take_matrices(columns, shift)
         direction = newton_step(self.past, self.best_gradient, partial(self._solve, columns=columns))
         self.point = torch.where(moving[..., None], self.best - direction, shorter)
         self.point = torch.where(self.converged[..., None], self.best, self.point)
-
-    def _columns_of_places(self, moving: list[list[bool]]) -> dict[Place, Tensor]:
-        """The columns [k] of every place of which one moves on: those that do."""
-        found: dict[Place, list[int]] = {}
-        for own, moves in zip(self.places, moving, strict=True):
-            for k, place in enumerate(own):
-                if moves[k]:
-                    found.setdefault(place, []).append(k)
-        numbers = send(torch.tensor([k for own in found.values() for k in own], dtype=torch.int64), self.device)
-        return dict(zip(found, numbers.split([len(own) for own in found.values()]), strict=True))
 
     def _take_matrices(self, columns: dict[Place, Tensor], shift: Tensor) -> None:
         """H where tokens were drawn for it and a probe moves on from there: elsewhere it is of a point that is left."""
@@ -247,7 +215,7 @@ class NewtonSolver:
             own = {place: matrix for place, matrix in zip(some, matrices, strict=True) if matrix is not None}
             factors, missing = factorise(list(own.values()))
             if missing is not None:
-                raise self._refusal(list(own)[missing].layer)
+                raise refusal(self.sites[list(own)[missing].layer])
             self.factors |= dict.fromkeys(some) | dict(zip(own, factors, strict=True))
 
     def _matrix(self, place: Place, columns: Tensor, shift: Tensor, rank: int) -> Tensor | None:

@@ -16,7 +16,8 @@ from streamprobe.probes.sites import control_sites, layer_sites
 from streamprobe.solvers import block_matrices, nested, nested_sums
 from streamprobe.solvers.block_matrices import PENALTIES, Start
 from streamprobe.solvers.nested import PATIENCE, NestedSolver
-from streamprobe.solvers.newton import HAND_MADE_L2, NewtonSolver
+from streamprobe.solvers.newton import NewtonSolver
+from streamprobe.solvers.newton_matrices import HAND_MADE_L2
 
 N, P, HAND_MADE, L, D, L2 = 4000, 9, 4, 2, 6, 0.01
 COLUMNS = [Column("event", target, 4) for target in ("token", "onset")] + [Column("event", "token", 8)]

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from streamprobe.errors import InputError
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.solvers import matrix_sums, newton, newton_sums
+from streamprobe.solvers import matrix_sums, newton, newton_matrices, newton_sums
 from streamprobe.solvers.curvature import curvature_bytes
 from streamprobe.solvers.newton import NewtonSolver
 
@@ -50,7 +50,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def every_token_up_to(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (newton, newton_sums):
+    for module in (newton, newton_matrices, newton_sums):
         monkeypatch.setattr(module, "EXACT", size)
 
 
@@ -200,7 +200,7 @@ def test_a_shared_matrix_is_one_for_a_layer(tokens) -> None:
 def test_columns_of_many_tokens_share_a_matrix(tokens, solved, monkeypatch) -> None:
     first = trained(make(tokens, matrices_every=2), tokens, 1)
     few = (first.effective[0] <= first.effective[0].median()).nonzero()[:, 0].tolist()
-    monkeypatch.setattr(newton, "MANY", float(first.effective[0].median()) / (tokens.acts.shape[2] + 1))
+    monkeypatch.setattr(newton_matrices, "MANY", float(first.effective[0].median()) / (tokens.acts.shape[2] + 1))
     solver = trained(make(tokens, matrices_every=2), tokens, 1)
     several = [place for place in solver.places[0] if place.column not in few]
     assert {place.column for place in solver.places[0]} == {*few, several[0].column} and len(several) > 1
@@ -209,7 +209,7 @@ def test_columns_of_many_tokens_share_a_matrix(tokens, solved, monkeypatch) -> N
 
 
 def test_columns_of_small_probes_or_few_tokens_have_their_own(tokens, monkeypatch) -> None:
-    monkeypatch.setattr(newton, "MANY", 0)
+    monkeypatch.setattr(newton_matrices, "MANY", 0)
     assert len(trained(make(tokens, matrices_every=2), tokens, 2).factors) < 12
     every_token_up_to(200, monkeypatch)
     assert len({place for own in trained(make(tokens), tokens, 2).places for place in own}) == 12
@@ -217,13 +217,13 @@ def test_columns_of_small_probes_or_few_tokens_have_their_own(tokens, monkeypatc
 
 def test_no_matrix_is_shared_in_the_first_pass(tokens, monkeypatch) -> None:
     """It ends in the class-balanced ridge of each column."""
-    monkeypatch.setattr(newton, "MANY", 0)
+    monkeypatch.setattr(newton_matrices, "MANY", 0)
     assert len(trained(make(tokens), tokens, 1).factors) == 12
 
 
 def test_columns_whose_curvature_is_of_another_size_have_their_own(tokens, monkeypatch) -> None:
     """The penalty beside a shared matrix is right for columns of its size alone."""
-    monkeypatch.setattr(newton, "MANY", 0)
+    monkeypatch.setattr(newton_matrices, "MANY", 0)
     solver = make(tokens)
     solver.effective += 1
     solver.expected = torch.tensor([40.0, 5.0, 60.0, 4.5, 1.0, 33.0]).double().expand(2, -1)
@@ -288,7 +288,7 @@ def test_hand_made_features_are_not_scaled_and_have_a_small_penalty_of_their_own
     solver = trained(make(tokens, n_hand_made=n), tokens, 100)
     assert solver.converged.all() and (solver.scale[..., -n:] == 1).all() and (solver.scale[..., :-n] != 1).any()
     x, mean, std = standardised(tokens, 1)
-    x[:, -n:] *= std[-n:] * (L2 / newton.HAND_MADE_L2) ** 0.5
+    x[:, -n:] *= std[-n:] * (L2 / newton_matrices.HAND_MADE_L2) ** 0.5
     for k in (0, 4):
         v = tokens.valid[:, k].numpy()
         y = tokens.targets[v, k].numpy()
@@ -323,7 +323,7 @@ def test_resumed_where_it_can_be_it_goes_on_bit_for_bit(tokens, every) -> None:
 
 def test_it_goes_on_bit_for_bit_from_a_pass_in_which_every_probe_stepped_back(tokens, monkeypatch) -> None:
     """Columns then share by how they stand there, not by how they stood when the run began."""
-    monkeypatch.setattr(newton, "MANY", 0)
+    monkeypatch.setattr(newton_matrices, "MANY", 0)
     straight = trained(make(tokens, matrices_every=3), tokens, 2)
     at_first, straight.point = straight.places, straight.point * 100
     straight.sums = straight._start_pass()
