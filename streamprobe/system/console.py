@@ -235,9 +235,13 @@ def _raw(stream: io.TextIOWrapper) -> object:
 
 
 def _text(stream: io.TextIOWrapper, sink: _Sink) -> io.TextIOWrapper:
-    """A text stream like `stream` that writes into the sink."""
+    """A text stream like `stream` that writes into the sink.
+
+    One without a buffer (`python -u`) is given one that is written out at the end of each line, and of each bar.
+    """
     with suppress(OSError):
         stream.flush()
+    by_line = stream.line_buffering or stream.write_through
     return io.TextIOWrapper(
-        io.BufferedWriter(sink), stream.encoding, "streamprobe", None, stream.line_buffering, stream.write_through
+        io.BufferedWriter(sink), stream.encoding, "streamprobe", None, by_line, stream.write_through
     )

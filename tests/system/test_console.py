@@ -119,6 +119,23 @@ def test_colours_and_bars_are_for_terminals_that_want_them(monkeypatch, environm
     assert console.shows_colour() is colour and console.shows_progress() is bars
 
 
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_the_end_of_a_bar_is_not_held_back(unbuffered):
+    """What tqdm ends with, on standard error, goes before the next line on standard output."""
+    arrives, fd = os.pipe()
+    raw = io.FileIO(fd, "w")
+    stream = io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw), "utf-8", write_through=unbuffered)
+    shown = console._text(stream, console._Sink(fd))
+    for end in ("\r", "\n"):
+        shown.write(f"bar{end}")
+        ready, *_rest = select.select([arrives], [], [], 0)
+        assert bool(ready) is unbuffered  # negative control: a stream that is buffered waits
+        assert not ready or os.read(arrives, 10) == f"bar{end}".encode()
+    os.close(arrives)
+    shown.detach()
+    stream.detach()
+
+
 # --- what is typed ---
 
 TYPED = """
