@@ -113,8 +113,8 @@ def fit_attention(
             epoch = partial(known.epoch, seed=seed, n_tokens=n_tokens)
             found[group] = fit(attention.residual, own, epoch, judged.all, patience=patience, **options)
         else:
-            found[group] = Fitted(own, torch.zeros_like(own["pace"][..., 0], dtype=torch.int64))
-    return _of_all_ranks(start, found)
+            found[group] = _nothing(own, max_epochs)
+    return _of_all_ranks(_nothing(start, max_epochs), found)
 
 
 def _groups(linear: ProbeBank) -> list[_Group]:
@@ -122,11 +122,18 @@ def _groups(linear: ProbeBank) -> list[_Group]:
     return [_Group(i, k, min(k + COLUMNS, n_columns)) for i in range(n_sites) for k in range(0, n_columns, COLUMNS)]
 
 
-def _of_all_ranks(start: dict[str, Tensor], found: dict[_Group, Fitted]) -> Fitted:
-    """What every group's rank has found, laid into the parts of all."""
-    best_epoch = torch.zeros_like(start["pace"][..., 0], dtype=torch.int64)
+def _nothing(parts: dict[str, Tensor], max_epochs: int) -> Fitted:
+    """Parts that are not trained."""
+    probes = torch.zeros_like(parts["pace"][..., 0], dtype=torch.int64)
+    return Fitted(
+        parts, probes, torch.zeros(*probes.shape, 2, 1 + max_epochs, dtype=torch.float64, device=probes.device)
+    )
+
+
+def _of_all_ranks(every: Fitted, found: dict[_Group, Fitted]) -> Fitted:
+    """What every group's rank has found, laid into that of all."""
     for number, (group, fitted) in enumerate(found.items()):
-        for name, part in fitted.parts.items():
-            group.of(start[name]).copy_(share(part.contiguous(), owner(number)))
-        group.of(best_epoch).copy_(share(fitted.best_epoch.contiguous(), owner(number)))
-    return Fitted(start, best_epoch)
+        whole, own = ({**each.parts, "best_epoch": each.best_epoch, "losses": each.losses} for each in (every, fitted))
+        for name, part in own.items():
+            group.of(whole[name]).copy_(share(part.contiguous(), owner(number)))
+    return every

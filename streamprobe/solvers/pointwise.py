@@ -133,12 +133,13 @@ def fit_pointwise(
             batches, judged = partial(_epoch, training, columns, seed), partial(validation.batches, columns)
             found.append(fit(kind.residual, kind.start(training, columns), batches, judged, **options))
         else:
-            found.append(_room(kind, training, len(columns)))
+            found.append(_room(kind, training, len(columns), max_epochs))
     for number, fitted in enumerate(found):
-        for tensor in (*fitted.parts.values(), fitted.best_epoch):
+        for tensor in (*fitted.parts.values(), fitted.best_epoch, fitted.losses):
             share(tensor, owner(number))
     parts = {name: torch.cat([fitted.parts[name] for fitted in found], 1) for name in kind.shapes}
-    return Fitted(parts, torch.cat([fitted.best_epoch for fitted in found], 1))
+    best_epoch, losses = (torch.cat(own, 1) for own in zip(*(fitted[1:] for fitted in found), strict=True))
+    return Fitted(parts, best_epoch, losses)
 
 
 def column_groups(tokens: PointwiseTokens) -> list[range]:
@@ -153,11 +154,13 @@ def _epoch(tokens: PointwiseTokens, columns: Sequence[int], seed: int, epoch: in
     return tokens.batches(columns, order=[seed, epoch])
 
 
-def _room(kind: PointwiseKind, tokens: PointwiseTokens, n_columns: int) -> Fitted:
+def _room(kind: PointwiseKind, tokens: PointwiseTokens, n_columns: int, max_epochs: int) -> Fitted:
     """Room for what another rank finds for so many columns."""
     probes = (len(tokens.base), n_columns)
     made = {
         name: torch.zeros(*probes, *shape, dtype=tokens.dtype, device=tokens.base.device)
         for name, shape in kind.shapes.items()
     }
-    return Fitted(made, torch.zeros(probes, dtype=torch.int64, device=tokens.base.device))
+    device = tokens.base.device
+    losses = torch.zeros(*probes, 2, 1 + max_epochs, dtype=torch.float64, device=device)
+    return Fitted(made, torch.zeros(probes, dtype=torch.int64, device=device), losses)

@@ -29,6 +29,7 @@ class Fitted(NamedTuple):
 
     parts: dict[str, Tensor]
     best_epoch: Tensor  # [L, K] int64: that they are of, 0 where it is the start
+    losses: Tensor  # [L, K, 2, 1 + max_epochs] float64: log-loss on training and validation tokens, from the start on
 
 
 class _LogLoss(NamedTuple):
@@ -71,24 +72,35 @@ def fit(
     is summed over probes.  Parts whose name ends in `bias` have no penalty.  After each epoch the log-loss on the
     validation tokens decides: the best snapshot of every probe is kept, and one no better for `patience` epochs in a
     row is final.  Where its log-loss on the training tokens is then not below the start's, the start is taken back.
+
+    Of an epoch `losses` tells what was lost on its training tokens, each before the step that it led to, and behind it
+    on the validation tokens; of a probe that is final, what was in its best epoch.
     """
     start = {name: part.detach() for name, part in parts.items()}
     at_start = _log_loss(None, start, batches(1))
     live = {name: part.clone().requires_grad_() for name, part in start.items()}
     adam = _adam(live, learning_rate, l2)
     best = _Best(start, _log_loss(None, start, validation()).mean, patience)
+    losses = [torch.stack([at_start.mean, best.loss], -1)]
     for epoch in range(1, max_epochs + 1):
-        for batch in batches(epoch):
-            adam.zero_grad()
-            _add_gradients(residual, live, batch, at_start.batch_weight)
-            adam.step()
-        best.update(epoch, live, _log_loss(residual, live, validation()).mean)
+        trained = _train(residual, live, adam, batches(epoch), at_start.batch_weight)
+        judged = _log_loss(residual, live, validation()).mean
+        best.update(epoch, live, judged)
+        losses.append(torch.stack([trained, judged], -1))
         if best.is_final.all():
             break
     if best.epoch.any():
         worse = ~(_log_loss(residual, best.parts, batches(1)).mean < at_start.mean)
         best.take(worse, start, 0)
-    return Fitted(best.parts, best.epoch)
+    return Fitted(best.parts, best.epoch, _until_final(losses, best.epoch, patience, max_epochs))
+
+
+def _until_final(losses: list[Tensor], best_epoch: Tensor, patience: int, max_epochs: int) -> Tensor:
+    """The losses [L, K, 2, 1 + max_epochs] of each epoch [L, K, 2], those of a final probe being of its best epoch."""
+    best = best_epoch[..., None]
+    epoch = torch.arange(1 + max_epochs, device=best.device).expand(*best_epoch.shape, -1)
+    shown = epoch.where(epoch <= best + patience, best)
+    return torch.stack(losses, -1).gather(-1, shown[:, :, None].expand(-1, -1, 2, -1))
 
 
 class _Best:
@@ -129,11 +141,33 @@ def _adam(live: Parts, learning_rate: float, l2: float) -> torch.optim.Adam:
     return torch.optim.Adam([group for group in groups if group["params"]], lr=learning_rate, fused=True)
 
 
+def _train(
+    residual: Callable[[Parts, Tensor], Tensor],
+    live: Parts,
+    adam: torch.optim.Adam,
+    batches: Iterable[Batch],
+    mean_weight: Tensor,
+) -> Tensor:
+    """Takes a step for each batch; the log-loss [L, K] of all, each before its step.  mean_weight [L, K] of a batch."""
+    loss_, weight = torch.zeros(2, *mean_weight.shape, dtype=torch.float64, device=mean_weight.device)
+    for batch in batches:
+        adam.zero_grad()
+        loss_ += _add_gradients(residual, live, batch, mean_weight)
+        weight += batch.weight.flatten(2).sum(-1, dtype=torch.float64)
+        adam.step()
+    return loss_ / weight
+
+
 @coarse_float32()  # far below what a gradient differs by from batch to batch
-def _add_gradients(residual: Callable[[Parts, Tensor], Tensor], live: Parts, batch: Batch, mean_weight: Tensor) -> None:
-    """Adds the gradients of the sum over probes of each one's loss on a batch, without penalty; mean_weight [L, K]."""
+def _add_gradients(
+    residual: Callable[[Parts, Tensor], Tensor], live: Parts, batch: Batch, mean_weight: Tensor
+) -> Tensor:
+    """Adds the gradients of the sum over probes of each one's loss on a batch, without penalty; returns the losses, not
+    divided by weights.  mean_weight [L, K].
+    """
     of_probes = _weighted(batch.base + residual(live, batch.x), batch).sum(-1)
     (of_probes / mean_weight).where(mean_weight > 0, 0).sum().backward()  # a column that no token trains stays
+    return of_probes.detach()
 
 
 def _weighted(logits: Tensor, batch: Batch) -> Tensor:

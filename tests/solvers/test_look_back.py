@@ -185,6 +185,7 @@ def test_every_number_of_processes_trains_the_same(size: int, tmp_path: Path, mo
     for found in on_ranks(small, size, tmp_path / "ranks"):
         assert all(part.equal(alone.parts[name]) for name, part in found.parts.items())
         assert found.best_epoch.equal(alone.best_epoch) and found.best_epoch.all()
+        assert found.losses.equal(alone.losses) and found.losses.all()
 
 
 def test_processes_train_apart_without_sharing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,7 @@ def test_every_number_of_ranks_finds_the_same(
     for found in on_ranks(lambda: fitted(kind), 2, tmp_path / "ranks"):
         assert all(torch.equal(part, alone.parts[name]) for name, part in found.parts.items())
         assert torch.equal(found.best_epoch, alone.best_epoch)
+        assert torch.equal(found.losses, alone.losses) and found.losses.all()
 
 
 def test_ranks_find_half_without_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,31 @@ def test_training_loss_rises_above_the_start_without_its_being_taken_back() -> N
     assert (weighted_loss(unchecked.parts, judged) > weighted_loss(start(), judged)).all()
 
 
+def test_the_losses_are_those_of_each_epoch_and_of_the_best_one_once_a_probe_is_final() -> None:
+    train, judged, patience = batches(0), batches(1, slope=0.5), 1
+    options = OPTIONS | {"learning_rate": 0.5, "max_epochs": 8, "patience": patience}
+    found = fit(line, start(), shuffled(train), lambda: judged, **options)
+    assert found.losses.shape == (L, K, 2, 9) and len(found.best_epoch.unique()) > 1
+    for number, given in enumerate((train, judged)):
+        weight = sum(batch.weight.sum(-1) for batch in given)
+        torch.testing.assert_close(found.losses[:, :, number, 0], weighted_loss(start(), given) / weight)
+        if given is judged:
+            kept = weighted_loss(found.parts, given) / weight
+            torch.testing.assert_close(found.losses[:, :, 1].amin(-1), kept)
+            torch.testing.assert_close(found.losses[:, :, 1, -1], kept)
+    for loss, best in zip(found.losses.flatten(0, 1), found.best_epoch.flatten().tolist(), strict=True):
+        final = best + patience
+        assert (loss[:, final + 1 :] == loss[:, best, None]).all() and (loss[:, : final + 1].diff() != 0).all()
+
+
+def test_the_training_loss_of_an_epoch_is_taken_before_each_step() -> None:
+    one = batches(0)[:1]
+    found = fit(line, start(), lambda _: one, lambda: batches(1), **OPTIONS)
+    before, after = found.losses[:, :, 0, 0], found.losses[:, :, 0, 1]
+    torch.testing.assert_close(before, after)  # the only step of the first epoch comes behind
+    assert (found.losses[:, :, 0, 2] < before).all() and (found.losses[:, :, 1, 1] != found.losses[:, :, 1, 0]).all()
+
+
 def test_a_probe_is_final_after_as_many_epochs_without_patience_left() -> None:
     calls: list[int] = []
     train, judged = batches(0), [batch._replace(targets=~batch.targets) for batch in batches(0)]
@@ -154,3 +179,4 @@ def test_a_column_that_no_token_trains_stays_at_its_start() -> None:
     found = fit(line, start(), lambda _: train, lambda: train, **OPTIONS)
     assert not found.best_epoch[:, 1].any() and found.best_epoch[:, [0, 2]].all()
     assert all(part.isfinite().all() and not part[:, 1].any() for part in found.parts.values())
+    assert found.losses[:, 1].isnan().all() and not found.losses[:, [0, 2]].isnan().any()
