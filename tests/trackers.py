@@ -27,6 +27,9 @@ class Recorder:
         for name, value in values.items():
             self.curves.setdefault(name, []).append((step, value))
 
+    def epochs(self, values: Mapping[str, Sequence[float]]) -> None:
+        self.curves |= {name: list(enumerate(own)) for name, own in values.items()}
+
     def images(self, pictures: Mapping[str, Any], step: int) -> None:
         for name in pictures:
             self.maps.setdefault(name, []).append(step)

@@ -58,6 +58,7 @@ class Kind(NamedTuple):
     about: str
     number: int | None = None  # that a name ends in, such as 64 of mlp64: this or any other one; None: no name does
     form: "Callable[[int], Form] | None" = None  # of that number; None: its logits are those of linear probes
+    in_epochs: bool = False  # whether it is trained behind the linear probes, in epochs over a sample of tokens
 
 
 KINDS = {
@@ -66,9 +67,9 @@ KINDS = {
     MEANS: Kind("linear on the running mean of the response, half-life 16 tokens", 16, _running_means),
     "stack": Kind("a weighted mean of the layers' logits", form=_stack),
     "concat": Kind("linear on all layers side by side", form=_concat),
-    "quad": Kind("linear, with 16 squares beside", 16, _quadratics),
-    "mlp": Kind("linear, with 64 rectified units beside", 64, _networks),
-    "attn": Kind("linear, with 4 heads of attention to earlier tokens beside", 4, _attention),
+    "quad": Kind("linear, with 16 squares beside", 16, _quadratics, in_epochs=True),
+    "mlp": Kind("linear, with 64 rectified units beside", 64, _networks, in_epochs=True),
+    "attn": Kind("linear, with 4 heads of attention to earlier tokens beside", 4, _attention, in_epochs=True),
     "top_k": Kind("linear on the 16 features that matter most", 16),
 }
 
@@ -127,6 +128,11 @@ def form_of(name: str) -> "Form":
 def half_lives_of(names: Sequence[str]) -> list[int]:
     """The half-lives of those of the kinds that read running means, in their order."""
     return [number for family, number in map(split_name, names) if family == MEANS]
+
+
+def trained_in_epochs(names: Sequence[str]) -> list[str]:
+    """Those of the kinds that are trained in epochs over a sample of tokens, in their order."""
+    return [name for name in names if KINDS[split_name(name).family].in_epochs]
 
 
 def form_if_any(name: str) -> "Form | None":

@@ -24,6 +24,7 @@ from streamprobe.probes.base import Probes
 from streamprobe.probes.kind_bank import KindBank
 from streamprobe.probes.kinds import form_of, split_name
 from streamprobe.probes.linear import LINEAR, ProbeBank
+from streamprobe.reporting.tracking.tracker import Tracker
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.kind_sizes import most_segments
 from streamprobe.run.setup import Setup
@@ -46,11 +47,17 @@ class TrainedKind(NamedTuple):
     bank: Probes
     best_pass: Tensor  # [S, K]: or the best epoch of those that are trained on a sample
     gradient_norm: Tensor  # [S, K], NaN where there is none
+    losses: Tensor | None = None  # [S, K, 2, E] on training and validation tokens, by epoch: see `residual.Fitted`
 
     @property
     def kind(self) -> str:
         """Its name."""
         return self.bank.kind
+
+    def __str__(self) -> str:
+        n = self.best_pass.numel()
+        adding = "" if self.losses is None else f", {int((self.best_pass > 0).sum())} of them add to the linear ones"
+        return f"{n} probes{adding}"
 
 
 class Drawn(NamedTuple):
@@ -161,7 +168,8 @@ class KindTrainer:
         added = raw.pop("bias", torch.zeros_like(bank.bias))
         parts = {"weight": bank.weight.clone(), "bias": bank.bias + added, **raw}
         made = KindBank(form_of(kind), bank.sites, bank.columns, parts, solver=NewtonSolver.name)
-        return TrainedKind(made, fitted.best_epoch.cpu(), torch.full(bank.bias.shape, torch.nan))
+        norm = torch.full(bank.bias.shape, torch.nan)
+        return TrainedKind(made, fitted.best_epoch.cpu(), norm, fitted.losses.cpu())
 
     @cached_property
     def _sparse(self) -> Mapping[int, Linear]:
@@ -210,7 +218,7 @@ class KindTrainer:
 
 
 def train_kinds(
-    setup: Setup, jobs: Sequence[Job], memory: ActivationMemory, held_out: ActivationMemory
+    setup: Setup, jobs: Sequence[Job], memory: ActivationMemory, held_out: ActivationMemory, *, tracker: Tracker
 ) -> list[TrainedKind]:
     """The probes of every kind of a run but the linear ones, which the job of the probed layers holds."""
     kinds = [kind for kind in setup.config.probes.kinds if kind not in (LINEAR, "stack")]
@@ -228,7 +236,9 @@ def train_kinds(
         started = time.monotonic()
         own = by_feed.get(kind)
         found.append(_of_job(own, kind, linear) if own else trainer.train(kind))
-        say(f"{kind:<9}{time.monotonic() - started:>9.1f} s   {found[-1].best_pass.numel()} probes")
+        if found[-1].losses is not None:
+            tracker.epochs(found[-1].bank, found[-1].losses)
+        say(f"{kind:<9}{time.monotonic() - started:>9.1f} s   {found[-1]}")
     return found
 
 

@@ -16,7 +16,7 @@ from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.evaluation.texts import labels_of_texts, text_rows
 from streamprobe.evaluation.verdict import verdicts
 from streamprobe.probes.kept import KeptProbes
-from streamprobe.probes.kinds import is_kind
+from streamprobe.probes.kinds import is_kind, trained_in_epochs
 from streamprobe.probes.linear import LINEAR
 from streamprobe.reporting import terminal
 from streamprobe.reporting.files import write_files
@@ -85,7 +85,7 @@ def run_in(folder: Path, config: RunConfig) -> None:
         save = PassEnd(checkpoints, setup.facts, plan.kept, jobs, tracker, backbone.device, begun=done)
         done, nested = train_all(setup, jobs, memory, validation, save=save, checkpoint=checkpoint)
         save.finish()
-    trained = train_kinds(setup, jobs, memory, held_out)
+    trained = train_kinds(setup, jobs, memory, held_out, tracker=tracker)
     jobs = [job for job in jobs if not is_kind(job.feed.name)]
     thresholds = choose_thresholds(jobs, setup.inputs, validation(), tracker=tracker, done=done)
     final = final_probes(setup, jobs, thresholds, [final_nested(each, validation) for each in nested])
@@ -170,7 +170,8 @@ def make_tracker(folder: Path, setup: Setup, jobs: Sequence[Job], done: Done) ->
     report_to = output.report_to if is_main() else ["none"]
     backends = open_backends(report_to, folder, setup.facts["config"], purge_step)
     shown = [job.solver for job in jobs if not is_kind(job.feed.name)]
-    tracker = Tracker(backends, shown, every=output.log_probes == "all")
+    in_epochs = trained_in_epochs(setup.config.probes.kinds)
+    tracker = Tracker(backends, shown, every=output.log_probes == "all", in_epochs=in_epochs)
     tracker.text("2 preflight", setup.inputs.preflight)
     tracker.text("3 config", json.dumps(setup.facts, indent=1))
     return tracker

@@ -80,36 +80,25 @@ def fit(
     at_start = _log_loss(None, start, batches(1))
     live = {name: part.clone().requires_grad_() for name, part in start.items()}
     adam = _adam(live, learning_rate, l2)
-    best = _Best(start, _log_loss(None, start, validation()).mean, patience)
-    losses = [torch.stack([at_start.mean, best.loss], -1)]
+    best = _Best(start, at_start.mean, _log_loss(None, start, validation()).mean, patience)
     for epoch in range(1, max_epochs + 1):
-        trained = _train(residual, live, adam, batches(epoch), at_start.batch_weight)
-        judged = _log_loss(residual, live, validation()).mean
-        best.update(epoch, live, judged)
-        losses.append(torch.stack([trained, judged], -1))
+        trained = _train(residual, live, adam, batches(epoch), mean_weight=at_start.batch_weight)
+        best.update(epoch, live, trained, _log_loss(residual, live, validation()).mean)
         if best.is_final.all():
             break
     if best.epoch.any():
         worse = ~(_log_loss(residual, best.parts, batches(1)).mean < at_start.mean)
         best.take(worse, start, 0)
-    return Fitted(best.parts, best.epoch, _until_final(losses, best.epoch, patience, max_epochs))
-
-
-def _until_final(losses: list[Tensor], best_epoch: Tensor, patience: int, max_epochs: int) -> Tensor:
-    """The losses [L, K, 2, 1 + max_epochs] of each epoch [L, K, 2], those of a final probe being of its best epoch."""
-    best = best_epoch[..., None]
-    epoch = torch.arange(1 + max_epochs, device=best.device).expand(*best_epoch.shape, -1)
-    shown = epoch.where(epoch <= best + patience, best)
-    return torch.stack(losses, -1).gather(-1, shown[:, :, None].expand(-1, -1, 2, -1))
+    return Fitted(best.parts, best.epoch, best.losses_until_final(max_epochs))
 
 
 class _Best:
     """The best snapshot of every probe so far, and which of them are final."""
 
-    def __init__(self, start: Parts, loss: Tensor, patience: int):
-        """loss [L, K] of the start."""
+    def __init__(self, start: Parts, trained: Tensor, loss: Tensor, patience: int):
+        """trained and loss [L, K] of the start, on training and on validation tokens."""
         self.parts = {name: part.clone() for name, part in start.items()}
-        self.loss, self.patience = loss, patience
+        self.loss, self.patience, self.losses = loss, patience, [torch.stack([trained, loss], -1)]
         self.epoch, self.misses = torch.zeros(2, *loss.shape, dtype=torch.int64, device=loss.device)
 
     @property
@@ -117,11 +106,15 @@ class _Best:
         """[L, K] bool: no better for `patience` epochs in a row."""
         return self.misses >= self.patience
 
-    def update(self, epoch: int, live: Parts, loss: Tensor) -> None:
-        """Takes those of the live parts, as of an epoch, whose loss [L, K] is the lowest yet and that are not final."""
+    def update(self, epoch: int, live: Parts, trained: Tensor, loss: Tensor) -> None:
+        """Takes those of the live parts, as of an epoch, whose loss [L, K] is the lowest yet and that are not final.
+
+        trained [L, K]: what was lost on the training tokens of the epoch.
+        """
         better = (loss < self.loss) & ~self.is_final
         self.misses = torch.where(better, 0, self.misses + 1)
         self.loss = loss.where(better, self.loss)
+        self.losses.append(torch.stack([trained, loss], -1))
         self.take(better, live, epoch)
 
     @torch.no_grad()
@@ -131,6 +124,13 @@ class _Best:
         for name, part in parts.items():
             chosen = where.reshape(*where.shape, *[1] * (part.dim() - 2))
             self.parts[name] = part.detach().where(chosen, self.parts[name])
+
+    def losses_until_final(self, max_epochs: int) -> Tensor:
+        """The losses [L, K, 2, 1 + max_epochs] of each epoch from the start on; of final probes those of the best."""
+        best = self.epoch[..., None]
+        epoch = torch.arange(1 + max_epochs, device=best.device).expand(*best.shape[:2], -1)
+        shown = epoch.where(epoch <= best + self.patience, best)
+        return torch.stack(self.losses, -1).gather(-1, shown[:, :, None].expand(-1, -1, 2, -1))
 
 
 def _adam(live: Parts, learning_rate: float, l2: float) -> torch.optim.Adam:
@@ -146,6 +146,7 @@ def _train(
     live: Parts,
     adam: torch.optim.Adam,
     batches: Iterable[Batch],
+    *,
     mean_weight: Tensor,
 ) -> Tensor:
     """Takes a step for each batch; the log-loss [L, K] of all, each before its step.  mean_weight [L, K] of a batch."""

@@ -2,12 +2,14 @@
 
 import re
 
-from probe_grids import GRIDS, LABEL
+from probe_grids import GRIDS, LABEL, LAYERS, Grid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from streamprobe.probes.sites import Site
 from streamprobe.reporting.tracking.layout import layout
 from streamprobe.reporting.tracking.metric_grid import metric_grids
+from streamprobe.reporting.tracking.tags import place, tag
 
 TITLE = f"auroc validation newton {LABEL} token: "
 START = f"auroc/validation/newton/{LABEL}/token "
@@ -51,6 +53,22 @@ def test_with_every_probe_charts_hold_their_curves_and_no_others(all_events: Eve
     ]
     assert held["best layer and controls, by lag", "lag-04"][-1] == "lag-04 control text", "persistence looks ahead"
     assert len(held["all lags, by control", "layer03 control permuted"]) == 3
+
+
+def test_each_point_of_the_blocks_has_charts_of_its_own() -> None:
+    points = [
+        Site(f"layer{layer:02d}{name}", layer, point=point)
+        for name, point in (("", "resid_post"), (" attn_out", "attn_out"))
+        for layer in (3, 12)
+    ]
+    grid = Grid("newton", points, LAYERS.columns)
+    charts = {category.title.removeprefix(TITLE): category.charts for category in layout(metric_grids([grid]), True)}
+    tags = [
+        tag(f"auroc/validation/newton/{LABEL}/token", c.lag, place(site, c)) for site in points for c in grid.columns
+    ]
+    for title, end in (("all layers, by lag", ""), ("attn_out of all layers, by lag", " attn_out")):
+        held = [one for one in tags if re.search(charts[title]["lag+04"], one)]
+        assert held == [f"{START}lag+04 layer{layer}{end}" for layer in ("03", "12")]
 
 
 def test_a_few_charts_are_open_since_a_page_draws_them_all() -> None:

@@ -32,6 +32,9 @@ class Backend(Protocol):
     def points(self, values: Mapping[str, float], step: int) -> None:
         """A point on each of many curves."""
 
+    def epochs(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Curves over epochs, from 0 on: the steps of what is trained behind the passes."""
+
     def images(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Heat maps by name."""
 

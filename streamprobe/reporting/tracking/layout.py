@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from streamprobe.probes.sites import RESID_POST
+from streamprobe.reporting.tracking.epochs import OVER_LINEAR
 from streamprobe.reporting.tracking.metric_grid import AUROC, SCALES, MetricGrid
 from streamprobe.reporting.tracking.tags import lag_name
 
@@ -21,10 +23,10 @@ class Category(NamedTuple):
     charts: Mapping[str, str]  # title -> expression
 
 
-def layout(grids: Sequence[MetricGrid], every: bool) -> list[Category]:
+def layout(grids: Sequence[MetricGrid], every: bool, in_epochs: Sequence[str] = ()) -> list[Category]:
     """All charts of the curves that are logged: for each metric, solver, label and target, then of training.
 
-    `every`: the curves of every probe are logged too.
+    `every`: the curves of every probe are logged too.  `in_epochs`: kinds of probes that have curves over epochs.
     """
     made = []
     for metric, grid in product(SCALES, grids):
@@ -33,7 +35,9 @@ def layout(grids: Sequence[MetricGrid], every: bool) -> list[Category]:
     if every:
         made += [one for metric, grid in product(OF_EVERY_PROBE, grids) for one in _of_every_probe(metric, grid)]
     summaries = {metric: f"^{metric}/[^/]*/(median|largest)$" for metric in SUMMARISED}
-    return [*made, Category("training: median and largest of all probes", True, summaries)] if made else []
+    made += [Category("training: median and largest of all probes", True, summaries)] if made else []
+    above = {kind: f"^{OVER_LINEAR}/[^/]*/{kind}/(median|lowest)$" for kind in in_epochs}
+    return made + ([Category(f"{OVER_LINEAR} by epoch: kinds that begin at it", True, above)] if above else [])
 
 
 def _of_the_best(metric: str, grid: MetricGrid, every: bool) -> list[Category]:
@@ -50,10 +54,10 @@ def _of_the_best(metric: str, grid: MetricGrid, every: bool) -> list[Category]:
 
 def _of_every_probe(metric: str, grid: MetricGrid) -> list[Category]:
     """All layers by lag; all lags by layer and by control."""
-    named, lags = _title(metric, grid), list(map(lag_name, grid.lags))
+    named = _title(metric, grid)
     layers, controls = grid.rows[: grid.n_layers], grid.rows[grid.n_layers :]
     kinds = [
-        ("all layers, by lag", {lag: rf"{re.escape(lag)} layer\d+" for lag in lags}, metric == OPEN),
+        *_all_layers_by_lag(grid, is_open=metric == OPEN),
         ("all lags, by layer", {place: f"lag[^ ]* {re.escape(place)}" for place in layers}, metric == OPEN),
         ("all lags, by control", {place: f"lag[^ ]* {re.escape(place)}" for place in controls}, False),
     ]
@@ -66,6 +70,16 @@ def _of_every_probe(metric: str, grid: MetricGrid) -> list[Category]:
         for title, patterns, is_open in kinds
         if patterns
     ]
+
+
+def _all_layers_by_lag(grid: MetricGrid, is_open: bool) -> list[tuple[str, dict[str, str], bool]]:
+    """All layers by lag, a chart for each point of the blocks that is read."""
+    found = []
+    for point, places in grid.of_points.items():
+        title = "all layers, by lag" if point == RESID_POST else f"{point} of all layers, by lag"
+        one = "|".join(map(re.escape, places))
+        found.append((title, {lag: f"{re.escape(lag)} ({one})" for lag in map(lag_name, grid.lags)}, is_open))
+    return found
 
 
 def _title(metric: str, grid: MetricGrid) -> str:

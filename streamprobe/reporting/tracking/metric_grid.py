@@ -30,8 +30,10 @@ class MetricGrid:
         self.name = name
         own = [(site, c) for g in grids for c in g.columns if family(g, c) == name and c.is_first for site in g.sites]
         probed = {site: place(site, c) for site, c in own if not (site.is_control or c.control)}
-        order = {point: i for i, point in enumerate(dict.fromkeys(site.point for site in probed))}
-        layers = [probed[site] for site in sorted(probed, key=lambda site: (order[site.point], site.layer or 0))]
+        self.of_points: dict[str, list[str]] = {site.point: [] for site in probed}  # point of a block -> its rows
+        for site in sorted(probed, key=lambda site: site.layer or 0):
+            self.of_points[site.point].append(probed[site])
+        layers = [row for rows in self.of_points.values() for row in rows]
         aside = {place(site, c): site.name for site, c in own if site.is_control}
         relabelled = dict.fromkeys((c.control, place(site, c)) for site, c in own if c.control)  # at every layer
         self.lags = sorted({c.lag for _, c in own})

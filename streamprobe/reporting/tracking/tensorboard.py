@@ -59,6 +59,11 @@ class TensorBoard:
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self.events.add(Summary(value=points), step)
 
+    def epochs(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Curves whose steps are epochs."""
+        for epoch, own in enumerate(zip(*values.values(), strict=True)):
+            self.points(dict(zip(values, own, strict=True)), epoch)
+
     def images(self, pictures: Mapping[str, Picture], step: int) -> None:
         """The Images tab."""
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -11,7 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from streamprobe.evaluation.scores import Scored, tokens_of_column
+from streamprobe.probes.base import Probes
 from streamprobe.reporting.tracking.base import Backend, Separation
+from streamprobe.reporting.tracking.epochs import curves_over_linear
 from streamprobe.reporting.tracking.layout import SUMMARISED, layout
 from streamprobe.reporting.tracking.metric_grid import SCALES, metric_grids
 from streamprobe.reporting.tracking.tags import ProbeGrid, family, place, tag
@@ -23,17 +25,25 @@ FIRST_MAPS = 60.0  # seconds after which there are some: a run of a minute shows
 class Tracker:
     """Shows a run while it trains: curves under tags that sort, heat maps, and what it ends with."""
 
-    def __init__(self, backends: Sequence[Backend], grids: Sequence[ProbeGrid], *, every: bool = False):
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        grids: Sequence[ProbeGrid],
+        *,
+        every: bool = False,
+        in_epochs: Sequence[str] = (),
+    ):
         """Hands all that is logged of the solvers `grids` to each of the backends; none of them: logs nothing.
 
         Of the probes those that matter have curves: the best layer and the best control of each lag, and the median and
-        the largest loss and gradient norm.  `every`: each probe has its own ones, too.
+        the largest loss and gradient norm.  `every`: each probe has its own ones, too.  `in_epochs` are the kinds of
+        which `epochs` will be told.
         """
         self.backends, self.every = backends, every
         self.shown, self.grids = list(grids), metric_grids(grids)
         self.unmapped: int | None = None  # the step of values that no heat map shows yet
         self.mapped, self.next_maps = 0, time.monotonic() + FIRST_MAPS
-        charts = layout(self.grids, every)
+        charts = layout(self.grids, every, in_epochs)
         for backend in backends:
             backend.charts(charts)
 
@@ -62,6 +72,12 @@ class Tracker:
         if known.size:
             largest = float(known.max())
             self._points([(f"{name}/median", float(np.median(known))), (f"{name}/largest", largest)], step)
+
+    def epochs(self, probes: Probes, losses: Tensor) -> None:
+        """How kinds of probes that begin at the linear ones go on: see `curves_over_linear`."""
+        curves = curves_over_linear(probes, losses, self.every) if self.backends else {}
+        for backend in self.backends:
+            backend.epochs(curves)
 
     def compare(self, step: int) -> None:
         """The best layer and the best control of each lag, where there are new values, and heat maps of all values.

@@ -7,6 +7,7 @@ of this machine and no command line.
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -61,6 +62,7 @@ class WeightsAndBiases:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.tracker = WandBTracker(project, dir=folder, name=folder.resolve().name, settings=SETTINGS, **again)
         self.failure: Exception | None = None
+        self.by_epoch: dict[str, Sequence[float]] = {}  # curves that wait for the end, since W&B takes no step back
         _start(self.tracker.start)
         self._log(lambda: self.tracker.store_init_configuration(for_others(config)))
 
@@ -78,6 +80,10 @@ class WeightsAndBiases:
         """A point on each of many curves."""
         self._log(lambda: self.tracker.log(dict(values), step))
 
+    def epochs(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Curves over epochs, a step each, behind all others."""
+        self.by_epoch |= values
+
     def images(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Heat maps by name."""
         drawn = {name: [Image.open(BytesIO(picture.png)).convert("RGB")] for name, picture in pictures.items()}
@@ -90,7 +96,10 @@ class WeightsAndBiases:
         """Nothing: the data's text stays here."""
 
     def outcome(self, said: str, numbers: Mapping[str, float]) -> None:
-        """The verdict as a table of its lines, and the numbers by which runs compare."""
+        """The verdict as a table of its lines, and the numbers by which runs compare; before it what has waited."""
+        for epoch in range(max(map(len, self.by_epoch.values()), default=0)):
+            values = {name: own[epoch] for name, own in self.by_epoch.items() if epoch < len(own)}
+            self._log(partial(self.tracker.log, values))
         lines = [[line] for line in said.split("\n")]
         self._log(lambda: self.tracker.log_table("verdict", ["line"], lines))
         self._log(lambda: self.tracker.log(dict(numbers)))
