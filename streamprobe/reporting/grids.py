@@ -29,9 +29,9 @@ def grids(rows: Iterable[Row]) -> dict[Family, Grid]:
 
 
 def other_kinds(rows: Iterable[Row]) -> dict[Family, list[Row]]:
-    """The rows of probes of other kinds than linear, of each solver, label and target that has some."""
+    """The rows of probes of other kinds than linear, of each solver, label and target that has some: as in `grids`."""
     found: dict[Family, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["solver"], row["label"], row["target"])):
         if row["kind"] != LINEAR:
             found.setdefault((row["solver"], row["label"], row["target"]), []).append(row)
     return found

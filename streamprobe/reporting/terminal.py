@@ -76,7 +76,7 @@ def _kinds(rows: Sequence[Row], room: int, width: int | None) -> list[str]:
     names, best = ", ".join(dict.fromkeys(row["kind"] for row in rows)), beyond_linear(rows)
     if not best:
         return [wrapped(f"kinds     none of {names} is certainly above linear probes at any lag", width)]
-    said = f"kinds     of {names} the best of each lag, where it is certainly above linear probes"
+    said = f"kinds     of {names} the best of each lag that is certainly above the linear probe of its layer"
     return ["", wrapped(said, width), "", *draw_table(OTHER_KINDS, best, room)]
 
 
@@ -227,22 +227,24 @@ def text_table(rows: Sequence[Row], width: int | None = None) -> str:
 def headline(rows: Iterable[Row], solver: str) -> dict[str, float]:
     """The numbers by which runs compare, by the names that TensorBoard gives them: those of one solver, unnamed.
 
-    Of each label and target the furthest lag that is certain, and the highest gain in bits, lift, AUROC and average
-    precision; of each other kind of probe the highest AUROC.
+    Of each label and target the furthest lag that is certain, of any kind of probe, and of linear ones the highest gain
+    in bits, lift, AUROC and average precision; of each other kind the highest AUROC.
     """
     found: dict[str, float] = {}
-    for (_, *family), grid in grids(row for row in rows if row["solver"] == solver).items():
-        real = rows_of(lines_of(grid)[0])
-        clear = [row["lag"] for row in certain(real)]
+    own = [row for row in rows if row["solver"] == solver]
+    kinds = other_kinds(own)
+    for family, grid in grids(own).items():
+        real, named = rows_of(lines_of(grid)[0]), "/".join(family[1:])
+        clear = [row["lag"] for row in certain([*real, *kinds.get(family, [])])]
         if clear:
-            found[f"test/certain up to lag/{'/'.join(family)}"] = max(clear)
+            found[f"test/certain up to lag/{named}"] = max(clear)
         for name in ("gain_bits", "lift", "auroc", "average_precision"):
             values = [row[name] for row in known(real, name)]
             if values:
-                found[f"test/highest {name}/{'/'.join(family)}"] = max(values)
-    for (_, *family), others in other_kinds(row for row in rows if row["solver"] == solver).items():
+                found[f"test/highest {name}/{named}"] = max(values)
+    for family, others in kinds.items():
         for row in known(others, "auroc"):
-            name = f"test/highest auroc of {row['kind']}/{'/'.join(family)}"
+            name = f"test/highest auroc of {row['kind']}/{'/'.join(family[1:])}"
             found[name] = max(row["auroc"], found.get(name, 0.0))
     return found
 

@@ -65,10 +65,11 @@ def reference(rows: Sequence[Row]) -> Row | None:
     return max(lifted or probes, key=lambda row: row[name], default=None)
 
 
-def _why(best: Row | None) -> str:
-    """What the probe that picks has."""
+def _why(best: Row | None, rows: Sequence[Row]) -> str:
+    """What the probe that picks has, of the run's rows."""
     if best is not None and is_certain(best):
-        return "the verdict"
+        first = furthest([row for row in rows if is_certain(row)])
+        return "the verdict" if first == best else "the furthest certain lag of all linear ones"
     return "the highest AUROC" if best is None or math.isnan(best["lift"]) else "the largest lift"
 
 
@@ -158,7 +159,7 @@ def collect(
         "labels": list(labels),
         "probes": [probe.place() | {"threshold": probe.threshold()} for probe in probes],
         "reference": best and {name: best[name] for name in PLACE},
-        "picked_by": _why(best),
+        "picked_by": _why(best, rows),
         "chains": [
             _excerpt(each, chains[each.chain], groups, n_labels=len(labels), longest=longest, tokenizer=tokenizer)
             for each in picks

@@ -8,7 +8,7 @@ import pytest
 from streamprobe.evaluation.rows import COMPARED, FIELDS, Row, place, reads
 from streamprobe.reporting.grids import beyond_linear, grids, other_kinds
 from streamprobe.reporting.html.tables import KINDS, draw_table
-from streamprobe.reporting.terminal import table
+from streamprobe.reporting.terminal import headline, table
 
 
 def row(kind: str, layer: int | str, lag: int, auroc: float, low: float = math.nan, **other: Any) -> Row:
@@ -58,7 +58,7 @@ def test_the_table_of_layers_is_that_of_linear_probes_and_kinds_stand_below() ->
 
 def test_another_site_is_named_in_a_column_that_is_wide_enough() -> None:
     rows = [*ROWS[:2], row("mlp64", 3, 4, 0.84, 0.01, site="attn_out"), row("concat", "", 0, 0.93, 0.01)]
-    head, *lines = table(rows).split("certainly above linear probes\n\n")[1].splitlines()[:3]
+    head, *lines = table(rows).split("above the linear probe of its layer\n\n")[1].splitlines()[:3]
     assert [line.split()[:3] for line in lines] == [["+0", "concat", "all"], ["+4", "mlp64", "attn_out03"]]
     for line, cell in zip(lines, ("all", "attn_out03"), strict=True):
         assert line.index(cell) + len(cell) == head.index("layer") + len("layer")
@@ -68,6 +68,18 @@ def test_where_none_is_certain_a_line_says_so_and_nothing_without_other_kinds() 
     none = [each for each in ROWS if each["kind"] in ("linear", "concat")]
     assert "none of concat is certainly above linear probes at any lag" in table(none)
     assert "kinds" not in table([each for each in ROWS if each["kind"] == "linear"])
+
+
+def test_of_all_kinds_the_furthest_lag_is_the_one_by_which_runs_compare() -> None:
+    sure = {"gain_bits_low_corrected": 0.01, "gain_within_low_corrected": 0.01}
+    rows = [
+        row("linear", 3, 4, 0.8, **sure),
+        row("mlp64", 3, 8, 0.9, 0.01, **sure),
+        row("mlp64", 3, 16, 0.9, -0.01, **sure),
+    ]
+    found = headline(rows, "newton")
+    assert found["test/certain up to lag/event/onset"] == 8, "what is not certainly above linear probes is not named"
+    assert found["test/highest auroc/event/onset"] == 0.8 and found["test/highest auroc of mlp64/event/onset"] == 0.9
 
 
 @pytest.mark.parametrize(

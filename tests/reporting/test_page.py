@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from scored_chains import HOSTILE
 
 from streamprobe.evaluation.results import TestResults
-from streamprobe.evaluation.rows import Row
+from streamprobe.evaluation.rows import FIELDS, Row
+from streamprobe.evaluation.verdict import is_certain
 from streamprobe.reporting import files
 from streamprobe.reporting.html import page
 from streamprobe.reporting.transcripts import LEVELS, UNASKED
@@ -180,6 +182,24 @@ def test_the_probe_that_is_shown_first_is_that_of_the_verdict(folder: Path, full
     (full_folder / "results.csv").write_text(text)
     uncertain = json.loads(Found(files.draw_report(full_folder).decode()).scripts[0])
     assert uncertain["chosen"] == uncertain["reference"], "where none is certain"
+
+
+def test_a_probe_of_another_kind_is_in_the_tables_and_not_chosen(full_folder: Path, gained_rows: list[Row]) -> None:
+    """The numbers and the chains are those of linear probes, also where another one foresees further."""
+    sure = next(row for row in gained_rows if is_certain(row))
+    other = {**sure, "kind": "stack", "layer": "", "lag": 40, "over_linear_low_corrected": 0.01}
+    for rows, first in (
+        (gained_rows, "the probe of the verdict; any other can"),
+        ([*gained_rows, other], "the linear probe that"),
+    ):
+        (full_folder / "results.csv").write_bytes(files.pack_rows(rows, FIELDS))
+        text = files.draw_report(full_folder).decode()
+        held = json.loads(Found(text).scripts[0])
+        assert (held["chosen"]["kind"], held["chosen"]["layer"], held["chosen"]["lag"]) == ("linear", 12, 8)
+        assert f"At first {first}" in text
+        assert ("<li>stack: a weighted mean of the layers' logits</li>" in unescape(text)) == (other in rows)
+    assert is_certain(other) and "any other linear one can be chosen" in text
+    assert text.index("<h2 id=kinds>") < text.index("<h2 id=all>")
 
 
 def test_the_script_finds_every_place_that_it_fills(full_folder: Path) -> None:

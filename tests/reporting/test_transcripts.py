@@ -14,6 +14,7 @@ from torch import Tensor
 
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.results import Row, ScoredProbes
+from streamprobe.evaluation.verdict import is_certain
 from streamprobe.lags import INSIDE, UNKNOWN
 from streamprobe.reporting.transcripts import LEVELS, UNASKED, collect, encode, pick, pieces, reference
 
@@ -146,10 +147,24 @@ def test_excerpts_get_shorter_rather_than_the_file_large(
     assert len(collect(groups, rows, chains, labels=[LABEL], tokenizer=tokenizer)["chains"]) == 2
 
 
+def test_what_the_probe_that_picks_has_is_said(
+    groups: list[ScoredProbes], gained_rows: list[Row], chains: list[Chain], tokenizer: Any
+) -> None:
+    further = {**next(row for row in gained_rows if is_certain(row)), "kind": "mlp64", "lag": 40}
+    further["over_linear_low_corrected"] = 0.01
+    for rows, said in (
+        (gained_rows, "the verdict"),
+        ([*gained_rows, further], "the furthest certain lag of all linear"),
+    ):
+        found = collect(groups, rows, chains, labels=[LABEL], tokenizer=tokenizer)
+        assert found["picked_by"].startswith(said) and found["reference"]["lag"] == 8
+
+
 def test_without_a_class_nothing_is_picked(rows: list[Row], chains: list[Chain], tokenizer: Any) -> None:
     blank = [{**row, "auroc": math.nan, "lift": math.nan} for row in rows]
     assert reference(blank) is None
     empty = collect([], blank, chains, labels=[LABEL], tokenizer=tokenizer)
     assert empty["chains"] == [] and empty["reference"] is None
+    assert empty["picked_by"] == "the highest AUROC"
     bare = [{**row, "lift": math.nan} for row in rows]
     assert reference(bare)["auroc"] == max(row["auroc"] for row in rows if not row["control"])

@@ -9,8 +9,9 @@ from html import escape
 from typing import Any
 
 from streamprobe.evaluation.rows import Row, reads
+from streamprobe.probes.sites import LINEAR
 from streamprobe.reporting.curves import COUNTS
-from streamprobe.reporting.grids import furthest_certain, title
+from streamprobe.reporting.grids import furthest_certain, other_kinds, title
 from streamprobe.reporting.read_back import FinishedRun
 from streamprobe.reporting.transcripts import PLACE
 
@@ -27,11 +28,25 @@ Key = tuple[Any, ...]
 def held(found: FinishedRun) -> dict[str, Any]:
     """What page.js reads: the transcripts, the probe that is shown first, and the numbers of each of their probes."""
     curves, bins = _curves(found.curves), _bins(found.bins)
-    first = furthest_certain(found.rows)
+    first = _first(found)
     chosen = {name: first[name] for name in PLACE} if first else found.transcripts["reference"]
     places = [tuple(probe[name] for name in PLACE) for probe in found.transcripts["probes"]]
     numbers = [{**curves.get(each, {}), **bins.get(each, {})} for each in places]
     return {**found.transcripts, "chosen": chosen, "numbers": numbers}
+
+
+def _first(found: FinishedRun) -> Row | None:
+    """The linear probe that is shown first, if the foresight of any may be claimed: what is held is of linear ones."""
+    return furthest_certain(row for row in found.rows if row["kind"] == LINEAR)
+
+
+def _why_first(found: FinishedRun) -> str:
+    """How that one is called."""
+    first = _first(found)
+    if first is None:
+        return "the probe that picked the chains below"
+    of_verdict = first == furthest_certain(found.rows)
+    return "the probe of the verdict" if of_verdict else "the linear probe that certainly foresees furthest"
 
 
 def _curves(curves: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
@@ -64,7 +79,7 @@ def section(found: FinishedRun) -> str:
 
 def _numbers(found: FinishedRun) -> str:
     """The chooser, and the places of the numbers of its probe."""
-    why = "the probe of the verdict" if furthest_certain(found.rows) else "the probe that picked the chains below"
+    other = "any other linear one" if other_kinds(found.rows) else "any other"
     places = []
     if found.bins:
         places.append(_plot("calibration", "Calibration", "mean probability", "share of positives"))
@@ -72,7 +87,7 @@ def _numbers(found: FinishedRun) -> str:
         places.append(_plot("recall", "Precision and recall", "recall", "precision"))
         places.append(_confusion())
     return (
-        f"<h2 id=probe>One probe</h2><p class=note>At first {why}; any other can be chosen.</p>"
+        f"<h2 id=probe>One probe</h2><p class=note>At first {_why_first(found)}; {other} can be chosen.</p>"
         "<noscript><p class=note>What is below is filled by the page's own script, which is turned off.</p></noscript>"
         f"<fieldset id=chooser></fieldset><p class=note id=named></p><div class=plots>{''.join(places)}</div>"
     )

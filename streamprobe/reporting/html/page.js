@@ -61,8 +61,9 @@ function plot(name, points, beside, most) {
 // The numbers of one probe: calibration, precision-recall, and what is right and wrong at its threshold.
 function measure(number) {
   const probe = data.probes[number], { said = [], share = [], recall = [], precision = [], counts = null } = data.numbers[number];
+  const read = probe.site === "resid_post" ? `Layer ${probe.layer}` : `${probe.site} of layer ${probe.layer}`;
   place("named").textContent =
-    `Layer ${probe.layer}, lag ${signed(probe.lag)}, ${probe.label}, target ${probe.target}, solver ${probe.solver}.`;
+    `${read}, lag ${signed(probe.lag)}, ${probe.label}, target ${probe.target}, solver ${probe.solver}.`;
   const highest = Math.max(0, ...said, ...share);
   const most = [0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8].find((step) => highest <= step) ?? 1;
   const calibration = plot("calibration", said.map((x, i) => [x, share[i]]), [[0, 0], [most, most]], most);
@@ -94,7 +95,7 @@ function confuse(counts, threshold) {
 function paint() {
   const number = chosen(), said = place("said");
   if (number < 0) {
-    place("named").textContent = "There is no such probe: target within looks ahead only.";
+    place("named").textContent = "There is no such probe: not every site is read at every layer, and target within looks ahead only.";
     return;
   }
   measure(number);

@@ -7,6 +7,7 @@ from typing import Any
 
 from streamprobe.controls.table import CONTROLS
 from streamprobe.evaluation.rows import Row
+from streamprobe.probes.kinds import about as about_kind
 from streamprobe.reporting.grids import (
     Family,
     Grid,
@@ -47,8 +48,9 @@ GAIN_MAPS = {
     "gain_within": "Gain in AUROC within chains",
     "gain": "Gain in AUROC",
 }
+OF_LINEAR = "Charts, maps, the one probe and the chains are of linear probes; the other kinds stand in the tables."
 KINDS_NOTE = (
-    "Of {} the best of each lag, where it is certainly above linear probes of the same layer: the low end of the "
+    "Of each lag the best one that is certainly above the linear probe of the same layer: the low end of the "
     "difference of AUROC is above .0005, corrected for all kinds, layers and lags looked at. All are in the "
     "table of all probes."
 )
@@ -62,10 +64,9 @@ def render(found: FinishedRun, links: Mapping[str, str]) -> str:
     parts = {  # id: heading and content, in the order of the page
         f"family{i}": (title(family), _family(family, grid)) for i, (family, grid) in enumerate(families.items())
     }
-    tables = {"all": ("All probes and controls", f"<p class=note>{SORTS}</p>{draw_table(PROBES, found.rows)}")}
     kinds = other_kinds(found.rows)
-    if kinds:
-        tables["kinds"] = ("Kinds of probes", _kinds(kinds))
+    tables = {"kinds": ("Kinds of probes", _kinds(kinds))} if kinds else {}
+    tables["all"] = ("All probes and controls", f"<p class=note>{SORTS}</p>{draw_table(PROBES, found.rows)}")
     if found.categories:
         rows = best_in_categories(found.rows, found.categories)
         tables["categories"] = (
@@ -82,6 +83,7 @@ def render(found: FinishedRun, links: Mapping[str, str]) -> str:
         *(f"<p class=verdict>{escape(sentence)}</p>" for sentence in found.run["verdicts"]),
         f"<p class=note>{NUMBERS}</p>",
         f"<p class=note>{GAINS}</p>" if any_gain else "",
+        f"<p class=note>{OF_LINEAR}</p>" if kinds else "",
         f"<nav>{anchors}</nav>",
         *_sections(parts),
         one_probe.section(found),
@@ -93,11 +95,14 @@ def render(found: FinishedRun, links: Mapping[str, str]) -> str:
 
 def _kinds(families: Mapping[Family, Sequence[Row]]) -> str:
     """Of each lag the best kind of probe, where one is certainly above linear ones, and what is not."""
-    named = ", ".join(dict.fromkeys(row["kind"] for rows in families.values() for row in rows))
+    names = list(dict.fromkeys(row["kind"] for rows in families.values() for row in rows))
+    items = "".join(f"<li>{escape(name)}: {escape(about_kind(name))}</li>" for name in names)
+    meant = f"<details><summary>What the kinds are</summary><ul>{items}</ul></details>"
     best = [row for rows in families.values() for row in beyond_linear(rows)]
     if not best:
-        return f"<p class=note>None of {escape(named)} is certainly above linear probes at any lag.</p>"
-    return f"<p class=note>{escape(KINDS_NOTE.format(named))} {SORTS}</p>{draw_table(KINDS, best)}"
+        none = f"None of {', '.join(names)} is certainly above linear probes at any lag."
+        return f"<p class=note>{escape(none)}</p>{meant}"
+    return f"<p class=note>{escape(KINDS_NOTE)} {SORTS}</p>{draw_table(KINDS, best)}{meant}"
 
 
 def _sections(parts: Mapping[str, tuple[str, str]]) -> list[str]:

@@ -50,7 +50,9 @@ PROBES: Table = [
     ("best pass", lambda row: str(row["best_pass"])),
 ]
 KINDS: Table = [
-    *PROBES[:7],
+    *PROBES[:4],
+    ("kind and layer", place),
+    *PROBES[5:7],
     ("over linear", _of("over_linear")),
     ("95% interval", _interval("over_linear")),
     ("at least", _of("over_linear_low_corrected")),

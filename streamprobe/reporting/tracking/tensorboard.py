@@ -20,8 +20,8 @@ from streamprobe.reporting.tracking.images import Picture
 from streamprobe.reporting.tracking.layout import Category
 
 COMPARED = (
-    "model data dtype quantization prompt support unlabelled split labels targets layers lags solvers l2 learning_rate "
-    "standardize max_passes seed"
+    "model data dtype quantization prompt support unlabelled split labels targets layers sites hookpoints lags kinds "
+    "solvers l2 learning_rate standardize max_passes seed"
 ).split()  # the keys of a config by which the hparams tab tells runs apart
 WIDTH = 130  # letters in a line of the text tab
 BINS = 30  # of a histogram
