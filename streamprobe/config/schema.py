@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any, Literal
 
@@ -165,7 +166,9 @@ class ProbeConfig:
     def _check_kinds(self) -> None:
         """Raises InputError for a kind that is not known, and without the linear one, on which others build."""
         for kind in self.kinds:
-            require(is_kind(kind), f"kinds {kind}", f"of {', '.join(kind_names())}", "correct --kinds")
+            near = get_close_matches(kind, kind_names(), n=1, cutoff=0.6)
+            expected = f"{near[0]}, the nearest one" if near else f"of {', '.join(kind_names())}"
+            require(is_kind(kind), f"kinds {kind}", expected, "correct --kinds")
         require(
             LINEAR in self.kinds,
             f"kinds {' '.join(self.kinds)}",

@@ -9,6 +9,8 @@ from streamprobe.activations.shards import Shard
 from streamprobe.config.load import RunConfig
 from streamprobe.data.tokenize import Chain
 from streamprobe.model.sizes import loaded_bytes, weight_bytes
+from streamprobe.probes.kinds import trained_in_epochs
+from streamprobe.probes.sites import Site
 from streamprobe.run.cost import Cost
 from streamprobe.run.inputs import make_inputs, read_texts
 from streamprobe.run.jobs import make_feeds
@@ -63,6 +65,15 @@ def describe_needs(
     )
 
 
+def describe_probes(sites: Sequence[Site], n_columns: int, kinds: Sequence[str]) -> str:
+    """What a run would train and where, and of which kinds the time is not told, as text for the terminal."""
+    names, later = ", ".join(site.name for site in sites), trained_in_epochs(kinds)
+    lines = [f"probes    {n_columns} (label, target, lag) at {names}: each {', '.join(kinds)}"]
+    if later:
+        lines.append(f"          {', '.join(later)}: trained on a sample, behind the passes, which takes a while, too")
+    return "\n".join(lines)
+
+
 def time_batch(
     chains: Sequence[Chain], shards: Sequence[Shard], read: Callable[[list[Chain]], Iterable[TokenBatch]]
 ) -> Timed:
@@ -101,6 +112,7 @@ def describe_run(config: RunConfig) -> None:
     splits = dict(inputs.dataset.splits)
     if inputs.dataset.folds > 1 and plan.kept.train and plan.kept.validation:
         del splits["test"]
+    say(describe_probes(backbone.sites, inputs.n_real, kinds))
     timed = time_batch(splits["train"], reader.shards["train"], reader.stream)
     batches = [(chains, batch) for name, chains in splits.items() for shard in reader.shards[name] for batch in shard]
     say(

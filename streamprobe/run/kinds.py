@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from streamprobe.activations.drawn import Counts, SampledTokens, sample_tokens
 from streamprobe.activations.feed import PROBED
@@ -34,7 +35,7 @@ from streamprobe.solvers.pointwise import PointwiseKind, PointwiseTokens, fit_po
 from streamprobe.solvers.pointwise_kinds import network_kind, quadratic_kind
 from streamprobe.solvers.residual import Fitted
 from streamprobe.solvers.sparse import Linear, sparse_probes
-from streamprobe.system.console import say
+from streamprobe.system.console import say, shows_progress
 from streamprobe.trainer import Job
 
 
@@ -232,13 +233,17 @@ def train_kinds(
     )
     trainer = KindTrainer(linear, splits, kinds, dtype=memory.sizes.dtype, l2=training.l2, seed=training.seed)
     found = []
-    for kind in kinds:
-        started = time.monotonic()
-        own = by_feed.get(kind)
-        found.append(_of_job(own, kind, linear) if own else trainer.train(kind))
-        if found[-1].losses is not None:
-            tracker.epochs(found[-1].bank, found[-1].losses)
-        say(f"{kind:<9}{time.monotonic() - started:>9.1f} s   {found[-1]}")
+    with tqdm(total=len(kinds), unit="kind", leave=False, disable=not shows_progress()) as bar:
+        for kind in kinds:
+            started, own = time.monotonic(), by_feed.get(kind)
+            bar.set_description(kind)
+            found.append(_of_job(own, kind, linear) if own else trainer.train(kind))
+            if found[-1].losses is not None:
+                tracker.epochs(found[-1].bank, found[-1].losses)
+                tracker.flush()
+            bar.clear()
+            say(f"{kind:<9}{time.monotonic() - started:>9.1f} s   {found[-1]}")
+            bar.update()
     return found
 
 

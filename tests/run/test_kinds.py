@@ -160,7 +160,7 @@ def test_probes_on_disk_say_what_was_judged(run: Path) -> None:
     [
         (["mlp64"], "linear among them"),
         (["linear", "cubic"], "kinds cubic; expected of linear, meandiff"),
-        (["linear", "mlp"], "kinds mlp;"),
+        (["linear", "mlp"], "kinds mlp; expected mlp64, the nearest one; fix: correct --kinds"),
         (["linear", "stack2"], "kinds stack2;"),
         (["linear", "mlp4", "mlp4"], "repetition"),
     ],

@@ -149,7 +149,16 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(config, capsys):
     assert f"{sum(tokens.values()):,} tokens" in lines["time"] and " s for the model" in lines["time"]
     assert re.fullmatch(r"blocks 0 to 2 are( [\d.]+ GB in (float32|bf16|8-bit|4-bit),?){4} \(.*\)", lines["weights"])
     assert re.fullmatch(r"[\d.]+ GB of weights", lines["loaded"])
+    assert re.fullmatch(r"\d+ \(label, target, lag\) at layer0\d(, layer0\d)*: each linear", lines["probes"])
     assert "wrote" not in lines
+
+
+def test_a_dry_run_names_the_kinds_whose_time_it_does_not_tell(config, capsys):
+    assert main([config, "--dry_run", "--kinds", "linear", "mlp4", "ema4", "--sites", "attn_out", *SINGLE]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"\nprobes    .* at attn_out0\d.*: each linear, mlp4, ema4\n          mlp4: trained on a sample", said
+    )
 
 
 def test_a_dry_run_tells_how_often_the_model_reads_what_does_not_fit(config, capsys):
