@@ -1,22 +1,19 @@
-"""One YAML file is one run: flat keys, each of them a command-line option too."""
+"""A command line becomes a config: flat keys, those of a YAML file and options of the same names."""
 
 import os
 import re
 from argparse import Action, ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.help import full_help
 from streamprobe.config.keys import require
 from streamprobe.config.schema import ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
 from streamprobe.config.site_keys import check_shards
-from streamprobe.data.label_rules import SCOPES
+from streamprobe.config.yaml_file import find_config, read_keys, unknown_key
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
 from streamprobe.probes.sites import LINEAR
@@ -26,7 +23,6 @@ from streamprobe.system.shipped import shipped_configs
 
 GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
 OF_DATA = ("data_sha256", "data_split", "data_config", "format", "label_names")  # and each column: keys of one `data`
-PAIRS = ("label_names", "label_rules")  # keys of a list of NAME=VALUE, which a file may write as a mapping
 DEFAULT = "demo"
 
 
@@ -71,7 +67,7 @@ def load_config(argv: Sequence[str], command: str = "run.py [CONFIG]", *, same_d
     parser = _make_parser(command)
     actions = {a.dest: a for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")}
     _check_order(argv, actions, command.split(" [")[0])
-    keys = _read(path, actions) if path else {}
+    keys = read_keys(path, actions) if path else {}
     dropped = [] if same_data else _of_other_data(keys, _last_value(argv, "--data"))
     given = _as_arguments({name: value for name, value in keys.items() if name not in dropped}, path, actions)
     try:
@@ -103,7 +99,7 @@ def _check_rest(rest: Sequence[str], keys: list[str], command: str) -> None:
             "--key value",
             "drop it, or put what belongs together in quotes",
         )
-        raise _unknown(word, keys, "the command line")
+        raise unknown_key(word, keys, "the command line")
 
 
 def _of_other_data(keys: Mapping[str, Any], data: str) -> list[str]:
@@ -124,11 +120,6 @@ def _last_value(argv: Sequence[str], option: str) -> str:
         if name == option:
             found = value if equals else after
     return found
-
-
-def find_config(name: str) -> Path:
-    """The config file that a command line means: the file of that path, or else the shipped config of that name."""
-    return Path(name) if os.path.isfile(name) else shipped_configs().get(name, Path(name))
 
 
 def _make_parser(command: str) -> Any:
@@ -229,82 +220,3 @@ def _as_words(name: str, items: list[str], got: str) -> list[str]:
     keys = [item for item in items if item.startswith("-") and not re.fullmatch(r"-\d+", item)]
     require(not keys, f"{got} with {keys[:1]} in its list", "values that do not begin with -", f"fix {name}")
     return [f"--{name}", *items]
-
-
-def _read(path: Path, actions: Mapping[str, Action]) -> dict[str, Any]:
-    """The file's keys and values.
-
-    A value of a key that is text stays as it is written: YAML takes `no`, `1_000`, `12:30` for something else.
-    """
-    root, content = _load(path)
-    names = [name.value for name, _ in root.value]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"config {path} with {', '.join(twice)} given twice", "each key once", "drop one")
-    for name in content:
-        if name not in actions:
-            raise _unknown(str(name), list(actions), f"config {path}")
-    texts = [(name.value, node) for name, node in root.value if getattr(actions.get(name.value), "type", None) is str]
-    return content | {name: _as_written(node, pairs=name in PAIRS) for name, node in texts}
-
-
-def _load(path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
-    """A YAML mapping as it is written, and what it means."""
-    what = "lines of the form `key: value`"
-    try:
-        found = path.is_file()
-        loader = yaml.SafeLoader(path.read_bytes().decode("utf-8-sig") if found else "")
-        root = loader.get_single_node()
-        content = loader.construct_document(root) if root else None
-    except RecursionError:
-        raise InputError(f"config {path}, nested too deeply", what, "flatten it") from None
-    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
-        raise InputError(f"config {path}: {error}", f"YAML in UTF-8: {what}", "fix that") from None
-    if not found:
-        raise _no_config(path)
-    if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
-        raise InputError(f"config {path}", what, "see those that `streamprobe configs` lists")
-    return root, content
-
-
-def _no_config(path: Path) -> InputError:
-    names = list(shipped_configs())
-    near = get_close_matches(path.stem if path.suffix in (".yaml", ".yml") else path.name, names, n=1, cutoff=0.5)
-    fix = f"check the path, or give {near[0]}, the nearest name" if near else "check the path or the name"
-    return InputError(f"config {path}, which is no file", f"a YAML file, or one of {', '.join(names)}", fix)
-
-
-def _as_written(node: yaml.Node, pairs: bool = False) -> Any:
-    """The text of a node, of each one in its list, or of its `pairs` (NAME=VALUE); None for null."""
-    if pairs and isinstance(node, yaml.MappingNode):
-        return [_pair(str(_as_written(name)), value) for name, value in node.value] or None
-    if isinstance(node, yaml.SequenceNode):
-        return [_as_written(each) if isinstance(each, yaml.ScalarNode) else {} for each in node.value]
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
-    return {}
-
-
-def _pair(name: str, node: yaml.Node) -> str:
-    """NAME=VALUE of a value that is text, or NAME=SCOPE:PATTERN of a mapping of these two; raises InputError else."""
-    inside = {"pattern": node}
-    if isinstance(node, yaml.MappingNode):
-        inside = {each.value: value for each, value in node.value if isinstance(each, yaml.ScalarNode)}
-    values = {key: _as_written(value) for key, value in inside.items()}
-    texts = all(value is None or isinstance(value, str) for value in values.values())
-    if not (texts and values.keys() <= {"scope", "pattern"} and (values.get("scope") or "match") in SCOPES):
-        said = " and ".join(f"{key} {value}" for key, value in values.items())
-        expected = f"text, or a pattern with a scope of {', '.join(SCOPES)}"
-        raise InputError(f"a config with {name!r}: {said}", expected, "correct it")
-    scope = f"{values['scope']}:" if values.get("scope") else ""
-    return f"{name}={scope}{values.get('pattern') or ''}"
-
-
-def _unknown(word: str, keys: list[str], where: str) -> InputError:
-    name = word.split("=")[0].lstrip("-")
-    near = get_close_matches(name, keys, n=1, cutoff=0.5)
-    expected = f"--{near[0]}, the nearest key" if near else "one of the keys that --help lists"
-    return InputError(
-        f"unknown key {name!r} on {where}" if "command" in where else f"unknown key {name!r} in {where}",
-        expected,
-        "fix or drop it",
-    )
