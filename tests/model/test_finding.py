@@ -173,6 +173,17 @@ def test_a_block_of_two_states_is_refused() -> None:
         find_places(make("bert", is_decoder=True), [Place(0, "mlp_out"), Place(0, "attn_out")][::-1], WORDS)
 
 
+def test_of_a_block_that_normalises_the_stream_what_attention_adds_to_what_enters_is_read() -> None:
+    """And nothing behind: there is no stream to which its MLP would add."""
+    model = make("openai-gpt")
+    seen = outputs(model, torch.stack(CHAINS), {"attn": model.h[1].attn})
+    got = taken_at(model, [Place(1, point) for point in ("resid_pre", "attn_out", "resid_mid")])
+    before, added, between = got.values()
+    assert torch.equal(added, seen["attn"]) and torch.equal(between, before + added)
+    with pytest.raises(InputError, match="^mlp_out of layer 1, a Block, in which no module's output"):
+        find_places(model, [Place(1, "mlp_out")], WORDS)
+
+
 class InPlace(nn.Module):
     """A block that goes on to change what its parts return."""
 
