@@ -129,7 +129,7 @@ def train_nested(
 def describe(solver: NestedSolver) -> str:
     """Where nested probes stand."""
     final, total, none = int(solver.converged.sum()), solver.converged.numel(), int((solver.chosen_level < 0).sum())
-    return f"{final} of {total} nested probes final, {none} that leave the layer out"
+    return f"{final} of {total} nested probes final, {none} leaving the layer out"
 
 
 def final_nested(job: NestedJob, validation: Validation) -> FinalProbes:
