@@ -219,5 +219,11 @@ COMMANDS = {
         bench.processes,
         "lower --chains",
     ),
+    "bench streams": Command(
+        "measure whether the memory of a run grows with the length of its stream",
+        "--tokens 10000 40000",
+        bench.streams_options,
+        bench.streams,
+    ),
     "configs": Command("list the configs that come with the package", "", folders.no_options, folders.configs),
 }

@@ -5,7 +5,7 @@ Shapes: N tokens, L sites, K columns.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +23,13 @@ from streamprobe.system.distributed import each, least, owner
 NO_PART = 2**31  # the number of the first part of a rank that has none
 LOG_TOKENS = 65_536  # training tokens between two points of a loss curve; a pass ends with one too
 Source = Callable[[], Iterable[TokenBatch]]
+
+
+class Fed(NamedTuple):
+    """What is fed the tokens of a pass, and what of them."""
+
+    solver: Any  # a Solver, or what is fed like one
+    feed: Feed
 
 
 class Job(NamedTuple):
@@ -83,7 +90,7 @@ def train(
     return Done(number, tokens)
 
 
-def train_pass(jobs: Sequence[Job], parts: Iterable[Part], tracker: Tracker, tokens: int) -> int:
+def train_pass(jobs: Sequence[Job | Fed], parts: Iterable[Part], tracker: Tracker, tokens: int) -> int:
     """Feeds every solver the tokens of a pass; returns those seen in all passes, `tokens` before this one.
 
     A solver that sums is fed the parts of this rank; one that takes a step after another is fed all, on every rank.
@@ -112,7 +119,7 @@ def train_pass(jobs: Sequence[Job], parts: Iterable[Part], tracker: Tracker, tok
     return tokens
 
 
-def begin(jobs: Sequence[Job], batch: TokenBatch | None, part: int) -> None:
+def begin(jobs: Sequence[Job | Fed], batch: TokenBatch | None, part: int) -> None:
     """Tells every solver of the first tokens of a pass, which are those of one rank; `batch` and `part` are this one's.
 
     All ranks take part, also one without a token.
@@ -154,7 +161,7 @@ def log_metrics(tracker: Tracker, job: Job, metrics: Mapping[str, Tensor], token
         tracker.probes(f"{name}/validation", job.solver, metrics[name], tokens)
 
 
-def log_losses(tracker: Tracker, jobs: Sequence[Job], tokens: int) -> None:
+def log_losses(tracker: Tracker, jobs: Sequence[Job | Fed], tokens: int) -> None:
     """A point on the curves of the loss."""
     for job in jobs:
         tracker.probes("train_loss", job.solver, job.solver.loss(), tokens)

@@ -143,7 +143,8 @@ def load_chains(
 
 def fingerprint(splits: Any) -> str:
     """The fingerprint of a data set with these splits."""
-    from streamprobe.data.dataset import Counts, Dataset
+    from streamprobe.data.counts import Counts
+    from streamprobe.data.dataset import Dataset
 
     return Dataset(splits, [], Counts()).fingerprint()
 

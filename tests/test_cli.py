@@ -142,7 +142,7 @@ def test_every_shipped_config_is_listed_and_can_be_launched_by_its_name(ran, cap
         (
             ["xyz"],
             "expected one of train, demo, preview, score, evaluate, watch, steer, report, compare, push, bench, "
-            "bench watching, bench processes, configs",
+            "bench watching, bench processes, bench streams, configs",
         ),
         (["--nothing"], "unknown command '--nothing'"),
         (["train", "--layer", "1"], "--layers, the nearest key"),

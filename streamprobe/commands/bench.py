@@ -1,4 +1,4 @@
-"""`streamprobe bench`, `bench watching` and `bench processes`: what training, watching and sharing the work cost."""
+"""`streamprobe bench` and its kin: what training, watching, sharing the work and long streams cost."""
 
 import json
 from argparse import ArgumentParser, Namespace
@@ -52,6 +52,13 @@ def processes_options(parser: ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="where to write every number")
 
 
+def streams_options(parser: ArgumentParser) -> None:
+    """The options of `bench streams`."""
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=[10**6, 10**7], help="of training chains, in turn (1000000 10000000)")
+    add("--json", type=Path, metavar="FILE", help="where to write every number")
+
+
 def bench(given: Namespace) -> None:
     """Measures what training costs, and writes the numbers that --json asks for."""
     import torch
@@ -87,6 +94,17 @@ def processes(given: Namespace) -> None:
     check_file(given.json, "json")
     shape = given.shape or default_shape(cuda=False)
     result = measure_processes(shape, given.chains, given.processes, given.repeats)
+    if given.json:
+        write_output(given.json, (json.dumps(result, indent=1) + "\n").encode(), "json")
+    say(table(result))
+
+
+def streams(given: Namespace) -> None:
+    """Measures whether memory grows with the length of a stream."""
+    from streamprobe.bench.stream_memory import measure_streams, table
+
+    check_file(given.json, "json")
+    result = measure_streams(given.tokens)
     if given.json:
         write_output(given.json, (json.dumps(result, indent=1) + "\n").encode(), "json")
     say(table(result))

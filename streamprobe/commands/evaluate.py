@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from streamprobe.commands.shared import add_model, add_run
+from streamprobe.commands.shared import add_model, add_run, refuse_data
 from streamprobe.config.data_keys import DataConfig
 from streamprobe.config.help import full_help
 from streamprobe.config.load import OF_DATA, RunConfig
@@ -58,7 +58,9 @@ def evaluate(given: Namespace) -> None:
     own_options = ("run", "split", "out")
     keys = {name: value for name, value in vars(given).items() if not (name in own_options or value is None)}
     trusted = keys.pop("trust_remote_code")
-    config = open_run(given.run, changed=keys, trusted=trusted).config
+    finite = {} if own else {"streaming": "false", "source": "data"}  # of which all chains are read first
+    config = open_run(given.run, changed=keys | finite, trusted=trusted).config
+    refuse_data(config, given.data)
     if own and config.data.folds > 1:
         raise InputError(
             f"a run of {config.data.folds} folds, which keeps the means of probes that all of its chains have trained",

@@ -12,8 +12,9 @@ from streamprobe.system.console import say
 from streamprobe.system.files import check_output, write_output
 
 if TYPE_CHECKING:
+    from streamprobe.config.load import RunConfig
+    from streamprobe.model.sampling import Sampling
     from streamprobe.run.opened import OpenedRun
-    from streamprobe.tools.generation import Sampling
 
 
 def add_run(parser: ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def add_sampling(parser: ArgumentParser) -> None:
 
 def sampling_of(given: Namespace) -> "Sampling":
     """How the model writes.  Raises InputError for what cannot be."""
-    from streamprobe.tools.generation import Sampling
+    from streamprobe.model.sampling import Sampling
 
     return Sampling(given.max_new_tokens, given.temperature, given.top_p, given.seed)
 
@@ -67,6 +68,12 @@ def open_probes(given: Namespace, data: str | None = None) -> "OpenedRun":
 
     changed = {"model": given.model, "device_map": given.device_map, "data": data}
     return open_run(given.run, solver=given.solver, kind=given.kind, changed=changed, trusted=given.trust_remote_code)
+
+
+def refuse_data(config: "RunConfig", data: str | None) -> None:
+    """Raises InputError where `data` are given as those of a run of a stream, which has kept its chains itself."""
+    if config.stream.streaming and data:
+        raise InputError(f"data {data} as those of a stream", "the chains that it has kept itself", "drop --data")
 
 
 def place_of(given: Namespace, run: "OpenedRun") -> tuple[int, int]:

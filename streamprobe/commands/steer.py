@@ -3,7 +3,7 @@
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamprobe.commands.shared import (
     add_probe,
@@ -12,11 +12,16 @@ from streamprobe.commands.shared import (
     check_file,
     open_probes,
     place_of,
+    refuse_data,
     sampling_of,
     write_file,
 )
 from streamprobe.errors import InputError
 from streamprobe.system.console import say
+
+if TYPE_CHECKING:
+    from streamprobe.data.dataset import Dataset
+    from streamprobe.run.opened import OpenedRun
 
 
 def options(parser: ArgumentParser) -> None:
@@ -47,8 +52,8 @@ def steer(given: Namespace) -> None:
     run = open_probes(given, given.data)
     place, config = place_of(given, run), run.config
     steering.check_site(run.probes, place[0])
-    chains = opened.chains_of_run(config)
-    opened.check_chains(run.folder, chains)
+    refuse_data(config, given.data)
+    chains = _chains_of(run)
     model, tokenizer = opened.load_whole(run)
     examples = steering.choose(chains.splits, config.probes.labels, given.problems)
     if chains.folds > 1:
@@ -61,6 +66,21 @@ def steer(given: Namespace) -> None:
     result = steering.experiment(model, tokenizer, run.probes, place, layer=given.layer, examples=examples, **settings)
     if given.json:
         write_file(given.json, "json", json.dumps(result, indent=1) + "\n")
+
+
+def _chains_of(run: "OpenedRun") -> "Dataset":
+    """The chains that the run was trained and tested on: of a stream those that it has kept.
+
+    Raises InputError for other data than the run's.
+    """
+    from streamprobe.run import opened
+    from streamprobe.run.streaming.kept_chains import open_kept_chains
+
+    if run.config.stream.streaming:
+        return open_kept_chains(run.folder, run.config).dataset
+    chains = opened.chains_of_run(run.config)
+    opened.check_chains(run.folder, chains)
+    return chains
 
 
 def _check_steering(given: Namespace) -> None:

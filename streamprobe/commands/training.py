@@ -31,8 +31,12 @@ def _train(argv: Sequence[str], command: str) -> None:
             config = load_config(argv, command)
             from streamprobe.model.served import follow
             from streamprobe.run.pipeline import run
+            from streamprobe.run.streaming.loop import run_stream
 
         if was_restarted():
             config = replace(config, output=replace(config.output, resume=True))
         with in_workers(config.model.tp_size) as leads:
-            run(config) if leads else follow()
+            if leads:
+                (run_stream if config.stream.streaming else run)(config)
+            else:
+                follow()

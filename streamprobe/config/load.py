@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from streamprobe.config.data_keys import DataConfig
+from streamprobe.config.generation_keys import GenerationConfig, check_written
 from streamprobe.config.help import full_help
 from streamprobe.config.keys import require
 from streamprobe.config.schema import ModelConfig, OutputConfig, ProbeConfig, TrainingConfig
 from streamprobe.config.site_keys import check_shards
+from streamprobe.config.stream_keys import StreamConfig
 from streamprobe.config.yaml_file import find_config, read_keys, unknown_key
 from streamprobe.data.prompts import is_unicode
 from streamprobe.errors import InputError
@@ -21,7 +23,7 @@ from streamprobe.system.console import say
 from streamprobe.system.privacy import FILES, TOKENS, clean_url
 from streamprobe.system.shipped import shipped_configs
 
-GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, OutputConfig)
+GROUPS = (ModelConfig, DataConfig, ProbeConfig, TrainingConfig, StreamConfig, GenerationConfig, OutputConfig)
 OF_DATA = ("data_sha256", "data_split", "data_config", "format", "label_names")  # and each column: keys of one `data`
 DEFAULT = "demo"
 
@@ -35,6 +37,8 @@ class RunConfig:
     data: DataConfig
     probes: ProbeConfig
     training: TrainingConfig
+    stream: StreamConfig
+    generation: GenerationConfig
     output: OutputConfig
 
     def __post_init__(self) -> None:
@@ -45,10 +49,30 @@ class RunConfig:
             "newton among the solvers: other kinds build on converged linear probes",
             f"give --solvers newton {' '.join(solvers)}, or drop --kinds",
         )
+        check_written(
+            self.generation,
+            written=self.stream.source == "generate",
+            rules=self.data.rules,
+            labels=self.probes.labels,
+            tp_size=self.model.tp_size,
+        )
+        if self.stream.streaming:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        """Raises InputError for what needs all chains before the first one is read."""
+        data, written = self.data, self.stream.source == "generate"
+        for holds, got, fix in (
+            (data.folds == 1, f"folds {data.folds}", "drop --folds"),
+            (data.split == "random", f"split {data.split}", "drop --split and --test_categories"),
+            (written or data.max_chains is None, f"max_chains {data.max_chains}", "give --max_tokens instead"),
+            (written or data.data_sha256 is None, "data_sha256", "drop it"),
+        ):
+            require(holds, f"streaming with {got}", "what is known without reading all chains first", fix)
 
     def flat(self) -> dict[str, Any]:
         """Every key and its value."""
-        groups = (self.model, self.data, self.probes, self.training, self.output)
+        groups = (self.model, self.data, self.probes, self.training, self.stream, self.generation, self.output)
         return {name: value for group in groups for name, value in asdict(group).items()}
 
 

@@ -15,7 +15,8 @@ from streamprobe.solvers.table import SOLVERS
 
 # Keys that may differ between two launches of the same run.
 LAUNCH_KEYS = tuple(
-    "output_dir resume dry_run report_to log_probes max_passes memory_gb bootstrap bad_chains tp_size".split()
+    "output_dir resume dry_run report_to log_probes max_passes memory_gb bootstrap bad_chains tp_size max_tokens "
+    "report_tokens wait_seconds".split()
 )
 TRACKERS = ("tensorboard", "wandb")  # opened by reporting/tracking/opened.py
 

@@ -6,14 +6,15 @@ Shapes: T tokens in a chain, C label arrays, K columns.
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
-from streamprobe.data.annotations import NAMES, Section, check_names
+from streamprobe.data.annotations import NAMES, check_names
 from streamprobe.data.census import Census, count_tokens
+from streamprobe.data.counts import Counts
 from streamprobe.data.prompts import is_unicode
 from streamprobe.data.records import Record, Refused, Unusable
 from streamprobe.data.splits import FoldPlace, fold_chains, split_chains
@@ -23,77 +24,10 @@ from streamprobe.lags import INSIDE, OUTSIDE, Column
 from streamprobe.system.console import shows_progress
 
 
-@dataclass
-class Counts:
-    """What became of every chain and section that was read: printed and written, so nothing is dropped silently."""
-
-    read: int = 0
-    used: int = 0
-    repaired: int = 0  # chains used with an edited or lost section, or a tag that is unbalanced or not understood
-    edited_sections: int = 0
-    lost_sections: int = 0
-    unbalanced_tags: int = 0
-    without_sections: int = 0  # chains that are used as negatives
-    without_problem: int = 0  # chains that are used with an empty one
-    refused: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids of the chains
-    markers: Counter[str] = field(default_factory=Counter)  # left out of a prompt, see `Chain` -> chains
-    labels: Counter[str] = field(default_factory=Counter)  # label -> sections
-    label_chains: Counter[str] = field(default_factory=Counter)  # label -> chains
-    strange_tags: Counter[str] = field(default_factory=Counter)  # a tag whose form is not understood -> how often
-    missing_spans: Counter[str] = field(default_factory=Counter)  # text that was marked and is not there -> how often
-    characters: int = 0
-    labelled_characters: int = 0
-
-    @property
-    def n_refused(self) -> int:
-        """How many chains were refused."""
-        return sum(map(len, self.refused.values()))
-
-    def refuse(self, reason: str, id: str) -> None:
-        """Counts a chain that is not used."""
-        self.refused.setdefault(in_any_file(reason), []).append(in_any_file(id))
-
-    def use(self, record: Record, marker: str = "") -> None:
-        """Counts a chain that is used."""
-        found = record.annotation
-        self.used += 1
-        self.without_sections += not record.sections
-        self.without_problem += not record.problem.strip()
-        self.markers.update([marker] * bool(marker))
-        self.repaired += bool(found.edited or found.lost or found.unbalanced or found.strange)
-        self.edited_sections += found.edited
-        self.lost_sections += found.lost
-        self.unbalanced_tags += found.unbalanced
-        self.labels.update(s.label for s in record.sections)
-        self.label_chains.update({s.label for s in record.sections})
-        self.strange_tags.update(map(in_any_file, found.strange))
-        self.missing_spans.update(map(in_any_file, found.missing))
-        self.characters += len(record.response)
-        self.labelled_characters += len(record.response) if record.complete else _covered(record.sections)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts as plain numbers and dicts."""
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
-
-
 def _constant(codes: Tensor) -> bool:
     """Whether each label [T, C] of a chain is known to be there at all of its labelled tokens, or at none."""
     inside, outside = (codes >= INSIDE).any(0), (codes == OUTSIDE).any(0)
     return not bool((inside & outside).any())
-
-
-def _covered(sections: Sequence[Section]) -> int:
-    """Characters that are in one of the sections, which are in the order of the text."""
-    covered = end = 0
-    for section in sections:
-        covered += max(0, section.end - max(end, section.start))
-        end = max(end, section.end)
-    return covered
-
-
-def in_any_file(text: str) -> str:
-    """Text in letters that every file takes: half characters (surrogates) are written as escapes."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 class Division(NamedTuple):
@@ -186,27 +120,54 @@ def make_dataset(
     chains' `sections` (None: see `choose_section_labels`).  Raises InputError for a test category that no record has,
     and for one of `label_names` that no tag of a chain in use names.
     """
-    counts = Counts(read=len(records))
     splits: dict[str, list[Chain]] = {name: [] for name in SPLITS}
-    named: set[str] = set()
     beside = choose_section_labels(records, labels, text) if section_labels is None else section_labels
+    maker = ChainMaker(tokenizer, labels, context=context, text=text, section_labels=beside, bad=bad)
     for record, split in zip(_shown(records), _divide(records, division), strict=True):
-        reason = "with a problem of the test split" if split == "duplicate" else _why_unused(record, bad, text)
-        if reason or isinstance(record, Refused):
-            counts.refuse(reason, record.id)
-            continue
-        try:
-            chain = _fitting(tokenize(record, tokenizer, labels, text, section_labels=beside), context, text)
-        except Unusable as why:
-            counts.refuse(str(why), record.id)
-            continue
-        counts.use(record, chain.marker)
-        named.update(record.annotation.names)
-        _place(chain, split, splits)
-    check_names(label_names, named)
+        chain = maker.make(record, "with a problem of the test split" if split == "duplicate" else "")
+        if chain:
+            _place(chain, split, splits)
+    check_names(label_names, maker.names)
     if division.validate_on_test:
         splits["validation"] = splits["test"]
-    return Dataset(splits, list(labels), counts, beside, division.folds)
+    return Dataset(splits, list(labels), maker.counts, beside, division.folds)
+
+
+class ChainMaker:
+    """Makes chains of records, one by one, and counts what becomes of them."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        labels: Sequence[str],
+        *,
+        context: int,
+        text: TextOptions,
+        section_labels: Sequence[str],
+        bad: Collection[int] = (),
+    ):
+        """The arguments are those of `make_dataset`."""
+        self.tokenizer, self.labels, self.context, self.text = tokenizer, labels, context, text
+        self.section_labels, self.bad = section_labels, bad
+        self.counts = Counts()
+        self.names: set[str] = set()  # of tags in chains that are used
+
+    def make(self, record: Record | Refused, reason: str = "") -> Chain | None:
+        """The chain of a record; None where it is refused, for a `reason` that is known or one of its own."""
+        self.counts.read += 1
+        reason = reason or _why_unused(record, self.bad, self.text)
+        if reason or isinstance(record, Refused):
+            self.counts.refuse(reason, record.id)
+            return None
+        try:
+            chain = tokenize(record, self.tokenizer, self.labels, self.text, section_labels=self.section_labels)
+            chain = _fitting(chain, self.context, self.text)
+        except Unusable as why:
+            self.counts.refuse(str(why), record.id)
+            return None
+        self.counts.use(record, chain.marker)
+        self.names.update(record.annotation.names)
+        return chain
 
 
 def _place(chain: Chain, where: str | FoldPlace, splits: Mapping[str, list[Chain]]) -> None:

@@ -1,7 +1,8 @@
 """Types of files that hold rows: one function a type, and the table in which names, errors and docs find it.
 
 To add a type, write a function `file, name -> rows` that raises ValueError with the place of what is wrong, and a row
-in FILE_TYPES.  All text is UTF-8 and stays as it is: no cell becomes a number, a date or missing by its looks.
+in FILE_TYPES; a type whose files may be larger than memory also has a function that gives their rows one by one.
+All text is UTF-8 and stays as it is: no cell becomes a number, a date or missing by its looks.
 """
 
 import csv
@@ -20,10 +21,32 @@ QUOTES = {  # what `csv` says of them, and what is reported
     "unexpected end": "a quote that opens in this row is never closed",
     "expected after": "a cell of this row goes on behind its closing quote (a quote inside of a cell is doubled)",
 }
+ROWS_AT_ONCE = 128  # of a parquet file
 
 
 class NotUtf8(ValueError):
     """Raised for bytes that are no UTF-8; the message says which, and where."""
+
+
+class NoObject(ValueError):
+    """Raised for a line that is JSON, and no object."""
+
+
+FAULTS: dict[type[Exception], str] = {  # of a line, the narrowest kind first
+    NotUtf8: "that is no UTF-8",
+    NoObject: "that is no object",
+    RecursionError: "that is nested too deeply",
+    ValueError: "that is no JSON",
+}
+
+
+class Entry(NamedTuple):
+    """A row where it stands in its file, or what is wrong there."""
+
+    first: int  # number of its line, or of its row where there are no lines; from 1
+    last: int  # the same, unless several rows cannot be read
+    row: dict[str, Any] | None
+    reason: str = ""  # why there is no row
 
 
 class FileType(NamedTuple):
@@ -31,6 +54,7 @@ class FileType(NamedTuple):
 
     read: Callable[[BinaryIO, str], Rows]  # of the file's content and of its name; raises ValueError or OSError
     about: str  # what such a file holds
+    entries: Callable[[BinaryIO, int], Iterator[Entry]] | None = None  # one by one, behind so many lines or rows
     is_text: bool = False  # a text as it stands, which beside files of rows is no row but a README
 
 
@@ -96,19 +120,68 @@ def read_parquet(file: BinaryIO, _name: str) -> Rows:
     return [row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist()]
 
 
+def line_entries(file: BinaryIO, passed: int) -> Iterator[Entry]:
+    """The entries of JSON lines, one by one, behind the first `passed` lines, which are not looked into."""
+    for _ in range(passed):
+        file.readline()
+    return parse_lines(file, passed)
+
+
+def parse_lines(lines: Iterable[bytes], passed: int = 0) -> Iterator[Entry]:
+    """The object of each line, or why there is none; empty lines are passed over.  `passed` lines were before them."""
+    for number, line in enumerate(lines, passed + 1):
+        try:
+            row, reason = _object(_decode(line, place=number - 1)), ""
+        except (ValueError, RecursionError) as error:
+            row, reason = None, next(said for kind, said in FAULTS.items() if isinstance(error, kind))
+        if reason or row is not None:
+            yield Entry(number, number, row, reason)
+
+
+def parquet_entries(file: BinaryIO, passed: int) -> Iterator[Entry]:
+    """The entries of a parquet file, one by one, behind the first `passed` rows; of memory it takes a few rows' worth.
+
+    A row group that cannot be read is one entry, behind those of its rows that can be.  Raises ValueError or OSError
+    for a file that is none.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(file, buffer_size=2**20, page_checksum_verification=True)
+    _check_names(table.schema_arrow.names)
+    last = 0
+    for group in range(table.num_row_groups):
+        before, last = last, last + table.metadata.row_group(group).num_rows
+        if last > passed:
+            batches = table.iter_batches(ROWS_AT_ONCE, row_groups=[group])
+            yield from (entry for entry in _group_entries(batches, before, last) if entry.last > passed)
+
+
+def _group_entries(batches: Iterator[Any], number: int, last: int) -> Iterator[Entry]:
+    """The rows of a row group, behind row `number` up to row `last`."""
+    from pyarrow import ArrowException
+
+    try:
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield Entry(number, number, row)
+    except (OSError, ValueError, NotImplementedError, ArrowException):
+        yield Entry(number + 1, last, None, "in a row group that cannot be read")
+
+
 def read_text(file: BinaryIO, name: str) -> Rows:
     """The whole file as one text, called by its name."""
     return [{"id": name, "text": _decode(file.read())}]
 
 
-JSON_LINES = FileType(read_json_lines, "JSON lines, an object a line")
+JSON_LINES = FileType(read_json_lines, "JSON lines, an object a line", line_entries)
 FILE_TYPES = {
     ".json": FileType(read_json, "a JSON list of objects, or an object with one such list in it"),
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
     ".csv": FileType(partial(read_table, delimiter=","), "a header and rows of cells between commas"),
     ".tsv": FileType(partial(read_table, delimiter="\t"), "a header and rows of cells between tabs"),
-    ".parquet": FileType(read_parquet, "a parquet file"),
+    ".parquet": FileType(read_parquet, "a parquet file", parquet_entries),
     ".txt": FileType(read_text, "a text", is_text=True),
     ".md": FileType(read_text, "a text in Markdown", is_text=True),
 }
@@ -154,19 +227,28 @@ def _lines(file: BinaryIO) -> Iterator[str]:
         place += len(line)
 
 
+def _object(line: str) -> dict[str, Any] | None:
+    """The object of a line, None for an empty one.  Raises JSONDecodeError or NoObject."""
+    if not line.strip():
+        return None
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise NoObject
+    return row
+
+
 def _objects(lines: Iterable[str]) -> Rows:
     """The object of every line that is not empty."""
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
+            row = _object(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no object")
-        rows.append(row)
+        except NoObject:
+            raise ValueError(f"line {number} is no object") from None
+        if row is not None:
+            rows.append(row)
     return rows
 
 

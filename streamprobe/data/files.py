@@ -5,7 +5,9 @@ import hashlib
 import os
 import re
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from streamprobe.data.file_types import COMPRESSIONS, FILE_TYPES, NotUtf8, Rows, open_file, parse_name
@@ -14,6 +16,9 @@ from streamprobe.system.console import say
 from streamprobe.system.network import hub_is_given_up, look_for_hub
 from streamprobe.system.privacy import clean_text, clean_url
 from streamprobe.system.shipped import shipped_path
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 SECONDS = 2.0  # for a server to take a call; there are two of them
 ON_HUB = r"\w[\w.-]*(/[\w.-]+)?"  # an id
@@ -38,24 +43,35 @@ def read_rows(data: str, *, split: str, config: str | None = None, sha256: str |
     rows, or are a file of another `sha256`.
     """
     shown, data = clean_url(data), shipped_path(data)
-    many = "://" not in data and _is_many(data)
-    is_file = not many and parse_name(_path_of(data)).suffix in FILE_TYPES
+    many = "://" not in data and is_many(data)
+    is_file = not many and parse_name(path_of(data)).suffix in FILE_TYPES
     if sha256 and not is_file:
         what = "the files of" if many else "the data set"
         raise InputError(f"data_sha256 with {what} {shown}", "a single file to check", "drop data_sha256")
-    if config and (many or is_file):
-        raise InputError(
-            f"data_config {config} with {shown}", "data on the hub, which alone have one", "drop data_config"
-        )
+    if many or is_file:
+        refuse_config(data, config)
     if many:
         rows = _read_many(data)
     elif is_file:
-        rows = _read_file(data, parse_name(_path_of(data)).stem, sha256)
+        rows = _read_file(data, parse_name(path_of(data)).stem, sha256)
     else:
-        rows = _read_hub(data, config, split)
+        with hub_errors(data):
+            rows = list(open_hub(data, config, split))
     if not rows:
-        raise InputError(f"data {shown} with no rows", "one text a row", "check the file")
+        raise no_rows(shown)
     return rows
+
+
+def no_rows(shown: str) -> InputError:
+    """What is reported of data without a row."""
+    return InputError(f"data {shown} with no rows", "one text a row", "check the file")
+
+
+def refuse_config(data: str, config: str | None) -> None:
+    """Raises InputError for the name of a configuration beside data that are no data set on the hub."""
+    if config:
+        got = f"data_config {config} with {clean_url(data)}"
+        raise InputError(got, "data on the hub, which alone have one", "drop data_config")
 
 
 def fetch(data: str, sha256: str | None = None) -> str:
@@ -90,12 +106,12 @@ def _download(url: str) -> str:
         ) from None
 
 
-def _path_of(data: str) -> str:
+def path_of(data: str) -> str:
     """A path, or that of a URL."""
     return unquote(re.split(r"[?#]", data)[0]) if "://" in data else data
 
 
-def _is_many(data: str) -> bool:
+def is_many(data: str) -> bool:
     """Whether `data` is a folder or a glob; a file may have any name."""
     return os.path.isdir(data) or (not os.path.lexists(data) and bool(re.search(r"[*?[]", data)))
 
@@ -120,10 +136,8 @@ def choose_files(data: str) -> Chosen:
     no file is left, or files of several types.
     """
     folder = data if os.path.isdir(data) else os.path.dirname(data)
-    found = _list_files(os.path.join(glob.escape(data), "*") if folder == data else data)
-    links = sorted(found, key=lambda path: os.path.realpath(path) == os.path.abspath(path))
-    once = {os.path.realpath(path): path for path in links}  # each by its own name, where it is found by that too
-    names = {path: parse_name(path) for path in sorted(once.values())}
+    found, once = list_files(data)
+    names = {path: parse_name(path) for path in once}
     endings = Counter(name.suffix + name.compression for name in names.values())
     readable = {name.suffix for name in names.values() if name.suffix in FILE_TYPES}
     taken = {suffix for suffix in readable if not FILE_TYPES[suffix].is_text} or readable
@@ -141,15 +155,26 @@ def choose_files(data: str) -> Chosen:
             "files of one type",
             f"give a glob for those that are meant, such as {os.path.join(folder, '*' + counts.most_common(1)[0][0])}",
         )
-    return Chosen(paths, endings - counts + Counter({"link to another": len(found) - len(once)}))
+    return Chosen(paths, endings - counts + Counter({"link to another": found - len(once)}))
 
 
-def _list_files(pattern: str) -> list[str]:
-    """The files that a glob names, in sorted order."""
+class Listed(NamedTuple):
+    """The files that there are, of any type."""
+
+    found: int  # how many, each by all its names
+    once: list[str]  # each by one name, in sorted order
+
+
+def list_files(data: str) -> Listed:
+    """The files of a folder or glob, but for hidden ones.  Raises InputError for what can be no path."""
+    pattern = os.path.join(glob.escape(data), "*") if os.path.isdir(data) else data
     try:
-        return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        found = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
     except ValueError as error:  # a path with a null byte
         raise InputError(f"data {pattern}: {first_line(error)}", "a folder or a glob", "correct the path") from None
+    links = sorted(found, key=lambda path: os.path.realpath(path) == os.path.abspath(path))
+    once = {os.path.realpath(path): path for path in links}  # each by its own name, where it is found by that too
+    return Listed(len(found), sorted(once.values()))
 
 
 def _counts(endings: Counter[str]) -> str:
@@ -158,10 +183,9 @@ def _counts(endings: Counter[str]) -> str:
 
 def _read_file(data: str, name: str, sha256: str | None = None) -> Rows:
     """The rows of a file or of the URL of one; `name` is what a text is called."""
-    shown, parts = clean_url(data), parse_name(_path_of(data))
-    if "://" not in data and not os.path.isfile(data):
-        why = "which is no file" if os.path.lexists(data) else "which does not exist"
-        raise InputError(f"data {shown}, {why}", "an existing file", "check the path")
+    shown, parts = clean_url(data), parse_name(path_of(data))
+    if "://" not in data:
+        check_file(data)
     path, type = fetch(data, sha256), FILE_TYPES[parts.suffix]
     try:
         with open_file(path, parts.compression) as file:
@@ -181,37 +205,54 @@ def _read_file(data: str, name: str, sha256: str | None = None) -> Rows:
         ) from None
 
 
-def _read_hub(name: str, config: str | None, split: str) -> Rows:
-    """The rows of a data set on the hub.  Raises InputError for what cannot be had, or is no id."""
-    if os.path.lexists(name) or "://" in name:
-        ending = parse_name(_path_of(name)).suffix
-        got = f"data {clean_url(name)}, which ends in {ending}" if ending else f"data {clean_url(name)}"
-        raise InputError(got, SOURCES, "rename or convert it")
-    if not re.fullmatch(ON_HUB, name):
-        raise InputError(f"data {name}, which does not exist", SOURCES, "check the path")
+def check_file(path: str) -> None:
+    """Raises InputError where there is no file."""
+    if not os.path.isfile(path):
+        why = "which is no file" if os.path.lexists(path) else "which does not exist"
+        raise InputError(f"data {path}, {why}", "an existing file", "check the path")
+
+
+@contextmanager
+def hub_errors(name: str, expected: str = SOURCES) -> Iterator[None]:
+    """What `datasets` says of a data set on the hub, while it is opened and read, as an InputError."""
     try:
-        return _load(name, config, split)
-    except (OSError, ValueError, NotImplementedError) as error:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not _is_of_hub(error):
+            raise
         cause = error.__cause__ or error
         raise InputError(
             f"data {name}, which cannot be read ({type(cause).__name__}: {clean_text(str(cause))})",
-            SOURCES,
+            expected,
             "check the id, the network, --data_config and --data_split",
         ) from None
 
 
-def _load(name: str, config: str | None, split: str) -> Rows:
-    """A data set on the hub.  Raises ValueError for what cannot be had."""
+def _is_of_hub(error: Exception) -> bool:
+    """Whether an error is of a data set that cannot be had, and no bug."""
+    from datasets.exceptions import DatasetsError  # not before something has failed: it takes seconds
+    from huggingface_hub.errors import HTTPError
+
+    return isinstance(error, OSError | ValueError | NotImplementedError | DatasetsError | HTTPError)
+
+
+def open_hub(name: str, config: str | None, split: str, expected: str = SOURCES) -> "IterableDataset":
+    """A data set on the hub, whose rows come as they are read.
+
+    Raises InputError for what is no id, with what is `expected`, and what `hub_errors` understands for what cannot be
+    had.
+    """
+    if os.path.lexists(name) or "://" in name:
+        ending = parse_name(path_of(name)).suffix
+        got = f"data {clean_url(name)}, which ends in {ending}" if ending else f"data {clean_url(name)}"
+        raise InputError(got, expected, "rename or convert it")
+    if not re.fullmatch(ON_HUB, name):
+        raise InputError(f"data {name}, which does not exist", expected, "check the path")
     from datasets import config as settings
     from datasets import load_dataset, logging
-    from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
 
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is reported by the caller, once
     look_for_hub(name)
     settings.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-    try:
-        return list(load_dataset(name, config, split=split, streaming=True))
-    except (DatasetsError, HTTPError) as error:
-        raise ValueError(str(error.__cause__ or error)) from None
+    return load_dataset(name, config, split=split, streaming=True)

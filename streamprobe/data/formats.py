@@ -252,15 +252,16 @@ FORMATS = {  # the one whose columns there are is taken; of several the first
 }
 
 
-def read_row(row: Row, number: int, format: Format, options: FormatOptions) -> Record | Refused:
+def read_row(row: Row, number: int, format: Format, options: FormatOptions, *, name: str = "") -> Record | Refused:
     """Row `number` (from 0) as a Record, or Refused with the reason.
 
-    Where the format names no id and no category, these are of the columns of `options`; a row without an id is named
-    by its place (the first is `#1`).
+    Where the format names no id and no category, these are of the columns of `options`; a row without an id has the
+    `name`, or else is named by its place (the first is `#1`).
     """
     given = row.get(options.id) if options.id else None
-    id = f"#{number + 1}" if given is None else str(given)
-    category = str(row.get(options.category)) if options.category else category_of(id)
+    id = (name or f"#{number + 1}") if given is None else str(given)
+    category = "" if given is None else category_of(id)
+    category = str(row.get(options.category)) if options.category else category
     try:
         if not is_unicode(id + category):
             raise Unusable("with an id or a category that is not Unicode")

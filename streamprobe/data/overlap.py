@@ -19,10 +19,11 @@ def problem_hashes(records: Sequence[Record | Refused], chains: Sequence[Chain])
 
     `records` are those that the chains are made of, in the order of their rows.
     """
-    return torch.tensor([_hash(records[chain.row]) for chain in chains], dtype=torch.int64)
+    return torch.tensor([hash_of(records[chain.row]) for chain in chains], dtype=torch.int64)
 
 
-def _hash(record: Record | Refused) -> int:
+def hash_of(record: Record | Refused) -> int:
+    """The problem of a record as a number that twins share, of 64 bits with a sign."""
     assert isinstance(record, Record), "a chain is made of a record"
     plain = str(same_problem(record.origin, record.row)).encode(errors="surrogatepass")
     return int.from_bytes(blake2b(plain, digest_size=8).digest(), "big", signed=True)

@@ -2,13 +2,15 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from streamprobe.data.annotations import END, plain_name
 from streamprobe.data.census import Census
-from streamprobe.data.dataset import Counts, Dataset
+from streamprobe.data.counts import Counts
+from streamprobe.data.dataset import Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, Column
@@ -39,6 +41,11 @@ def check_splits(dataset: Dataset, labels: Sequence[str]) -> None:
             known = _listed([in_a_line(name) for name, _ in counts.labels.most_common()], most=20)
             expected = f"one of {known}" if known else "one that the data or label_rules give, which give none"
             raise InputError(f"label {label!r}, which never occurs", expected, "correct --labels")
+
+
+def check_train(dataset: Dataset) -> None:
+    """Raises InputError for data without a training chain."""
+    check_splits(replace(dataset, splits=dict.fromkeys(dataset.splits, dataset.splits["train"])), [])
 
 
 def has_both(census: Mapping[str, Census], k: int) -> bool:
@@ -72,9 +79,8 @@ def check_census(census: Mapping[str, Census], columns: Sequence[Column], chains
 
 def refusals(counts: Counts) -> str:
     """Why chains were refused, how many for each reason, and the names of the first ones."""
-    by_size = sorted(counts.refused, key=lambda reason: -len(counts.refused[reason]))
-    named = ((reason, counts.refused[reason]) for reason in by_size)
-    return ", ".join(f"{len(ids)} {reason} ({_names(ids)})" for reason, ids in named)
+    by_size = sorted(counts.refused, key=counts.n_refused_for, reverse=True)
+    return ", ".join(f"{counts.n_refused_for(why)} {why} ({_names(counts.refused[why])})" for why in by_size)
 
 
 def _names(ids: Sequence[str], most: int = 3) -> str:

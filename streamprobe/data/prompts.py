@@ -163,6 +163,19 @@ def encode(text: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list
     return [bos] * n + ids[lead:], [(0, 0)] * n + offsets[lead:]
 
 
+def encode_head(head: str, prompt: str, tokenizer: Any, with_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `encode`, of the text that stands before a response alone: what a model reads before it writes.
+
+    An EOS token that the tokenizer puts behind every text is left out, unless the chat template writes it.
+    """
+    ids, offsets = encode(head, prompt, tokenizer, with_bos)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    n = len(ids)
+    while prompt != "chat" and n and eos not in (None, bos) and ids[n - 1] == eos:
+        n -= 1
+    return ids[:n], offsets[:n]
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """The tokens that stand for no text; the one for unknown letters does, unless it is a BOS, EOS or pad token too."""
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}

@@ -43,6 +43,15 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A response as the tokens that a model wrote, which may be others than its tokenizer makes of the text."""
+
+    head: str  # the text in front of the response, as the model read it
+    ids: Sequence[int]  # of the response
+    spans: Sequence[tuple[int, int]]  # the characters start .. end of the response that each covers; (0, 0) for none
+
+
+@dataclass(frozen=True)
 class Record:
     """One labelled text: what every format makes of a row."""
 
@@ -56,6 +65,7 @@ class Record:
     ruled: Sequence[Section] = ()  # sections that label rules give it
     everywhere: frozenset[str] = frozenset()  # the labels of these rules, which are known of all the text
     chat: Chat | None = None  # the conversation that the response is part of
+    written: Written | None = None  # the tokens of the response, where a model wrote it for this run
 
     @property
     def sections(self) -> Sequence[Section]:

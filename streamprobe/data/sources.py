@@ -5,7 +5,7 @@ To add a source, write a class that yields records and can say where it stands: 
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +34,22 @@ class Source(Protocol):
 
     def state(self) -> dict[str, int]:
         """Where it stands: what a new source of the same data needs to go on behind the last record given."""
+        ...
+
+
+class Stream(Protocol):
+    """Records without an end; a new stream of the same data goes on where another one stood."""
+
+    def __iter__(self) -> Iterator[Record | Refused]:
+        """The records that are still to come; the `row` of each is its number in the stream, from 0."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as JSON takes it: right behind the last record given."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on where the stream that gave `state` stood.  Raises InputError where the data are others."""
         ...
 
 

@@ -6,6 +6,7 @@ of their own, trained on the chains of the others and tested on its own.
 
 import unicodedata
 from collections.abc import Hashable, Sequence
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -90,3 +91,16 @@ def fold_chains(
         for number, unit in enumerate(dealt):
             places[units[unit]] = FoldPlace(fold, "validation" if number < n_validation else "train")
     return [places[name] for name in names]
+
+
+def number_of(name: str, *, seed: int, purpose: str) -> int:
+    """A number from 0 to 2**63 - 1 that looks random and depends on these alone: BLAKE2b."""
+    digest = blake2b(f"{seed}/{purpose}/{name}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def split_of(name: str, *, test_share: float, validation_share: float, seed: int) -> str:
+    """`train`, `validation` or `test` for a chain of a stream, by a hash of what it has in common with its twins."""
+    if number_of(name, seed=seed, purpose="test") < test_share * 2**63:
+        return "test"
+    return "validation" if number_of(name, seed=seed, purpose="validation") < validation_share * 2**63 else "train"

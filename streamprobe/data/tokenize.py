@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from streamprobe.data.chat import Placed, place_chat
-from streamprobe.data.prompts import encode, open_response, special_ids
-from streamprobe.data.records import Record
+from streamprobe.data.prompts import encode, encode_head, open_response, special_ids
+from streamprobe.data.records import Record, Written
 from streamprobe.data.regions import KNOWN, Markers, own_markers, thinking
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN
 
@@ -90,8 +90,11 @@ class Rendered(NamedTuple):
 def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Rendered:
     """The text of a record with its prompt, its tokens, and where in it is what the model wrote, as far as it counts.
 
+    A response that the model wrote for this run has its own tokens, behind those of what it read.
     Raises InputError as `prompts.open_response` does, and Unusable for turns that a chat template does not take.
     """
+    if record.written:
+        return _render_written(record, record.written, tokenizer, options)
     if record.chat:
         text, place, pieces = place_chat(record.chat, record.response, tokenizer, options.day)
         if options.support == "last_assistant" and pieces:  # what comes before is its prompt
@@ -99,11 +102,24 @@ def render(record: Record, tokenizer: Any, options: TextOptions = AS_TEXT) -> Re
             place = np.where(place >= pieces[0].start, place, -1)
         return Rendered(text, *encode(text, "chat", tokenizer, options.bos), 0, "", place, pieces)
     head, marker = open_response(record.problem, record.response, options.prompt, tokenizer, day=options.day)
+    tokens = encode(head + record.response, options.prompt, tokenizer, options.bos)
+    return _behind_head(record, head, marker, tokens)
+
+
+def _behind_head(record: Record, head: str, marker: str, tokens: tuple[list[int], list[tuple[int, int]]]) -> Rendered:
+    """The response of a record behind the text `head`, with the ids and offsets of all tokens."""
     text = head + record.response
     front = head.rfind(record.problem) + len(record.problem) if record.problem and record.problem in head else 0
     place = np.arange(len(head), len(text))
-    pieces = [Placed(0, front, len(head), len(text))]
-    return Rendered(text, *encode(text, options.prompt, tokenizer, options.bos), len(head), marker, place, pieces)
+    return Rendered(text, *tokens, len(head), marker, place, [Placed(0, front, len(head), len(text))])
+
+
+def _render_written(record: Record, written: Written, tokenizer: Any, options: TextOptions) -> Rendered:
+    """A record whose response is the tokens that a model wrote behind a text that it read."""
+    ids, offsets = encode_head(written.head, options.prompt, tokenizer, options.bos)
+    n = len(written.head)
+    own = [(start + n, end + n) if start < end else (0, 0) for start, end in written.spans]
+    return _behind_head(record, written.head, "", ([*ids, *written.ids], [*offsets, *own]))
 
 
 def tokenize(

@@ -32,6 +32,19 @@ class Checkpoint(NamedTuple):
     kept: Kept  # of the activations, which decides the order of the tokens
 
 
+class Unwritten:
+    """What stands where no checkpoint is wanted: those of a part of a run, which a resumed run does again."""
+
+    def offer(self, checkpoint: Checkpoint) -> None:
+        """Nothing is written."""
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Nothing is written."""
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+
 class Checkpoints:
     """Writes the checkpoints of a run while it trains: now and then, each in a thread, whole or not at all.
 

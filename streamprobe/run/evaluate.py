@@ -3,7 +3,7 @@
 Nothing is trained: the thresholds stay those that the run's validation chose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from streamprobe.run.nested import nested_feeds
 from streamprobe.run.opened import check_chains
 from streamprobe.run.provenance import facts_of, sizes_of
 from streamprobe.run.reader import Backbone, Reader, embedding_size, find_bad_rows, load_model, make_reader
+from streamprobe.run.streaming.kept_chains import open_kept_chains
 from streamprobe.system.console import say
 from streamprobe.system.hardware import exact_float32
 from streamprobe.system.wrapping import columns
@@ -106,12 +107,8 @@ def set_up(asked: Asked, cost: Cost) -> Setup:
 
     Raises InputError for data on which no probe can be judged, and for a model that is not the one that was probed.
     """
-    texts, config = read_texts(asked.config)
-    asked = asked._replace(config=config)
-    read = partial(read_chains, config, texts, asked.own, section_labels=asked.kept.section_labels)
-    chains = read()
-    if asked.own:
-        check_chains(asked.folder, chains)
+    texts, config, read = open_chains(asked)
+    asked, chains = asked._replace(config=config), read()
     inputs, seen = look_at(asked, texts, chains)
     backbone = load_model(config, texts, inputs)
     facts = facts_of(config, chains.fingerprint(), backbone.model)
@@ -125,6 +122,21 @@ def set_up(asked: Asked, cost: Cost) -> Setup:
     reader = make_reader(config, inputs, backbone, cost, embedded=embedded, every=every)
     feeds = feeds_of(asked.kept, inputs, backbone, embedded.width if embedded else None)
     return Setup(config, texts.tokenizer, inputs, seen, facts, backbone, feeds, reader)
+
+
+def open_chains(asked: Asked) -> tuple[Texts, RunConfig, Callable[..., Dataset]]:
+    """What reads the chains that are judged, the config that this settles, and what gives them without `bad` rows.
+
+    Raises InputError for data that cannot be read, and where those of the run itself are others now.
+    """
+    if asked.own and asked.config.stream.streaming:
+        kept = open_kept_chains(asked.folder, asked.config)
+        return kept.texts, kept.config, kept.read
+    texts, config = read_texts(asked.config)
+    read = partial(read_chains, config, texts, asked.own, section_labels=asked.kept.section_labels)
+    if asked.own:
+        check_chains(asked.folder, read())
+    return texts, config, read
 
 
 def look_at(asked: Asked, texts: Texts, chains: Dataset) -> tuple[Inputs, int]:

@@ -1,9 +1,9 @@
 """What a run works with before any weight is read: its texts, its chains, and what is asked of them."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ from streamprobe.model.tokenizer import load_tokenizer
 from streamprobe.system.console import say
 
 
+class HasFormat(Protocol):
+    """Where records come from that are of a format, a `Found` or what has its name and keys."""
+
+    @property
+    def found(self) -> Any:
+        """The format."""
+        ...
+
+
+Opened = TypeVar("Opened", bound=HasFormat)
+
+
 class Texts(NamedTuple):
     """The records of the data, and what reads them."""
 
@@ -45,22 +57,33 @@ class Texts(NamedTuple):
 
 def read_texts(config: RunConfig) -> tuple[Texts, RunConfig]:
     """The data, the tokenizer and the model's config; and the run's, with what these settle: layers, and the day."""
+    texts, settled, source = open_texts(config, open_data)
+    return texts._replace(records=read_records(source), partial=source.partial), settled
+
+
+def open_texts(config: RunConfig, open: Callable[[DataConfig], Opened]) -> tuple[Texts, RunConfig, Opened]:
+    """The same without any record; `open` gives where these come from, which is returned, too."""
     data, model = config.data, config.model
     model_config = read_config(model.model, **model.source)
     check_layers(model_config, [])
     layers: Any = resolve_layers(config.probes.layers, depth(model_config))
     places = _places_of(config, model_config, layers)
-    source = open_data(data)
+    source = open(data)
     tokenizer = load_tokenizer(model.model, **model.source)
-    prompt = "chat" if source.found.name == "messages" else data.prompt
+    known = replace(settle_prompt(data, tokenizer, is_chat=source.found.name == "messages"), **source.found.keys)
+    settled = replace(config, data=known, probes=replace(config.probes, layers=layers))
+    return Texts([], True, str(source.found), tokenizer, model_config, places), settled, source
+
+
+def settle_prompt(data: DataConfig, tokenizer: Any, *, is_chat: bool) -> DataConfig:
+    """The keys of data with the `prompt` and the `chat_date` that they are read with, which is printed."""
+    prompt = "chat" if is_chat else data.prompt
     if prompt != data.prompt != DataConfig().prompt:
         say(f"prompt    chats go through the chat template: {data.prompt!r} is not used")
     day = resolve_day(prompt, data.chat_date, tokenizer)
     if day:
         say(f"prompt    the chat template writes the date: {day} (--chat_date)")
-    known = replace(data, chat_date=day, prompt=prompt, **source.found.keys)
-    settled = replace(config, data=known, probes=replace(config.probes, layers=layers))
-    return Texts(read_records(source), source.partial, str(source.found), tokenizer, model_config, places), settled
+    return replace(data, chat_date=day, prompt=prompt)
 
 
 def _places_of(config: RunConfig, model_config: Any, layers: Sequence[int]) -> list[Place]:
@@ -170,11 +193,16 @@ def make_inputs(config: RunConfig, texts: Texts, bad: Collection[int] = ()) -> I
 
     Raises InputError for data that cannot be trained on, and for a model that cannot read them.
     """
+    return inputs_of(config, texts, chains_of(config, texts, bad))
+
+
+def inputs_of(config: RunConfig, texts: Texts, plain: Dataset, names: Sequence[str] | None = None) -> Inputs:
+    """The same for chains that are there already, with the controls of these names (None: all that are fair)."""
     probes, training = config.probes, config.training
-    plain = chains_of(config, texts, bad)
     preflight.check_splits(plain, probes.labels)
     real = make_columns(probes.labels, probes.targets, probes.lags)
-    controls = choose_controls(_fair_controls(config, plain), real, len(probes.labels), plain)
+    asked = fair_controls(config, plain) if names is None else names
+    controls = choose_controls(asked, real, len(probes.labels), plain)
     dataset = relabel(plain, controls.relabelled, training.seeds, training.seed)
     columns = relabelled_columns(real, list(controls.relabelled), training.seeds)
     by_fold = dataset.take_fold_censuses(columns)
@@ -203,7 +231,7 @@ def choose_controls(names: Sequence[str], columns: Sequence[Column], n_labels: i
     return ChosenControls(asked, n_labels, len(dataset.section_labels))
 
 
-def _fair_controls(config: RunConfig, dataset: Dataset) -> list[str]:
+def fair_controls(config: RunConfig, dataset: Dataset) -> list[str]:
     """The controls of a run that do not know its labels.
 
     Raises InputError for onsets of labels that begin in no text.

@@ -101,25 +101,41 @@ def _in_folds(feed: Feed, n: int) -> Feed:
 
 
 def make_jobs(
-    inputs: Inputs, feeds: Sequence[Feed], training: TrainingConfig, *, kept: Kept, device: torch.device
+    inputs: Inputs,
+    feeds: Sequence[Feed],
+    training: TrainingConfig,
+    *,
+    kept: Kept,
+    device: torch.device,
+    solvers: Sequence[str] | None = None,
 ) -> list[Job]:
-    """A new job for every solver and feed, in a run that keeps so much in memory."""
+    """A new job for every feed and each of these solvers (None: of the run's), which keeps so much in memory."""
     make: dict[str, Callable[[Feed], Job]] = {
-        "adam": lambda feed: _adam_job(inputs, feed, training, device),
+        "adam": lambda feed: make_adam_job(inputs, feed, training, device),
         "newton": lambda feed: _newton_job(inputs, feed, training, device, kept=kept),
     }
-    pairs = [(name, feed) for name in training.solvers for feed in feeds]
+    pairs = [(name, feed) for name in (training.solvers if solvers is None else solvers) for feed in feeds]
     return [make[name](feed) for name, feed in pairs if name == NewtonSolver.name or not is_kind(feed.name)]
 
 
-def _adam_job(inputs: Inputs, feed: Feed, training: TrainingConfig, device: torch.device) -> Job:
-    """Every column as often as there are seeds, since each of Adam's probes starts elsewhere."""
+def make_adam_job(
+    inputs: Inputs,
+    feed: Feed,
+    training: TrainingConfig,
+    device: torch.device,
+    *,
+    positive_weight: Tensor | None = None,
+) -> Job:
+    """Every column as often as there are seeds, since each of Adam's probes starts elsewhere.
+
+    `positive_weight` is that of the run's K columns (None: as its training tokens have it).
+    """
     feed, columns = _with_seeds(feed, columns_of(inputs, feed), training.seeds)
     solver = AdamSolver(
         feed.sites,
         columns,
         feed.n_features,
-        inputs.positive_weight_of(feed),
+        inputs.positive_weight_of(feed) if positive_weight is None else positive_weight[feed.columns],
         learning_rate=training.learning_rate,
         l2=training.l2,
         batch_size=training.batch_size,

@@ -10,7 +10,8 @@ from streamprobe.config.load import RunConfig
 from streamprobe.controls.permuted import relabel
 from streamprobe.data import preflight
 from streamprobe.data.census import Census, count_tokens
-from streamprobe.data.dataset import Counts, Dataset, Division
+from streamprobe.data.counts import Counts
+from streamprobe.data.dataset import Dataset, Division
 from streamprobe.data.overlap import count_seen, problem_hashes
 from streamprobe.errors import InputError
 from streamprobe.lags import ONSET, Column

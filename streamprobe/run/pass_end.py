@@ -10,7 +10,7 @@ import torch
 
 from streamprobe.errors import InputError
 from streamprobe.reporting.tracking.tracker import Tracker
-from streamprobe.run.checkpoint import Checkpoint, Checkpoints
+from streamprobe.run.checkpoint import Checkpoint, Checkpoints, Unwritten
 from streamprobe.run.jobs import describe_progress, states_of
 from streamprobe.run.memory_plan import Kept
 from streamprobe.run.provenance import peak_memory
@@ -28,7 +28,7 @@ class PassEnd:
     A line is printed once a second at most, and that of the last pass always.
     """
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | Unwritten
     facts: dict[str, Any]
     kept: Kept
     jobs: Sequence[Job]

@@ -48,10 +48,12 @@ class Backbone(NamedTuple):
         return [site_of(place) for place in self.taps.hooks]
 
 
-def load_model(config: RunConfig, texts: Texts, inputs: Inputs) -> Backbone:
-    """Puts the model into memory and lets it read a short text.  Raises InputError for one that cannot be probed."""
+def load_model(config: RunConfig, texts: Texts, inputs: Inputs, whole: Any = None) -> Backbone:
+    """Puts the model into memory and lets it read a short text; `whole` is there already, with an LM head that is not
+    read.  Raises InputError for one that cannot be probed.
+    """
     c, layers = config.model, sorted({place.layer for place in texts.places})
-    model: Any = load_shared(c.model, layers, c.loading)
+    model: Any = load_shared(c.model, layers, c.loading) if whole is None else whole.base_model
     if among := worker():
         say(f"model     {among.describe()}")
     if places := describe_places(model):
@@ -107,15 +109,16 @@ def skip_bad_chains(config: RunConfig, texts: Texts, inputs: Inputs, backbone: B
 def find_bad_rows(config: RunConfig, dataset: Dataset, backbone: Backbone, *, cost: Cost) -> set[int]:
     """The rows of the chains, of all splits, whose activations are infinite or not numbers."""
     start, chains, most = time.perf_counter(), dataset.chains(), config.model.max_batch_tokens
-    bad = torch.zeros(max(chain.row for chain in chains) + 1, dtype=torch.int64)
+    place = {chain.row: i for i, chain in enumerate(chains)}
+    bad = torch.zeros(len(chains), dtype=torch.int64)
     for number, shard in enumerate(deal(dataset.lengths(), config.training.shards, most)):
         own = [chains[i] for batch in shard for i in batch] if is_own(number) else []
         if own:
             found = find_bad_chains(own, backbone.model, backbone.taps, most, on_forward=cost.count)
-            bad[[chain.row for chain in found]] = 1
+            bad[[place[chain.row] for chain in found]] = 1
     add(bad)
     cost.model_seconds += time.perf_counter() - start
-    return set(bad.nonzero()[:, 0].tolist())
+    return {chains[i].row for i in bad.nonzero()[:, 0].tolist()}
 
 
 def embed_controls(inputs: Inputs, backbone: Backbone) -> EmbeddingLayers | None:

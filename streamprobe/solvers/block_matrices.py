@@ -32,6 +32,7 @@ class Start(NamedTuple):
     positive_weight: Tensor  # [K]
     expected: Tensor  # [K] float64: the sum of the curvature of all tokens
     groups: list[list[int]]  # the columns of each group that shares a matrix
+    slope: Tensor  # [L, K, E] of a line that is added to J, or [1, 1, 1] where there is none: see `NewtonSolver.anchor`
 
     @classmethod
     def of(cls, control: NewtonSolver, layers: NewtonSolver) -> "Start":
@@ -52,7 +53,17 @@ class Start(NamedTuple):
             positive_weight=control.positive_weight,
             expected=control.expected[0],
             groups=list(groups.values()),
+            slope=_slope(control, layers),
         )
+
+
+def _slope(control: NewtonSolver, layers: NewtonSolver) -> Tensor:
+    """What anchors the control and, as much, the weights of a layer beside it: [L, K, E], or [1, 1, 1] of none."""
+    if control.at_zero.numel() == 1:
+        return control.at_zero
+    own = [layers.columns.index(column) for column in control.columns]
+    of_control = control.at_zero.expand(len(layers.sites), -1, -1)
+    return torch.cat([of_control, layers.at_zero[:, own, :-1]], 2) * control.reliance[..., None]
 
 
 class BlockMatrices:

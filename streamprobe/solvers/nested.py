@@ -115,8 +115,9 @@ class NestedSolver:
         if self.curvature is not None:
             self.matrices = BlockMatrices(self.curvature, self.start, sums.n)
             self.curvature = None
-        gradient = sums.gradient_ / self.start.scale / sums.n[:, None] + penalty * self.point
-        loss = sums.loss_ / sums.n + (penalty * self.point.square()).sum(-1) / 2
+        slope = self.start.slope
+        gradient = sums.gradient_ / self.start.scale / sums.n[:, None] + penalty * self.point + slope
+        loss = sums.loss_ / sums.n + (penalty * self.point.square()).sum(-1) / 2 + (slope * self.point).sum(-1)
         self.passes += 1
         better = ~self.converged & (loss <= self.best_loss + 1e-7 * self.best_loss.nan_to_num(posinf=0))
         shorter = step_back(self.point - self.best, self.best_gradient, loss - self.best_loss) + self.best

@@ -98,6 +98,8 @@ class NewtonSolver:
         self.scale = torch.ones(len(self.sites), self.n_folds, hidden_size, device=device)
         self.penalty = penalty_of_weights(self.l2, size, n_hand_made).to(device)  # of d J / d w
         self.point, self.best, self.best_gradient = torch.zeros(3, *probes, size, **wide)
+        # Of a line that is added to J, where `anchor` was called: slopes [L, K, E], and how much of them counts [L, K].
+        self.at_zero, self.reliance = torch.zeros(1, 1, 1, **wide), torch.zeros(1, 1, **wide)
         self.past = torch.zeros(2, PAIRS, *probes, size, **wide)  # steps and changes of g, newest first
         self.best_loss, self.gradient_norm = torch.full((2, *probes), math.inf, **wide)
         # What a pass will sum of the curvature of its tokens [L, K]: at first 1/4 of the weights, if all are valid.
@@ -165,15 +167,42 @@ class NewtonSolver:
         loss = sums.loss_ / sums.n + self._penalty_of(self.point)
         if sums.grams is not None:
             self._check_finite(loss)
-        self._update(loss, gradient_ / sums.n[:, None] + self.penalty * self.point, shift.float())
+        gradient = gradient_ / sums.n[:, None] + self.penalty * self.point + self.slope
+        self._update(loss, gradient, shift.float())
         self.passes += 1
         self.expected = sums.curvature_.clamp(min=FLAT * self.n_tokens).where(fed, self.expected)
         self.effective = sums.effective().where(fed, self.effective)
         self.sums = self._start_pass()
 
     def _penalty_of(self, point: Tensor) -> Tensor:
-        """What the weights [L, K, E] add to J, [L, K]."""
-        return point.square() @ self.penalty / 2
+        """What the weights [L, K, E] add to J, [L, K]: the penalty, and what they are anchored by."""
+        return point.square() @ self.penalty / 2 + (self.slope * point).sum(-1)
+
+    @property
+    def slope(self) -> Tensor:
+        """Of the line that is added to J [L, K, E], or [1, 1, 1] where there is none."""
+        return self.at_zero * self.reliance[..., None]
+
+    def anchor(self, difference: Tensor, reliance: Tensor) -> None:
+        """Corrects J by what is known of many more tokens than those that are passed over: goes on from where it ended.
+
+        difference [L, K, D]: the mean of positives less that of negatives over all tokens.  At zero that is the
+        gradient of J but for a factor, there and over the tokens of a pass (`mean_difference`), so that a line with
+        their difference for a slope, times `reliance` [L, K], makes J's gradient at zero that of all tokens: a control
+        variate (Johnson & Zhang 2013; Jordan, Lee & Yang 2019).  See `solvers.reliance` for the factor.  Features that
+        are not scaled are left out.
+        """
+        rarely = self.positive_weight / (1 + self.positive_weight) / 2  # half the share of negatives
+        missing = (difference - self.mean_difference.double()) / self.scale[:, self.fold].double()
+        self.at_zero, self.reliance = torch.zeros_like(self.point), reliance.double()
+        self.at_zero[..., :-1] = (-rarely[:, None] * missing).nan_to_num()
+        self.at_zero[..., self.n_scaled : -1] = 0  # whose penalty is too small to hold one that the sample hardly has
+        self.mean_difference = difference.float()
+        self.converged = torch.zeros_like(self.converged)
+        self.best_loss.fill_(math.inf)  # of another objective
+        self.point = self.best.clone()
+        self.factors.clear()
+        self.sums = self._start_pass()
 
     def _check_finite(self, loss: Tensor) -> None:
         """Raises InputError where J [L, K] of a probe is no number; later on such a point is only stepped back from."""

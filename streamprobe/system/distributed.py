@@ -212,16 +212,17 @@ def share(tensor: "Tensor", source: int = 0) -> "Tensor":
     return tensor
 
 
-def share_bytes(content: bytes) -> bytes:
-    """The bytes that rank 0 has."""
+def share_bytes(content: bytes, source: int = 0) -> bytes:
+    """The bytes that the rank `source` has."""
     import torch
 
     if not _group:
         return content
-    size = share(torch.tensor([len(content)]))
-    room = torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_main() and content else None
+    size = share(torch.tensor([len(content)]), source)
+    own = world().rank == source and content
+    room = torch.frombuffer(bytearray(content), dtype=torch.uint8) if own else None
     room = torch.empty(int(size), dtype=torch.uint8) if room is None else room
-    return share(room).numpy().tobytes()
+    return share(room, source).numpy().tobytes()
 
 
 def least(number: int) -> int:

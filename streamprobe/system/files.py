@@ -16,14 +16,18 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what
 PROBE = bytes(4096)  # a block: a full disk has no room for it
 
 
+class Unwritable(InputError):
+    """A file of a run that could not be written, whatever the run itself had to say."""
+
+
 def reason(error: Exception) -> str:
     """What the system says is wrong, without the path and the number."""
     return getattr(error, "strerror", None) or str(error)
 
 
-def unwritable(path: Path, error: Exception) -> InputError:
+def unwritable(path: Path, error: Exception) -> Unwritable:
     """What is reported of a file of a run that could not be written."""
-    return InputError(
+    return Unwritable(
         f"{path}, which cannot be written ({reason(error)})",
         "room on the disk and the right to write there",
         "make room, then the same command again, for a run with --resume",

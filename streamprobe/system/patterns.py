@@ -23,10 +23,13 @@ def compile_pattern(text: str, name: str, *, any_case: bool = False) -> regex.Pa
         raise InputError(f"{name} {text!r} ({error})", "a regular expression of Python", f"correct --{name}") from None
 
 
-def find_matches(pattern: regex.Pattern, text: str, name: str) -> Iterator[regex.Match]:
-    """The matches of a pattern that --`name` gave.  Raises InputError where finding them takes longer than PATIENCE."""
+def find_matches(pattern: regex.Pattern, text: str, name: str, *, start: int = 0) -> Iterator[regex.Match]:
+    """The matches, from `start` on, of a pattern that --`name` gave.
+
+    Raises InputError where finding them takes longer than PATIENCE.
+    """
     try:
-        yield from pattern.finditer(text, timeout=PATIENCE)
+        yield from pattern.finditer(text, start, timeout=PATIENCE)
     except (TimeoutError, MemoryError):
         raise InputError(
             f"{name} {pattern.pattern!r}, which takes more than {PATIENCE:g} s or all memory on a text of "

@@ -16,9 +16,10 @@ from streamprobe.data.messages import MESSAGES, is_turn, read_turn
 from streamprobe.data.records import Unusable
 from streamprobe.errors import InputError
 from streamprobe.model.blocks import context
+from streamprobe.model.sampling import Sampling
 from streamprobe.probes.base import Probes
 from streamprobe.system.console import say, shows_colour, typed_at_terminal, warn, write
-from streamprobe.tools.generation import Pieces, PromptStyle, Sampling, Turn
+from streamprobe.tools.generation import Pieces, PromptStyle, Turn
 from streamprobe.tools.marked_text import as_json, for_terminal
 from streamprobe.tools.watch import Mark, Step, alarm_threshold, marks, read_steps, watch
 

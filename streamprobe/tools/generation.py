@@ -19,42 +19,10 @@ from streamprobe.errors import InputError
 Turn = Mapping[str, Any]  # its `role` and `content`, as chat templates take them
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a response is drawn.  Raises InputError for what cannot be."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0: the likeliest token
-    top_p: float = 1.0  # drawn is among the likeliest tokens that hold so much probability
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for holds, name, expected in (
-            (self.max_new_tokens > 0, "max_new_tokens", "at least 1"),
-            (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "temperature", "0, or 0.001 to 1000"),
-            (0 < self.top_p <= 1, "top_p", "above 0, at most 1"),
-            (0 <= self.seed < 2**63, "seed", "0 .. 2**63 - 1"),
-        ):
-            if not holds:
-                raise InputError(f"{name} {getattr(self, name)}", expected, f"correct --{name}")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Those of `generate` but for the length: greedy at temperature 0; the model's own defaults are put aside."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
-        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        return {**drawn, "top_k": 0, "num_beams": 1}
-
-
 def encode(problem: str, prompt: str, tokenizer: Any, with_bos: bool, *, day: str | None = None) -> Tensor:
     """The token ids [T] of a problem before a response in a run of this `prompt`, `bos` and `chat_date` (`day`)."""
-    ids, _ = prompts.encode(prompts.format_prompt(problem, prompt, tokenizer, day), prompt, tokenizer, with_bos)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if prompt != "chat" and eos not in (None, bos):  # some tokenizers end every text with it
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-    return torch.tensor(ids, dtype=torch.int64)
+    head = prompts.format_prompt(problem, prompt, tokenizer, day)
+    return torch.tensor(prompts.encode_head(head, prompt, tokenizer, with_bos)[0], dtype=torch.int64)
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Any, with_bos: bool, *, day: str | None = None) -> Tensor:

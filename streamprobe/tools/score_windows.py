@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from streamprobe.data.dataset import NOT_FINITE, in_any_file
+from streamprobe.data.counts import in_any_file
+from streamprobe.data.dataset import NOT_FINITE
 from streamprobe.data.records import Record, Refused, Unusable
 from streamprobe.data.tokenize import TextOptions
 from streamprobe.errors import InputError

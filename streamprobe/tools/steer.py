@@ -28,13 +28,15 @@ from streamprobe.lags import Column
 from streamprobe.model.blocks import context, decoder_layers
 from streamprobe.model.hooks import steer
 from streamprobe.model.places import main_device
+from streamprobe.model.sampling import Sampling
 from streamprobe.probes.base import Probes
 from streamprobe.probes.linear import LINEAR
 from streamprobe.probes.sites import RESID_POST, layer_sites
 from streamprobe.system.console import say
 from streamprobe.tools.directions import direction_of
 from streamprobe.tools.events import Judge, judge, summarise
-from streamprobe.tools.generation import Sampling, prompt_of
+from streamprobe.tools.generation import prompt_of
+from streamprobe.tools.writing import write
 
 CHAINS = 200  # training chains from which the directions and their scale are taken, at most
 TITLES = {"events": "events a response", "any": "with any", "early": "early", "missed": "missed", "solved": "solved"}
@@ -85,18 +87,12 @@ def respond(
 ) -> list[str]:
     """The model's responses to prompts of token ids [T], steered at `block` by vectors [P, D] or [1, D], if any."""
     texts: list[str] = []
-    device = main_device(model)
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        longest = max(map(len, batch))
-        ids = torch.stack([nn.functional.pad(p, (longest - len(p), 0), value=pad) for p in batch])
-        mask = torch.arange(longest) >= longest - torch.tensor([[len(p)] for p in batch])
-        asked = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
         added, ablated = (v if v is None or len(v) == 1 else v[start : start + batch_size, None] for v in (add, ablate))
         with steer(block, added, ablated, newest=True):
-            out = model.generate(**asked, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
-        texts += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            ids = write(model, tokenizer, batch, max_new_tokens=max_new_tokens, options=options)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 
 
@@ -192,7 +188,7 @@ def experiment(
     _, k = place
     plain = Column(bank.columns[k].label, bank.columns[k].target, bank.columns[k].lag)
     prompts = [prompt_of(chain, tokenizer) for chain in examples.test]
-    read = partial(_read, examples, model.base_model, column=plain, max_batch_tokens=max_batch_tokens)
+    read = partial(read_training, examples, model.base_model, column=plain, max_batch_tokens=max_batch_tokens)
     layer, unit = direction_of(bank.to(main_device(model)), place, layer, read)
     scale = measure_scale(read([layer]), unit)
     vectors = directions(unit, scale.difference, len(prompts), sampling.seed)
@@ -211,7 +207,7 @@ def experiment(
     return {**about, "problems": [chain.id for chain in examples.test], "rows": rows}
 
 
-def _read(
+def read_training(
     examples: Examples, backbone: Any, layers: Sequence[int], *, column: Column, max_batch_tokens: int
 ) -> Iterator[TokenBatch]:
     """One trip over the training tokens that the column asks, of these layers."""

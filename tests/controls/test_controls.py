@@ -13,7 +13,8 @@ from streamprobe.controls.permuted import permute_labels, relabel, relabelled_co
 from streamprobe.controls.persistence import expand_ages, persistence_features
 from streamprobe.controls.piecewise_linear import KNOTS, piecewise_linear
 from streamprobe.controls.position import expand_position, position_features
-from streamprobe.data.dataset import Counts, Dataset
+from streamprobe.data.counts import Counts
+from streamprobe.data.dataset import Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.errors import InputError
 from streamprobe.lags import INSIDE, ONSET, OUTSIDE, UNKNOWN, make_columns

@@ -14,7 +14,8 @@ from streamprobe.controls.embedding import EmbeddingLayers
 from streamprobe.controls.permuted import relabel
 from streamprobe.controls.piecewise_linear import piecewise_linear
 from streamprobe.controls.table import CONTROLS
-from streamprobe.data.dataset import Counts, Dataset
+from streamprobe.data.counts import Counts
+from streamprobe.data.dataset import Dataset
 from streamprobe.data.tokenize import Chain
 from streamprobe.evaluation.lift import compare_with_controls
 from streamprobe.evaluation.rows import COMPARED, Judged

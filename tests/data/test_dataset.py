@@ -272,6 +272,7 @@ def test_load_chains_uses_every_row_of_a_clean_file(tokenizer):
     assert counts.as_dict() | {"labels": 0, "label_chains": 0, "characters": 0, "labelled_characters": 0} == {
         "read": 50,
         "used": 50,
+        "unnamed": {},
         "repaired": 0,
         "edited_sections": 0,
         "lost_sections": 0,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamprobe.data.dataset import Dataset
+from streamprobe.data.dataset import ChainMaker
 from streamprobe.lags import ONSET
 from streamprobe.model import served
 
@@ -73,10 +73,10 @@ def planted(rates: list[float] | None = None, *, ahead: float = 0.0) -> Iterator
     """A block of the model adds what it is told of the chain: the log rate of each row and the place in the response,
     each along a direction of its own, where `rates` are given, and `ahead` times where an onset is AHEAD tokens ahead.
 
-    Yields what it adds to each chain [T, 3], by its first tokens: all chains, once the data are read.
+    Yields what it adds to each chain [T, 3], by its first tokens: of all chains that have been read.
     """
     told: dict[tuple[int, ...], Tensor] = {}
-    load, take = served.load_backbone, Dataset.take_census
+    load, make = served.load_backbone, ChainMaker.make
     directions = nn.functional.normalize(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5)))
 
     def load_planted(*args: Any, **where: Any) -> nn.Module:
@@ -98,15 +98,16 @@ def planted(rates: list[float] | None = None, *, ahead: float = 0.0) -> Iterator
         model.layers[BLOCK].register_forward_hook(plant)  # type: ignore[union-attr, index]
         return model
 
-    def take_note(dataset: Dataset, columns: Any) -> Any:
-        for chain in dataset.chains():
+    def take_note(maker: ChainMaker, *record: Any) -> Any:
+        chain = make(maker, *record)
+        if chain is not None:
             added = torch.zeros(len(chain.ids), 3)
             if rates is not None:
                 added[:, 0] = rates[chain.row]
                 added[:, 1] = (torch.arange(len(chain.ids)) - chain.start) / 30
             added[:-AHEAD, 2] = ahead * (chain.codes[AHEAD:, 0] == ONSET)
             told[tuple(chain.ids[:FIRST].tolist())] = added
-        return take(dataset, columns)
+        return chain
 
-    with patch.object(served, "load_backbone", load_planted), patch.object(Dataset, "take_census", take_note):
+    with patch.object(served, "load_backbone", load_planted), patch.object(ChainMaker, "make", take_note):
         yield told

@@ -24,7 +24,7 @@ from streamprobe.data import dataset
 from streamprobe.data.splits import FoldPlace, fold_chains
 from streamprobe.evaluation.scored_probes import ScoredProbes
 from streamprobe.probes.kept import NESTED, KeptProbes, load_kept
-from streamprobe.run import pipeline
+from streamprobe.run import ending
 from streamprobe.run.inputs import Inputs
 from streamprobe.run.pass_end import PassEnd
 
@@ -71,10 +71,10 @@ def summary(folder: str | Path) -> dict[str, Any]:
 def scored_in(out: str, *argv: str) -> list[ScoredProbes]:
     """What a run judges."""
     found: list[ScoredProbes] = []
-    judge = pipeline.judge
+    judge = ending.judge
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pipeline, "judge", lambda probes, *rest, **more: found.extend(probes) or judge(probes, *rest, **more)
+            ending, "judge", lambda probes, *rest, **more: found.extend(probes) or judge(probes, *rest, **more)
         )
         train(out, *argv)
     return found

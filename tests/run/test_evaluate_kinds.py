@@ -20,7 +20,7 @@ from streamprobe.probes.kind_bank import KindBank
 from streamprobe.probes.linear import ProbeBank
 from streamprobe.probes.mixed import Mixed
 from streamprobe.probes.sites import ALL_LAYERS
-from streamprobe.run import pipeline
+from streamprobe.run import ending
 from streamprobe.run.kind_feeds import kind_feed, mixed_feed
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -68,7 +68,7 @@ def final_mixed(nested: FinalProbes, kind: str) -> FinalProbes:
 
 def train_with_kinds(folder: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Path:
     """A finished run in which probes of all kinds stand beside the linear ones."""
-    keep, score, held_out = pipeline.probes_to_keep, pipeline.score, pipeline.held_out_batches
+    keep, score, held_out = ending.probes_to_keep, ending.score, ending.held_out_batches
 
     def keep_all(*given: Any) -> KeptProbes:
         kept = keep(*given)
@@ -92,7 +92,7 @@ def train_with_kinds(folder: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Pa
         return held_out(setup, *given)
 
     for name, change in {"probes_to_keep": keep_all, "score": score_all, "held_out_batches": read_every}.items():
-        patch.setattr(pipeline, name, change)
+        patch.setattr(ending, name, change)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(KEYS | keys))
     assert main(["train", str(folder / "tiny.yaml"), "--output_dir", str(folder / "run")]) == 0
     return folder / "run"

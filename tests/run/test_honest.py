@@ -56,8 +56,8 @@ def launch(
 ) -> Finished:
     """What a run over these chains says of layers 0 and 2; `more` options of it."""
     folder.mkdir(exist_ok=True)
-    data, out = folder / f"chains-{seed}.json", folder / f"run-{seed}"
-    data.write_text(json.dumps(rows), encoding="utf-8")
+    data, out = folder / f"chains-{seed}.jsonl", folder / f"run-{seed}"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "run.yaml").write_text(f"model: {model_dir}\ndtype: float32\n", encoding="utf-8")
     keys = f"--layers 0 2 --lags 0 4 8 12 --targets onset --test_share 0.5 --validation_share 0.3 --bootstrap 200 --seed {seed}"
     files = ["--data", str(data), "--output_dir", str(out), "--report_to", "none"]
@@ -167,3 +167,24 @@ def test_with_folds_nothing_is_claimed_where_nothing_is_foreseen_and_what_is_pla
             rows = [chain.row for chain in chains]
             run = launch(tmp_path, model_dir, rows, seed=seed, controls=[JOINT_CHAIN], more=["--folds", "3"])
         assert run.claims == [PLANTED]
+
+
+def test_a_stream_of_which_a_quarter_is_kept_claims_nothing_where_nothing_is_foreseen_and_finds_what_is_planted(
+    tmp_path: Path, model_dir: str
+) -> None:
+    """Organisms as above, whose probes and controls are trained on few chains and anchored by the means of all.
+
+    With so many test chains lag 4 may be claimed beside what is planted, rightly: an onset 8 tokens ahead leaves less
+    room for one before it.
+    """
+    stream = ["--streaming", "true", "--reservoir_tokens", "5000", "--round_tokens", "8000"]  # of 20,000
+    claims = []
+    for seed in range(11):
+        planted = 1.5 if seed >= 8 else 0.0
+        chains = organisms.grow(600, 4000 + seed)
+        with organisms.planted([chain.rate for chain in chains], ahead=planted):
+            rows = [chain.row for chain in chains]
+            run = launch(tmp_path, model_dir, rows, seed=seed, controls=[JOINT_CHAIN], more=stream)
+        claims.append(run.claims)
+    assert sum(map(bool, claims[:8])) <= 1, claims
+    assert all(PLANTED in found and {layer for layer, _ in found} == {"2"} for found in claims[8:]), claims

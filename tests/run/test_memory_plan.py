@@ -149,6 +149,7 @@ def trained_nested(groups: list[list[int]]) -> NestedSolver:
         torch.ones(K),
         torch.full((K,), 75.0, dtype=torch.float64),
         groups,
+        torch.zeros(1, 1, 1, dtype=torch.float64),
     )
     solver = NestedSolver(start, layer_sites([0, 1]), columns, lambda _: torch.zeros(L + 1, K), tolerance=1e-9, seed=0)
     blocks = Blocks(torch.randn(300, P, generator=random), torch.randn(300, L, D, generator=random))

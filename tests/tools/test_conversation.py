@@ -8,9 +8,10 @@ from builders import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from streamprobe.errors import InputError
+from streamprobe.model.sampling import Sampling
 from streamprobe.tools import conversation, generation
 from streamprobe.tools.conversation import Answer, Monitor, Question, converse, questions_of, turns_of, users_turn
-from streamprobe.tools.generation import PromptStyle, Sampling
+from streamprobe.tools.generation import PromptStyle
 from streamprobe.tools.watch import Mark
 
 TEMPLATE = (

@@ -18,13 +18,13 @@ from streamprobe import load_probes
 from streamprobe.cli import main
 from streamprobe.data.tokenize import TextOptions, tokenize
 from streamprobe.errors import InputError
+from streamprobe.model.sampling import Sampling
 from streamprobe.probes import kinds
 from streamprobe.probes.kind_bank import KindBank
 from streamprobe.tools import hub
 from streamprobe.tools.choice import choose_all, choose_probe, narrow
 from streamprobe.tools.conversation import Monitor, converse
 from streamprobe.tools.directions import Spread, direction_of, gradient
-from streamprobe.tools.generation import Sampling
 from streamprobe.tools.score import score
 from streamprobe.tools.watch import watch
 

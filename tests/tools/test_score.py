@@ -19,7 +19,7 @@ from streamprobe.model.backbone import load_backbone
 from streamprobe.model.blocks import decoder_layers
 from streamprobe.model.tokenizer import with_white_space
 from streamprobe.probes.linear import ProbeBank
-from streamprobe.run import pipeline
+from streamprobe.run import ending
 from streamprobe.tools.score import encode, pieces, score, score_encoded
 
 SAME = 1e-6 + 5e-6 / 4  # of a probability: a run puts its test logits on a grid, which moves them by 5e-6 at most
@@ -117,13 +117,13 @@ def finished(tmp_path_factory, model_dir, chains_file):
     config.write_text(yaml.safe_dump(keys))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        judge = pipeline.judge_held_out
+        judge = ending.judge_held_out
 
         def watched(setup, *rest, **more):
             seen.append((setup, judge(setup, *rest, **more)))
             return seen[-1][1]
 
-        patch.setattr(pipeline, "judge_held_out", watched)
+        patch.setattr(ending, "judge_held_out", watched)
         assert cli.train([str(config), "--output_dir", str(folder)]) == 0
     ((setup, results),) = seen
     return folder, setup, results.probes[0]

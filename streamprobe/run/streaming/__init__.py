@@ -1,0 +1,1 @@
+"""Training on chains that come without an end: round by round, with a report now and then."""
