@@ -66,7 +66,7 @@ class RunConfig:
             (data.folds == 1, f"folds {data.folds}", "drop --folds"),
             (data.split == "random", f"split {data.split}", "drop --split and --test_categories"),
             (written or data.max_chains is None, f"max_chains {data.max_chains}", "give --max_tokens instead"),
-            (written or data.data_sha256 is None, "data_sha256", "drop it"),
+            (written or not data.data_sha256, "data_sha256", "drop it"),
         ):
             require(holds, f"streaming with {got}", "what is known without reading all chains first", fix)
 

@@ -149,7 +149,7 @@ def anchored(jobs: Sequence[Job], means: Sequence[Fed], memory: ActivationMemory
             if column in place:
                 difference[:, k] = of_all[:, place[column]]
         solver.anchor(difference, factor)
-    return [Job(job.solver, BestProbes(job.solver.bank(), None), job.feed) if job in own else job for job in jobs]
+    return [job._replace(best=BestProbes(job.solver.bank(), None)) if job.feed.name in of_feed else job for job in jobs]
 
 
 def snapshots(adam: Sequence[Fed], feeds: Sequence[Feed], inputs: Inputs) -> list[Job]:
